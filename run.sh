@@ -72,7 +72,8 @@ need_system() {
 	[[ $1 == run ]] || needed+=(shellcheck:shellcheck)
 	[[ $1 != @(clients|nightly) ]] || needed+=(chromium:chromium node:nodejs npm:npm)
 	[[ $1 != nightly || $EUID != 0 ]] ||
-		needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap)
+		needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap
+			qemu-aarch64:qemu-user-binfmt)
 	for pair in "${needed[@]}"; do # COMMAND:PACKAGE
 		command -v "${pair%:*}" >/dev/null || packages+=("${pair#*:}")
 	done
