@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, ROOT, daemon
+from harness import KEY, ROOT, Client, daemon
 from jsonschema import Draft202012Validator
 from openapi import schema_of, write_openapi
 from openapi_spec_validator import OpenAPIV31SpecValidator
@@ -103,11 +103,15 @@ MORE["/v1/complete/stream"] = MORE["/v1/complete"]
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", MORE)
 async def test_a_post_is_answered_as_described(path: str, stream: bool):
+    async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
+        await check_post(pi, path, stream)
+
+
+async def check_post(pi: Client, path: str, stream: bool) -> None:
     schema = OPERATIONS["POST", path]["requestBody"]["content"]["application/json"]["schema"]
     asked = MORE[path] | ({"stream": stream} if "stream" in schema["properties"] else {})
     validate(asked, schema)
-    async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
-        reply = await pi.ask("POST", path, asked)
+    reply = await pi.ask("POST", path, asked, X_API_Key=KEY)
     kind = reply.one("Content-Type").partition(";")[0]
     described = content_of("POST", path)[kind]["schema"]
     assert reply.status == 200
