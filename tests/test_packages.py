@@ -809,7 +809,8 @@ async def test_an_emulated_pi(tmp_path: Path) -> None:
         with daemon("vpsd", tmp_path, CEREBRUM_MODELS_DIR=f"{MODELS}") as vps:
             change = f"sed -i 's/:{backend.port}$/:{vps.port}/' /opt/cerebrum-pi/.env"
             pi.run(f"{change}; systemctl reload cerebrum-cm4")
-            asked = {"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 16}
+            until(lambda: log().count("VPS backend is available") == 2, "the Pi sees the other VPS")
+            asked = {"prompt": "def fibonacci(n):", "language": "python", "model": MODEL}
             headers = {"X_API_Key": KEY_OF_TESTS}
             reply = await Client(port).post("/v1/complete/stream", asked, **headers)
             assert "return" in reply.said

@@ -739,7 +739,6 @@ LINE_ENDS = [  # the file, what a model answers to an instruction, what is writt
     (b"a\r\nb", "A\nB", b"A\r\nB"),
     (b"a\nb\r\n", "A\nB\n", b"A\nB\n"),
     (b"a\nb\r\nc\r\n", "a\nnew\nb\nC\n", b"a\nnew\nb\r\nC\n"),
-    (b"a\nb\n", "A\r\nB\r\n", b"A\nB\n"),
     (b"\xef\xbb\xbfa\nb\n", "a\nB\n", b"\xef\xbb\xbfa\nB\n"),
     (b"a\nb", "A\nB", b"A\nB"),
     (b"", "A", b"A\n"),
