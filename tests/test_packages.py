@@ -802,8 +802,9 @@ async def test_an_emulated_pi(tmp_path: Path) -> None:
         log = partial(pi.run, "cat /opt/cerebrum-pi/logs/cerebrum.log")
         until(lambda: "VPS backend is available" in log(), "the Pi sees the VPS")
         (port,) = map(int, re.findall(r"listening on http://127.0.0.1:(\d+)", log()))
+        client = Client(port=port)
         for path, stream in product(MORE, (False, True)):
-            await check_post(Client(port), path, stream)
+            await check_post(client, path, stream)
         for row in ROWS:
             await check_row(port, row)
         with daemon("vpsd", tmp_path, CEREBRUM_MODELS_DIR=f"{MODELS}") as vps:
@@ -812,6 +813,6 @@ async def test_an_emulated_pi(tmp_path: Path) -> None:
             until(lambda: log().count("VPS backend is available") == 2, "the Pi sees the other VPS")
             asked = {"prompt": "def fibonacci(n):", "language": "python", "model": MODEL}
             headers = {"X_API_Key": KEY_OF_TESTS}
-            reply = await Client(port).post("/v1/complete/stream", asked, **headers)
+            reply = await client.post("/v1/complete/stream", asked, **headers)
             assert "return" in reply.said
             assert reply.events[-1]["done"]
