@@ -273,7 +273,7 @@ UNITS = "cerebrum-backend.socket cerebrum-backend cerebrum-cm4"
 
 def test_the_steps(cerebrum: Machine) -> None:
     on_the_vps, on_the_pi, answer = cerebrum.said
-    assert len(re.findall(OFFER, on_the_vps, re.M)) == 1
+    assert re.search(OFFER, on_the_vps, re.M)
     assert on_the_vps.splitlines()[-1].startswith(f"{BACKEND} ")
     for said in (on_the_vps, on_the_pi):
         assert re.search("^ok ", said, re.M)
@@ -395,6 +395,7 @@ def test_where_nothing_can_be_measured_the_smallest_model_is_offered(cerebrum: M
     again = "to try again:  sudo cerebrum-backend setup --model ID"
     assert said[-1] == f"FAIL  models    not fetched: {MODEL}; {again}"
     restart = "systemctl restart cerebrum-backend"
+    cerebrum.run(f"rm -r {MODELS_OF_DAEMON}/*")  # what came of a part
     cerebrum.run(f"mv /var/lib/*.gguf {MODELS_OF_DAEMON}; sed -i '$d' {SETTINGS[0]}; {restart}")
     assert everything_set(cerebrum) == before
     cerebrum.wait_for_the_pi()
@@ -671,6 +672,7 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
         memory = cerebrum.run("cerebrum-backend memory")
         return not re.search(f"^# {MODEL}: .*, untuned$", memory, re.M)
 
+    until(tune, "the model is tuned")
     before = starts()
     age = f"sed -i s/0.3.36/0.3.35/ {passport}"
     cerebrum.run(age)
@@ -814,5 +816,5 @@ async def test_an_emulated_pi(tmp_path: Path) -> None:
             asked = {"prompt": "def fibonacci(n):", "language": "python", "model": MODEL}
             headers = {"X_API_Key": KEY_OF_TESTS}
             reply = await client.post("/v1/complete/stream", asked, **headers)
-            assert "return" in reply.said
+            assert b"return" in reply.body
             assert reply.events[-1]["done"]
