@@ -7,15 +7,23 @@ SCRIPTS = cerebrum_repl.sh generate_api_key.sh run.sh systemd/setup.sh .ci/run
 # What mypy does not say of the tests, which give fakes instead of what has types.
 FAKES = arg-type assignment call-overload dict-item import-not-found import-untyped index list-item method-assign misc \
 	operator return-value str-bytes-safe union-attr var-annotated
+# Of the tests that need no model, those that take seconds.
+QUICK = test_common pi/test_breaker pi/test_dialects pi/test_dispatcher pi/test_hints pi/test_page pi/test_suggest \
+	text/test_languages text/test_prepare text/test_sure vps/test_admission vps/test_confidence
 BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay engine quality ending editor lsp drafts prepare))
 
-.PHONY: help run test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
+.PHONY: help run check test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 15
 
 run: ## prepare this machine, start both daemons, open the REPL
 	@./run.sh
+
+check: ## run ruff, and quick tests that need no model
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest $(BOTH_CORES) $(QUICK:%=tests/%.py)
 
 test: ## run the tests, with the default model
 	@./run.sh setup test

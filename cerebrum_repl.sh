@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Cerebrum in a terminal: type code and watch it being completed. See --help and :help.
 #
-# Needs bash 4.2, curl and python3 (3.6 or newer). A completion is one pipeline: curl | json_events | a loop.
-# json_events is one process for the whole stream and turns each server-sent event into a line, which the
-# loop prints. The loop runs in this shell (lastpipe) because it sets variables. Ctrl-C reaches curl
-# directly: the connection closes, and the server stops generating.
+# Needs bash 4.2, curl and python3 (3.6 or newer). A completion is a pipeline of curl, json_events
+# and a loop. json_events is one process for the whole stream and turns each server-sent event into
+# a line, which the loop prints. The loop runs in this shell (lastpipe) because it sets variables.
+# Ctrl-C reaches curl directly: the connection closes, and the server stops generating.
 
 set -u
 shopt -s lastpipe || exit 1
 
-# ------------------------------------------------------------------------------------ settings and state
+# ------------------------------------------------------------------------------- settings and state
 
 PROGRAM=${0##*/}
 URL=${CEREBRUM_URL-} # empty: see find_pi
@@ -30,8 +30,8 @@ LIST_SECONDS=10 # for an answer that needs no model: a server that hangs must no
 #     before, after   the text on both sides of the gap; both empty after an instruction
 #     completion      what was generated for the gap, byte for byte
 #     result          before + completion + after; for an instruction the completion alone
-# A command prepares them in $NEXT. Once the answer is complete, $LAST is the last result. A command without an
-# answer changes neither the last result nor its file nor the language.
+# A command prepares them in $NEXT. Once the answer is complete, $LAST is the last result. A command
+# without an answer changes neither the last result nor its file nor the language.
 WORK=$(mktemp -d "${TMPDIR:-/tmp}/cerebrum.XXXXXX") || exit 1
 trap 'rm -rf "$WORK"' EXIT
 NEXT=$WORK/none
@@ -41,9 +41,10 @@ UNFIT=''       # why the last result must not be written to $FILE; empty if it m
 INTERRUPTED='' # set by Ctrl-C
 PROGRESS=''    # set while progress is on the screen
 FILTER=''      # set when the program is a filter and prints nothing but the completion
-MODEL_INK='' ADDED_INK='' REMOVED_INK='' PLAIN_INK='' # PLAIN_INK ends a colour; all are empty without colours
+# PLAIN_INK ends a colour. All are empty without colours.
+MODEL_INK='' ADDED_INK='' REMOVED_INK='' PLAIN_INK=''
 
-# ------------------------------------------------------------------------------------------ the terminal
+# ------------------------------------------------------------------------------------- the terminal
 
 die() {
 	printf '%s: %s\n' "$PROGRAM" "$1" >&2
@@ -55,17 +56,20 @@ complain() {
 	return 1
 }
 
-# start_colours: uses colours if stdout is a terminal that has them and the user allows them (https://no-color.org).
-# Bash sets TERM to "dumb" if it is unset. Magenta is as easy to read on black as on white.
+# start_colours: uses colours if stdout is a terminal that has them and the user allows them
+# (https://no-color.org). Bash sets TERM to "dumb" if it is unset. Magenta is as easy to read on
+# black as on white.
 start_colours() {
 	[[ -t 1 && -z ${NO_COLOR-} && -n ${TERM-} && $TERM != dumb ]] || return 0
 	MODEL_INK=$'\e[35m' ADDED_INK=$'\e[32m' REMOVED_INK=$'\e[31m' PLAIN_INK=$'\e[m'
 }
 
-# print_text TEXT [INK]: prints a text without its control characters: a model must not control the terminal. Each
-# text ends its own colour, so that the terminal has its usual colour between two tokens. Ctrl-C discards what a slow
-# terminal has not shown yet: then printf fails, and the colour is ended once more.
-C0=$'\001\002\003\004\005\006\007\010\013\014\015\016\017\020\021\022\023\024\025\026\027\030\031\032\033\034\035\036\037\177'
+# print_text TEXT [INK]: prints a text without its control characters: a model must not control the
+# terminal. Each text ends its own colour, so that the terminal has its usual colour between two
+# tokens. Ctrl-C discards what a slow terminal has not shown yet: then printf fails, and the colour
+# is ended once more.
+C0=$'\001\002\003\004\005\006\007\010\013\014\015\016\017\020\021\022\023'
+C0+=$'\024\025\026\027\030\031\032\033\034\035\036\037\177'
 print_text() {
 	local LC_ALL=C # so that a pattern matches bytes
 	local text=${1//["$C0"]/}
@@ -97,7 +101,8 @@ print_part() {
 	print_text "${text%.}"
 }
 
-# show_progress STAGE PERCENT: on stderr, if that is a terminal. Nobody knows how long waiting in the queue takes.
+# show_progress STAGE PERCENT: on stderr, if that is a terminal. Nobody knows how long waiting in
+# the queue takes.
 show_progress() {
 	local label
 	[[ -t 2 ]] || return 0
@@ -116,12 +121,12 @@ clear_progress() {
 	PROGRESS=''
 }
 
-# -------------------------------------------------------------------------------------------------- JSON
+# --------------------------------------------------------------------------------------------- JSON
 
 command -v python3 >/dev/null || die "needs python3"
 
-# json_object [--arg NAME TEXT | --argjson NAME JSON | --rawfile NAME PATH]...: prints an object of these
-# members, without those that are empty strings.
+# json_object [--arg NAME TEXT | --argjson NAME JSON | --rawfile NAME PATH]...: prints an object of
+# these members, without those that are empty strings.
 json_object() {
 	python3 -ISc '
 import json, sys
@@ -129,16 +134,18 @@ members = {}
 for kind, name, value in zip(*[iter(sys.argv[1:])] * 3):
     if kind == "--rawfile":
         value = open(value, encoding="utf-8", errors="replace", newline="").read()
-    members[name] = json.loads(value) if kind == "--argjson" else value.encode("utf-8", "replace").decode()
+    is_json = kind == "--argjson"
+    members[name] = json.loads(value) if is_json else value.encode("utf-8", "replace").decode()
 print(json.dumps({name: value for name, value in members.items() if value != ""}))' "$@"
 }
 
-# json_events: turns server-sent events, or the JSON error that came in their place, into lines, each
-# printed at once:
-#     token TEXT · progress STAGE PERCENT · done MODE REASON KEPT TOKENS SECONDS MODEL · error TEXT
+# json_events: turns server-sent events, or the JSON error that came in their place, into lines,
+# each printed at once:
+#     token TEXT · progress STAGE PERCENT · error TEXT
+#     done MODE REASON KEPT TOKENS SECONDS MODEL
 # KEPT is "all", or "part" if the prompt was too long for the model and was sent in part. In TEXT a
-# backslash is \0134, a newline \n and NUL \0000, for printf %b. The "status" line that curl adds at the
-# end passes unchanged.
+# backslash is \0134, a newline \n and NUL \0000, for printf %b. The "status" line that curl adds at
+# the end passes unchanged.
 json_events() {
 	python3 -ISc '
 import json, signal, sys
@@ -154,7 +161,8 @@ def event(e):
     if e.get("done"):
         kept = "all" if e.get("kept", {}).get("parts", ["all"]) == ["all"] else "part"
         e = {"mode": "complete", "finish_reason": "stop", **e, "kept": kept}
-        return "done {mode} {finish_reason} {kept} {total_tokens} {inference_time:.1f} {model}".format(**e)
+        line = "done {mode} {finish_reason} {kept} {total_tokens} {inference_time:.1f} {model}"
+        return line.format(**e)
     return "error " + escaped("{code}: {message}".format(**e)) if e.get("error") else ""
 for line in sys.stdin.buffer:
     line = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -169,8 +177,9 @@ for line in sys.stdin.buffer:
     sys.stdout.flush()'
 }
 
-# json_table VIEW CHOSEN: prints an answer of the API for a person: its models, of which CHOSEN is marked, their
-# languages, or its members (VIEW is models, languages or members). For an error, prints the reason and fails.
+# json_table VIEW CHOSEN: prints an answer of the API for a person: its models, of which CHOSEN is
+# marked, their languages, or its members (VIEW is models, languages or members). For an error,
+# prints the reason and fails.
 json_table() {
 	python3 -ISc '
 import json, sys
@@ -191,9 +200,11 @@ if view == "models":
     mark = {chosen: "* "}
     rows = [(mark.get(m["id"], "  ") + m["id"], state(m), m.get("parameters", "")) for m in models]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width) for row in rows]
+    cells = [[cell.ljust(width) for cell, width in zip(row, widths) if width] for row in rows]
+    lines = ["  ".join(row) for row in cells]
     lines += ["the VPS cannot be reached"] * (away == "unknown")
-    lines += ["preferred for {}: {}".format(kind, ", ".join(ids)) for kind, ids in answer.get("prefer", {}).items()]
+    for kind, ids in answer.get("prefer", {}).items():
+        lines.append("preferred for {}: {}".format(kind, ", ".join(ids)))
 elif view == "languages":
     served = {language for m in models for language in m.get("languages", [])}
     lines = [" ".join(sorted(served))] * bool(served)
@@ -205,29 +216,34 @@ for line in lines:
     print(line.rstrip())' "$@"
 }
 
-# ----------------------------------------------------------------------------------------------- the API
+# ------------------------------------------------------------------------------------------ the API
 
-# call_api PATH [CURL OPTION]...: passes the key through a pipe, since `ps` shows arguments. A proxy could not reach the
-# home network, and would see the key and the code.
+# call_api PATH [CURL OPTION]...: passes the key through a pipe, since `ps` shows arguments. A proxy
+# could not reach the home network, and would see the key and the code.
 call_api() {
 	local path=$1
 	shift
-	curl -qsS --noproxy '*' --connect-timeout 5 -H @<(printf '%s' "${KEY:+X-API-Key: $KEY}") "$@" "$URL$path"
+	curl -qsS --noproxy '*' --connect-timeout 5 -H @<(printf '%s' "${KEY:+X-API-Key: $KEY}") \
+		"$@" "$URL$path"
 }
 
-# find_pi: sets URL to the Pi that Avahi finds on this network. Without one, or with more than one, to this machine. The
-# address is used, not the name: Avahi may have changed the name, and not every machine can look it up.
+# find_pi: sets URL to the Pi that Avahi finds on this network. Without one, or with more than one,
+# to this machine. The address is used, not the name: Avahi may have changed the name, and not every
+# machine can look it up.
 find_pi() {
-	local event protocol host address port answer=''
+	local event protocol host address port how answer=''
 	local -A found
-	while IFS=';' read -r event _ protocol _ _ _ host address port _; do # a line for each of its networks
+	# A line for each of its networks.
+	while IFS=';' read -r event _ protocol _ _ _ host address port _; do
 		[[ ! $event$protocol$address$port =~ ^=IPv4[0-9.]+$ ]] || found[$host]=$address:$port
 	done < <(avahi-browse -prt _cerebrum._tcp 2>/dev/null)
 	((${#found[@]} < 2)) || complain "found ${found[*]}; --url chooses one" || true
-	if ((${#found[@]} == 1)) && [[ -n $KEY ]]; then # anybody on this network can say that this is the Pi
+	# Anybody on this network can say that this is the Pi.
+	if ((${#found[@]} == 1)) && [[ -n $KEY ]]; then
 		[[ ! -t 0 ]] || read -r -p "Send the key to ${found[*]}, which Avahi found? [y/N] " answer
+		how="if that is your Pi: --url http://${found[*]}"
 		[[ $answer == [yY]* ]] ||
-			die "the key is not sent to ${found[*]}, which Avahi found; if that is your Pi: --url http://${found[*]}"
+			die "the key is not sent to ${found[*]}, which Avahi found; $how"
 	fi
 	((${#found[@]} == 1)) || found=([this]=127.0.0.1:7000)
 	URL=http://${found[*]}
@@ -247,7 +263,7 @@ print_table() {
 	print_part "$WORK/table"
 }
 
-# ------------------------------------------------------------------------------------------- completions
+# -------------------------------------------------------------------------------------- completions
 
 # prepare: makes a new $NEXT.
 prepare() {
@@ -255,9 +271,9 @@ prepare() {
 	NEXT=$(mktemp -d "$WORK/XXXXXX") && touch "$NEXT"/{original,before,after}
 }
 
-# ask MODE FILE LANGUAGE [MEMBER]...: fills the gap in $NEXT, prints the completion as it arrives, and
-# makes it the last result. FILE is empty for a plain prompt. MEMBERs are added to the request, in
-# json_object's form. Fails unless the completion came to its end.
+# ask MODE FILE LANGUAGE [MEMBER]...: fills the gap in $NEXT, prints the completion as it arrives,
+# and makes it the last result. FILE is empty for a plain prompt. MEMBERs are added to the request,
+# in json_object's form. Fails unless the completion came to its end.
 ask() {
 	local mode=$1 file=$2 language=$3 line kind rest stage percent
 	local finished='' reason='' kept='' tokens='' seconds='' model='' status='' message='' full=''
@@ -306,26 +322,30 @@ ask() {
 		make_result "$mode" "$file" || full=yes
 		[[ -z $full ]] || message="no room for the whole result in ${TMPDIR:-/tmp}"
 		rm -rf "$LAST"
-		LAST=$NEXT FILE=$file LANGUAGE=$language UNFIT=${message:-$(unfit "$mode" "$kept" "$reason")}
+		UNFIT=${message:-$(unfit "$mode" "$kept" "$reason")}
+		LAST=$NEXT FILE=$file LANGUAGE=$language
 	fi
 	[[ -z $FILTER ]] || message=${message:-$UNFIT}
 	[[ -z $message ]] || { complain "$message"; return; }
 	[[ -n $FILTER ]] || print_text "[$tokens tokens in $seconds s, $model, $reason]"$'\n'
 }
 
-# unfit MODE KEPT REASON: prints why a finished completion must not replace a file; prints nothing if it may. Only the
-# answer to an instruction replaces text; other completions add to it.
+# unfit MODE KEPT REASON: prints why a finished completion must not replace a file; prints nothing
+# if it may. Only the answer to an instruction replaces text; other completions add to it.
 unfit() {
 	case $1:$2:$3 in
 		instruct:part:*) printf 'made from a part of the text, which is too long for the model' ;;
 		instruct:*:length) printf 'cut off at %d tokens' "$TOKENS" ;;
 		instruct:*:repeat) printf 'the model began to repeat itself' ;;
-		instruct:all:stop | instruct:all:block) grep -q '[^[:space:]]' "$NEXT/completion" || printf 'the answer is empty' ;;
+		instruct:all:stop | instruct:all:block)
+			grep -q '[^[:space:]]' "$NEXT/completion" || printf 'the answer is empty'
+			;;
 		instruct:*) printf 'the answer broke off' ;;
 	esac
 }
 
-MARK=$'\xef\xbb\xbf' # the byte order mark, which some files of Windows begin with; no model sees it or writes it
+# The byte order mark, which some files of Windows begin with; no model sees it or writes it.
+MARK=$'\xef\xbb\xbf'
 
 # make_result MODE FILE. A changed file ends in a newline unless the original has none.
 make_result() {
@@ -336,7 +356,8 @@ make_result() {
 		{
 			! head -c 3 "$NEXT/original" | grep -qF "$MARK" || printf '%s' "$MARK"
 			cat "$NEXT/completion"
-			if lacks_newline "$NEXT/completion" && ! { [[ -n $2 ]] && lacks_newline "$NEXT/original"; }; then
+			if lacks_newline "$NEXT/completion" &&
+				! { [[ -n $2 ]] && lacks_newline "$NEXT/original"; }; then
 				echo
 			fi
 		} | match_line_ends
@@ -347,13 +368,15 @@ lacks_newline() {
 	[[ -s $1 && -n $(tail -c 1 "$1") ]]
 }
 
-# match_line_ends: copies stdin. A line that the original has too gets its line end, and a new one that of the original
-# if it has only one kind. A model answers in LF.
+# match_line_ends: copies stdin. A line that the original has too gets its line end, and a new one
+# that of the original if it has only one kind. A model answers in LF.
 match_line_ends() {
 	[[ -s $NEXT/original ]] || { cat; return; }
 	python3 -ISc '
 import difflib, re, sys
-old, new = (re.findall(br"(.*?)(\r?\n|\Z)", file.read()) for file in (open(sys.argv[1], "rb"), sys.stdin.buffer))
+line = re.compile(br"(.*?)(\r?\n|\Z)")
+old = line.findall(open(sys.argv[1], "rb").read())
+new = line.findall(sys.stdin.buffer.read())
 kinds = {end for _, end in old if end}
 ends = [end and (min(kinds) if len(kinds) == 1 else end) for _, end in new]
 lines = [[line for line, _ in text] for text in (old, new)]
@@ -363,9 +386,10 @@ for at, to, size in difflib.SequenceMatcher(None, *lines).get_matching_blocks():
 sys.stdout.buffer.write(b"".join(line + end for line, end in zip(lines[1], ends)))' "$NEXT/original"
 }
 
-# ------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
-# language_of PATH: prints the language of a file by its name, as the server lists names, or else the current language.
+# language_of PATH: prints the language of a file by its name, as the server lists names, or else
+# the current language.
 language_of() {
 	call_api /v1/models -m "$LIST_SECONDS" 2>/dev/null | python3 -ISc '
 import json, sys
@@ -380,7 +404,8 @@ expand_home() {
 	printf '%s' "${1/#~\//"${HOME-}"/}"
 }
 
-# read_original PATH: copies a file to $NEXT/original. Other bytes than text would come back changed.
+# read_original PATH: copies a file to $NEXT/original. Other bytes than text would come back
+# changed.
 read_original() {
 	local odd
 	[[ ! -d $1 ]] || { complain "$1: expected a file, got a folder"; return; }
@@ -394,12 +419,14 @@ try:
 except UnicodeDecodeError as error:
     at = error.start
 if at >= 0:
-    print("the byte {:#04x} in line {}".format(text[at], text.count(b"\n", 0, at) + 1))' <"$NEXT/original")
+    line = text.count(b"\n", 0, at) + 1
+    print("the byte {:#04x} in line {}".format(text[at], line))' <"$NEXT/original")
 	[[ -z $odd ]] || complain "$1: expected text in UTF-8, got $odd"
 }
 
-# replace_file SOURCE PATH: puts a copy of SOURCE at PATH in one step: until the copy is on the disk, the old file
-# stays. It keeps its mode, owner, ACL and the links that lead to it. On failure prints the reason.
+# replace_file SOURCE PATH: puts a copy of SOURCE at PATH in one step: until the copy is on the
+# disk, the old file stays. It keeps its mode, owner, ACL and the links that lead to it. On failure
+# prints the reason.
 replace_file() {
 	python3 -ISc '
 import errno, os, shutil, signal, stat, sys
@@ -434,11 +461,12 @@ except OSError as error:
 diff_files() {
 	diff -u --label "$3" --label "$3 (new)" "$1" "$2" >"$WORK/diff" && echo "no change"
 	[[ -n $PLAIN_INK ]] || { print_file "$WORK/diff"; return; }
-	print_part "$WORK/diff" | LC_ALL=C sed "s/^+.*/$ADDED_INK&$PLAIN_INK/; s/^-.*/$REMOVED_INK&$PLAIN_INK/" ||
+	print_part "$WORK/diff" |
+		LC_ALL=C sed "s/^+.*/$ADDED_INK&$PLAIN_INK/; s/^-.*/$REMOVED_INK&$PLAIN_INK/" ||
 		printf '%s' "$PLAIN_INK" # Ctrl-C may have left a colour on
 }
 
-# ---------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 cmd_usage() {
 	cat <<-EOF
@@ -449,14 +477,15 @@ cmd_usage() {
 	  -m, --model ID        the model (default: the server's choice for the language)
 	  -n, --tokens N        at most N tokens, 1 to $MAX_TOKENS (default: $TOKENS)
 	  -t, --temp T          the temperature, 0 to 1 (default: $TEMPERATURE)
-	      --url URL         the address of Cerebrum (default: \$CEREBRUM_URL, else the only one that Avahi finds on
-	                        this network, which gets no key unasked, else http://127.0.0.1:7000)
+	      --url URL         the address of Cerebrum (default: \$CEREBRUM_URL, else the only one that
+	                        Avahi finds on this network, which gets no key unasked, else
+	                        http://127.0.0.1:7000)
 	  -h, --help
 
-	With - one newline at the end of stdin is dropped, since echo adds one. The exit status is 0 if the
-	completion reached its end, 1 if it did not, and 2 if an argument was wrong.
-	If \$CEREBRUM_CM4_API_KEY is set, its key is sent as X-API-Key. If \$NO_COLOR is not empty, nothing is
-	coloured; the output of -, and what goes to a file or a pipe, never is.
+	With - one newline at the end of stdin is dropped, since echo adds one. The exit status is 0 if
+	the completion reached its end, 1 if it did not, and 2 if an argument was wrong.
+	If \$CEREBRUM_CM4_API_KEY is set, its key is sent as X-API-Key. If \$NO_COLOR is not empty,
+	nothing is coloured; the output of -, and what goes to a file or a pipe, never is.
 	EOF
 }
 
@@ -466,7 +495,7 @@ cmd_help() {
 
 	  :multi                type several lines; :done sends them
 	  :file PATH            complete a file at its end
-	  :infill PATH:LINE     fill the gap at the end of line LINE, between the text before and after it
+	  :infill PATH:LINE     fill the gap at the end of line LINE, between the texts around it
 	  :do INSTRUCTION       change the last result as instructed and show the difference
 	  :do @PATH INSTRUCTION change a file; write @"PATH" if the path has spaces
 	  :write                write the last result to its file
@@ -480,8 +509,8 @@ cmd_help() {
 	  :stats                show the state of the server
 	  :exit                 leave; so does Ctrl-D
 
-	Ctrl-C stops a completion. On a terminal with colours, what the model writes and what a difference adds and
-	removes are coloured, unless $NO_COLOR is set.
+	Ctrl-C stops a completion. On a terminal with colours, what the model writes and what a
+	difference adds and removes are coloured, unless $NO_COLOR is set.
 	EOF
 }
 
@@ -514,7 +543,8 @@ cmd_infill() {
 	[[ $1 == ?*:* && $number =~ ^[1-9][0-9]{0,8}$ ]] ||
 		{ complain "expected :infill PATH:LINE, with lines counted from 1"; return; }
 	prepare && read_original "$path" || return
-	((number <= $(grep -c '' "$NEXT/original"))) || { complain "$path has no line $number"; return; }
+	((number <= $(grep -c '' "$NEXT/original"))) ||
+		{ complain "$path has no line $number"; return; }
 	size=$(head -n "$number" "$NEXT/original" | sed $'$s/\r$//' | wc -c)
 	[[ -n $(head -n "$number" "$NEXT/original" | tail -c 1) ]] || size=$((size - 1))
 	head -c "$size" "$NEXT/original" >"$NEXT/before" || return
@@ -526,9 +556,10 @@ cmd_infill() {
 	fi
 }
 
-# A changed file is about as long as the original, so the token limit is raised to the length of the file.
+# A changed file is about as long as the original, so the token limit is raised to the length of the
+# file.
 cmd_do() {
-	local instruction=$1 path=$FILE language=$LANGUAGE base='' TOKENS=$TOKENS size
+	local instruction=$1 path=$FILE language=$LANGUAGE base='' TOKENS=$TOKENS size text
 	local of_file='^@("([^"]+)"|([^[:space:]]+))[[:space:]]+(.+)$'
 	prepare || return
 	if [[ $1 =~ $of_file ]]; then
@@ -539,13 +570,15 @@ cmd_do() {
 	elif [[ -n $instruction && -s $LAST/result ]]; then
 		base=$UNFIT
 		sed "1s/^$MARK//" "$LAST/result" >"$NEXT/before" || return
-		if [[ -n $FILE ]]; then cat "$LAST/original"; else cat "$LAST/result"; fi >"$NEXT/original" || return
+		if [[ -n $FILE ]]; then text=original; else text=result; fi
+		cat "$LAST/$text" >"$NEXT/original" || return
 	else
 		complain 'expected :do INSTRUCTION after a completion, or :do @PATH INSTRUCTION'
 		return
 	fi
 	size=$(wc -c <"$NEXT/before")
-	((size = size / 3 + 64, TOKENS = size > MAX_TOKENS ? MAX_TOKENS : size > TOKENS ? size : TOKENS))
+	((size = size / 3 + 64, size = size > MAX_TOKENS ? MAX_TOKENS : size))
+	((TOKENS = size > TOKENS ? size : TOKENS))
 	ask instruct "$path" "$language" --arg instruction "$instruction" || return
 	[[ -z $base ]] || UNFIT='made from a result that is not whole'
 	[[ -z $UNFIT ]] || { complain "$UNFIT, so :write will refuse it"; return; }
@@ -554,10 +587,14 @@ cmd_do() {
 
 cmd_write() {
 	local reason
-	[[ -n $FILE ]] || { complain "the last result belongs to no file; save it by :save PATH"; return; }
-	[[ -z $UNFIT ]] || { complain "the last result is not whole; :save PATH saves it nevertheless"; return; }
-	cmp -s -- "$LAST/original" "$FILE" || { complain "$FILE has changed since it was read"; return; }
-	reason=$(replace_file "$LAST/result" "$FILE") || { complain "$FILE: $reason; the file is unchanged"; return; }
+	[[ -n $FILE ]] ||
+		{ complain "the last result belongs to no file; save it by :save PATH"; return; }
+	[[ -z $UNFIT ]] ||
+		{ complain "the last result is not whole; :save PATH saves it nevertheless"; return; }
+	cmp -s -- "$LAST/original" "$FILE" ||
+		{ complain "$FILE has changed since it was read"; return; }
+	reason=$(replace_file "$LAST/result" "$FILE") ||
+		{ complain "$FILE: $reason; the file is unchanged"; return; }
 	cat "$LAST/result" >"$LAST/original" || return
 	echo "wrote $FILE"
 }
@@ -574,7 +611,8 @@ cmd_save() {
 	[[ -n $path ]] || { complain "expected :save PATH"; return; }
 	[[ -s $LAST/result ]] || { complain "there is no result yet"; return; }
 	[[ ! -s $path || -n ${2-} ]] || { complain "$path exists; :save! $path replaces it"; return; }
-	reason=$(replace_file "$LAST/result" "$path") || { complain "$path: $reason; nothing was saved"; return; }
+	reason=$(replace_file "$LAST/result" "$path") ||
+		{ complain "$path: $reason; nothing was saved"; return; }
 	echo "saved $path"
 }
 
@@ -606,11 +644,11 @@ cmd_temp() {
 	echo "temperature: $TEMPERATURE"
 }
 
-# -------------------------------------------------------------------------------------- the conversation
+# --------------------------------------------------------------------------------- the conversation
 
-# Bash does not leave `read -e` on a signal that it traps. While a line is read, Ctrl-C is therefore bound to a key
-# that inserts itself and ends the line. And `read` takes only the first of several lines pasted at once, so Return
-# first replaces the newlines among them by NEWLINE.
+# Bash does not leave `read -e` on a signal that it traps. While a line is read, Ctrl-C is therefore
+# bound to a key that inserts itself and ends the line. And `read` takes only the first of several
+# lines pasted at once, so Return first replaces the newlines among them by NEWLINE.
 NEWLINE=$'\036'
 hide_newlines() {
 	READLINE_LINE=${READLINE_LINE//$'\n'/$NEWLINE}
@@ -623,7 +661,8 @@ start_readline() {
 		bind -m "$map" -x '"\C-x\C-m": hide_newlines'
 		bind -m "$map" '"\C-m": "\C-x\C-m\C-j"'
 	done 2>/dev/null # bash warns that line editing is off, but `read -e` turns it on
-	(umask 077 && mkdir -p "${HISTORY%/*}" && touch "$HISTORY") || die "cannot keep the history in $HISTORY"
+	(umask 077 && mkdir -p "${HISTORY%/*}" && touch "$HISTORY") ||
+		die "cannot keep the history in $HISTORY"
 	history -r "$HISTORY"
 }
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes keys for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts them into files: the key between the
-# Pi and the VPS, and the keys of the Pi's clients, each with a name.
+# Makes keys for X-API-Key, 32 random bytes written URL-safe (43 characters), and puts them into
+# files: the key between the Pi and the VPS, and the keys of the Pi's clients, each with a name.
 #
-# No key is passed as an argument or variable, which `ps` would show. Every draft is on the disk before a
-# file is replaced, and each file is replaced in one step: a bad path, a full disk or a power cut loses no key.
+# No key is passed as an argument or variable, which `ps` would show. Every draft is on the disk
+# before a file is replaced, and each file is replaced in one step: a bad path, a full disk or a
+# power cut loses no key.
 set -euo pipefail
 export LC_ALL=C # copies an .env byte for byte, whatever its encoding
 umask 077
@@ -11,27 +12,34 @@ umask 077
 HERE=$(dirname -- "$(readlink -f -- "$0")")
 MAX_CLIENTS=32 # the daemon reads no more
 MAX_PLACES=64
-FIRST_WORD=$'^(\xef\xbb\xbf)?[[:space:]]*([^[:space:]]*)' # behind the byte order mark of an editor on Windows
+# Behind the byte order mark of an editor on Windows.
+FIRST_WORD=$'^(\xef\xbb\xbf)?[[:space:]]*([^[:space:]]*)'
 
 usage() {
 	cat <<-EOF
 	Usage: ${0##*/}                    print a new key
-	       ${0##*/} --write FILE...    write a new key; a key that FILE has stays valid behind it: "new,old"
-	       ${0##*/} --set FILE...      write the key typed at the prompt, or the first line of stdin
+	       ${0##*/} --write FILE...    write a new key; a key that FILE has stays
+	                                              valid behind it: "new,old"
+	       ${0##*/} --set FILE...      write the key typed at the prompt, or the first
+	                                              line of stdin
 	       ${0##*/} --client NAME [PLACES]
-	                                              make a key for a client of the Pi, and print it; with PLACES a
-	                                              guest, who gets so many places at most
+	                                              make a key for a client of the Pi, and
+	                                              print it; with PLACES a guest, who gets so
+	                                              many places at most
 	       ${0##*/} --revoke NAME      take a client's key back
 
-	A FILE that is named like a variable, /etc/credstore/CEREBRUM_API_KEY, holds the key alone. Any other is
-	an .env, which keeps its other lines and has the key as CEREBRUM_API_KEY. Each FILE is created if absent
-	and becomes mode 600. To replace a key at once:  ${0##*/} | ${0##*/} --set FILE
+	A FILE that is named like a variable, /etc/credstore/CEREBRUM_API_KEY, holds the key alone. Any
+	other is an .env, which keeps its other lines and has the key as CEREBRUM_API_KEY. Each FILE is
+	created if absent and becomes mode 600. To replace a key at once:
+	${0##*/} | ${0##*/} --set FILE
 
-	The Pi and the VPS need the same key: --write it on the one, --set it on the other. Neither prints the
-	key. --set accepts a line "CEREBRUM_API_KEY=...", as an .env has it, and takes the first key of "new,old".
+	The Pi and the VPS need the same key: --write it on the one, --set it on the other. Neither
+	prints the key. --set accepts a line "CEREBRUM_API_KEY=...", as an .env has it, and takes the
+	first key of "new,old".
 
-	The clients' keys are in \$CEREBRUM_CM4_KEYS_FILE, which the settings beside this script may also name, or else in
-	client-keys beside this script. Once that file exists, every client of the Pi needs a key.
+	The clients' keys are in \$CEREBRUM_CM4_KEYS_FILE, which the settings beside this script may
+	also name, or else in client-keys beside this script. Once that file exists, every client of the
+	Pi needs a key.
 	EOF
 }
 
@@ -47,7 +55,8 @@ new_key() {
 	printf '%s\n' "$key"
 }
 
-# read_key: prints the key from stdin. Runs in a subshell, which turns the echo of a terminal on again when it ends.
+# read_key: prints the key from stdin. Runs in a subshell, which turns the echo of a terminal on
+# again when it ends.
 read_key() {
 	local key
 	if [[ -t 0 ]]; then
@@ -61,15 +70,18 @@ read_key() {
 	key=${key#CEREBRUM_*API_KEY=}
 	key=${key%%,*}
 	# Characters that need no quotes in an .env, for systemd and for the daemons.
-	[[ $key =~ ^[A-Za-z0-9._~+/=-]+$ ]] || die "expected a key of letters, digits and ._~+/=- on stdin, got something else"
+	[[ $key =~ ^[A-Za-z0-9._~+/=-]+$ ]] ||
+		die "expected a key of letters, digits and ._~+/=- on stdin, got something else"
 	printf '%s\n' "$key"
 }
 
-# with_key --write|--set KEY FILE: copies the FILE from stdin to stdout with the key set, in an .env at its first place
-# or at the end. In plain bash, since `ps` would show the key as an argument of awk or sed.
+# with_key --write|--set KEY FILE: copies the FILE from stdin to stdout with the key set, in an .env
+# at its first place or at the end. In plain bash, since `ps` would show the key as an argument of
+# awk or sed.
 with_key() {
-	local keys=$2 label=CEREBRUM_API_KEY= begin='^[[:space:]]*(export[[:space:]]+)?CEREBRUM_API_KEY[[:space:]]*='
-	local lines=() n place='' value old=''
+	local begin='^[[:space:]]*(export[[:space:]]+)?CEREBRUM_API_KEY[[:space:]]*='
+	local keys=$2 label=CEREBRUM_API_KEY=
+	local lines=() n place='' value old='' how
 	[[ ! ${3##*/} =~ ^[A-Z][A-Z0-9_]*$ ]] || label='' begin='^'
 	mapfile -t lines
 	for n in "${!lines[@]}"; do
@@ -81,14 +93,16 @@ with_key() {
 		if [[ -z $place ]]; then place=$n; else unset "lines[n]"; fi
 	done
 	if [[ $1 == --write && -n $old ]]; then
-		[[ $old != *,* ]] || die "$3: expected one key at most, got two: --set the one that stays, then --write again"
+		how='--set the one that stays, then --write again'
+		[[ $old != *,* ]] || die "$3: expected one key at most, got two: $how"
 		keys+=,$old
 	fi
 	lines[${place:-${#lines[@]}}]=$label$keys
 	printf '%s\n' "${lines[@]}"
 }
 
-# with_client NAME KEY PLACES FILE: copies the FILE of clients' keys from stdin to stdout with this client behind the others.
+# with_client NAME KEY PLACES FILE: copies the FILE of clients' keys from stdin to stdout with this
+# client behind the others.
 with_client() {
 	local line name count=0
 	while IFS= read -r line || [[ -n $line ]]; do
@@ -97,7 +111,8 @@ with_client() {
 		[[ -z $name || $name == '#'* ]] || ((++count))
 		printf '%s\n' "$line"
 	done
-	((count < MAX_CLIENTS)) || die "$4: has $MAX_CLIENTS names, which is the most; --revoke one first"
+	((count < MAX_CLIENTS)) ||
+		die "$4: has $MAX_CLIENTS names, which is the most; --revoke one first"
 	printf '%s\n' "$1 $2${3:+ $3}"
 }
 
@@ -114,19 +129,21 @@ without_client() {
 targets=() drafts=() # the files to replace, and beside each the file that replaces it
 trap '((${#drafts[@]} == 0)) || rm -f -- "${drafts[@]}"' EXIT
 
-# edit FILE SIBLING COMMAND...: makes the draft of a FILE, from what COMMAND prints; COMMAND reads the present FILE. A new
-# FILE gets the owner of its SIBLING, if there is one.
+# edit FILE SIBLING COMMAND...: makes the draft of a FILE, from what COMMAND prints; COMMAND reads
+# the present FILE. A new FILE gets the owner of its SIBLING, if there is one.
 edit() {
 	local file=$1 target draft source=/dev/null
 	target=$(readlink -f -- "$file") || die "$file: no such directory"
-	[[ ! -e $target || (-f $target && -r $target) ]] || die "$file: expected a regular file that can be read"
+	[[ ! -e $target || (-f $target && -r $target) ]] ||
+		die "$file: expected a regular file that can be read"
 	draft=$(mktemp -- "$target.XXXXXX" 2>/dev/null) || die "$file: cannot write in its directory"
 	targets+=("$target")
 	drafts+=("$draft")
 	[[ ! -e $target ]] || source=$target
 	"${@:3}" <"$source" >"$draft"
 	[[ $source != /dev/null || ! -e $2 ]] || target=$2
-	[[ ! -e $target ]] || chown --reference="$target" -- "$draft" 2>/dev/null || die "$target: belongs to another user"
+	[[ ! -e $target ]] || chown --reference="$target" -- "$draft" 2>/dev/null ||
+		die "$target: belongs to another user"
 }
 
 # replace: puts the drafts into the places of their files.
@@ -154,12 +171,13 @@ put_key() {
 	echo "key set in: $*"
 }
 
-# setting NAME: prints the daemon's setting, from the environment or from the .env beside this script.
+# setting NAME: prints the daemon's setting, from the environment or else from .env beside here.
 setting() {
 	if [[ -n ${!1-} ]]; then
 		printf '%s\n' "${!1}"
 	elif [[ -e $HERE/.env ]]; then
-		sed -nE "s/^[[:space:]]*(export[[:space:]]+)?$1=[\"']?([^\"']*)[\"']?[[:space:]]*\$/\2/p" "$HERE/.env" | tail -n 1
+		local name="^[[:space:]]*(export[[:space:]]+)?$1="
+		sed -nE "s/${name}[\"']?([^\"']*)[\"']?[[:space:]]*\$/\2/p" "$HERE/.env" | tail -n 1
 	fi
 }
 
@@ -171,7 +189,8 @@ address() {
 	if [[ -n $certificate ]]; then
 		scheme=https
 		names=$(openssl x509 -in "$certificate" -noout -ext subjectAltName 2>/dev/null |
-			grep -oE '(DNS|IP Address):[^*,[:space:]]+' | sort -st: -k1,1 | cut -d: -f2-) || names=''
+			grep -oE '(DNS|IP Address):[^*,[:space:]]+' | sort -st: -k1,1 |
+			cut -d: -f2-) || names=''
 	fi
 	grep -qixF -- "$host" <<<"$names" || host=$(head -n 1 <<<"${names:-$host}")
 	[[ $host != *:* ]] || host="[$host]"
@@ -180,11 +199,12 @@ address() {
 
 # put_client --client|--revoke NAME [PLACES]
 put_client() {
-	local command=$1 name=${2-} places=${3-} usage='nothing' key file link
+	local command=$1 name=${2-} places=${3-} usage='nothing' key file link setting
 	[[ $command != --client ]] || usage="a number of places from 1 to $MAX_PLACES"
 	[[ $name =~ ^[A-Za-z0-9._-]{1,32}$ ]] ||
 		die "expected a name of 1 to 32 letters, digits and ._- after $command, got '$name'" 2
-	[[ $# == 2 || ($command == --client && $# == 3 && $places =~ ^[1-9][0-9]?$ && $places -le MAX_PLACES) ]] ||
+	[[ $# == 2 || ($command == --client && $# == 3 &&
+		$places =~ ^[1-9][0-9]?$ && $places -le MAX_PLACES) ]] ||
 		die "expected $usage, got '${*:3}' after the name" 2
 	file=$(setting CEREBRUM_CM4_KEYS_FILE)
 	file=${file:-$HERE/client-keys}
@@ -193,7 +213,8 @@ put_client() {
 		key=$(new_key)
 		edit "$file" "$HERE/.env" with_client "$name" "$key" "$places" "$file"
 		if [[ $EUID == 0 && ! -e $file && ! -e $HERE/.env ]] && id cerebrum &>/dev/null; then
-			chown cerebrum: -- "${drafts[-1]}" # before setup there are no settings yet, whose owner it would get
+			# Before setup there are no settings yet, whose owner it would get.
+			chown cerebrum: -- "${drafts[-1]}"
 		fi
 	else
 		edit "$file" "$HERE/.env" without_client "$name" "$file"
@@ -201,9 +222,9 @@ put_client() {
 	replace
 	if [[ $command == --client ]]; then
 		link="$(address)/#key=$key"
-		printf '%s\n' "address: ${link%/*}" "key:     $key" \
-			"setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL; the page shows the others" \
-			"link:    $link"
+		setting='CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL;'
+		setting+=' the page shows the others'
+		printf '%s\n' "address: ${link%/*}" "key:     $key" "setting: $setting" "link:    $link"
 		if type -P qrencode >/dev/null; then printf '%s' "$link" | qrencode -t UTF8 || true; fi
 		echo "the link shows $name's settings; whoever has it has the key" >&2
 	fi

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Prepares this machine and starts both daemons on it, for `make`: a way to try Cerebrum. docs/deploy.md has
-# the deployment.
+# Prepares this machine and starts both daemons on it, for `make`: a way to try Cerebrum.
+# docs/deploy.md has the deployment.
 #
 #     ./run.sh                 prepare; start vpsd and cm4d; open the REPL, or without a terminal
 #                              print one completion; stop what was started
-#     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds packages:
-#                              "test" those of tests and linters, "clients" also other people's clients,
-#                              "engines" also llama-server, which is built, "nightly" all of these and more,
+#     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds
+#                              packages: "test" those of tests and linters, "clients" also other
+#                              people's clients, "engines" also llama-server, which is built,
+#                              "nightly" all of these and more,
 #                              "scale" those of "test", and vLLM
 #
 # stdout has nothing but the completion, so it can be piped.
@@ -40,12 +41,13 @@ trap stop_all EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-# ----------------------------------------------------------------------------------------------- prepare
+# ------------------------------------------------------------------------------------------ prepare
 
 have_llama() { [[ -x $PYTHON ]] && "$PYTHON" -c 'import llama_cpp' 2>/dev/null; }
 
-# can_decode: an import is no proof. Built for a CPU with more features, llama.cpp dies of SIGILL (status 128 + 4) when it
-# computes. Any other failure, such as too little memory, is no reason to build it anew.
+# can_decode: an import is no proof. Built for a CPU with more features, llama.cpp dies of SIGILL
+# (status 128 + 4) when it computes. Any other failure, such as too little memory, is no reason to
+# build it anew.
 can_decode() {
 	{
 		"$PYTHON" -c '
@@ -56,7 +58,8 @@ config = vpsd.load_config(read_environment(os.environ, vpsd.HERE))
 file = config.models_dir / config.models[-1].file
 if file.exists():
     start_library()
-    Llama(file, Settings(n_ctx=256, sequences=1), lambda _: True).decode([(Slot(0), [1, 2], 1)])' || (($? != 132))
+    settings = Settings(n_ctx=256, sequences=1)
+    Llama(file, settings, lambda _: True).decode([(Slot(0), [1, 2], 1)])' || (($? != 132))
 	} &>/dev/null
 }
 
@@ -68,7 +71,9 @@ need_system() {
 	if [[ $1 == @(engines|nightly) ]] || ! have_llama; then needed+=(c++:g++ cmake:cmake); fi
 	[[ $1 == run ]] || needed+=(shellcheck:shellcheck)
 	[[ $1 != @(clients|nightly) ]] || needed+=(chromium:chromium node:nodejs npm:npm)
-	[[ $1 != nightly || $EUID != 0 ]] || needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap)
+	[[ $1 != nightly || $EUID != 0 ]] ||
+		needed+=(tmux:tmux systemd-nspawn:systemd-container debootstrap:debootstrap
+			qemu-aarch64:qemu-user-binfmt)
 	for pair in "${needed[@]}"; do # COMMAND:PACKAGE
 		command -v "${pair%:*}" >/dev/null || packages+=("${pair#*:}")
 	done
@@ -78,7 +83,8 @@ need_system() {
 		fi
 		note "installing ${packages[*]}"
 		export DEBIAN_FRONTEND=noninteractive
-		apt-get update -qq && apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
+		apt-get update -qq &&
+			apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
 	fi
 	check_python
 }
@@ -105,8 +111,8 @@ requirements() {
 	EOF
 }
 
-# quietly LABEL COMMAND...: runs a long command, whose output goes to a log. Its temporary files go when it ends or is
-# stopped, and after a SIGKILL at the next run.
+# quietly LABEL COMMAND...: runs a long command, whose output goes to a log. Its temporary files go
+# when it ends or is stopped, and after a SIGKILL at the next run.
 quietly() {
 	local label=$1 log=$STATE/setup.log
 	shift
@@ -126,8 +132,10 @@ quietly() {
 
 # make_venv SET: the packages of one of pyproject.toml's groups, or of "run".
 make_venv() {
-	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt label='installing Python packages'
-	if [[ -e $installed ]] && ! { have_llama && can_decode; }; then # made for another Python or, like pip's wheel, CPU
+	local wanted=.venv/wanted-$1.txt installed=.venv/installed-$1.txt
+	local label='installing Python packages'
+	# Made for another Python or, like pip's wheel, CPU
+	if [[ -e $installed ]] && ! { have_llama && can_decode; }; then
 		python3 -m venv --clear .venv
 		"$PYTHON" -m pip cache remove llama_cpp_python &>/dev/null || true # pip may keep nothing
 	fi
@@ -146,8 +154,10 @@ setup() {
 	local options=()
 	[[ $1 == run ]] || options=(--no-tune) # test results must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
-	if [[ $1 == @(engines|nightly) ]]; then # if one cannot be built, go on: its tests are skipped and give the reason
-		quietly "other people's engines (llama-server is built once, about four minutes)" "$PYTHON" tests/engines.py
+	# If one cannot be built, go on: its tests are skipped and give the reason.
+	if [[ $1 == @(engines|nightly) ]]; then
+		quietly "other people's engines (llama-server is built once, about four minutes)" \
+			"$PYTHON" tests/engines.py
 		note "$(<"$STATE/setup.log")"
 	elif [[ $1 == scale ]]; then
 		quietly 'vLLM (installed once, about four minutes)' "$PYTHON" tests/scale.py
@@ -155,7 +165,7 @@ setup() {
 	fi
 }
 
-# --------------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
 
 # setting NAME: prints its value in the environment or in .env, as the daemons read them.
 setting() {
@@ -165,8 +175,8 @@ from cerebrum.settings import read_environment
 print(read_environment(os.environ, pathlib.Path()).text(sys.argv[1]))' "$1"
 }
 
-# start NAME PORT_VARIABLE COMMAND...: starts a daemon on its usual port, or on a free one if that is taken, and
-# sets ADDRESS to its URL.
+# start NAME PORT_VARIABLE COMMAND...: starts a daemon on its usual port, or on a free one if that
+# is taken, and sets ADDRESS to its URL.
 start() {
 	local name=$1 variable=$2 log=$STATE/$1.log pid
 	shift 2
@@ -180,7 +190,8 @@ start() {
 	ADDRESS=${ADDRESS/'[::]'/'[::1]'}
 }
 
-# free_port VARIABLE: prints the port that the variable or its default names, or 0 (any free port) if it is taken.
+# free_port VARIABLE: prints the port that the variable or its default names, or 0 (any free port)
+# if it is taken.
 free_port() {
 	local port
 	port=$(setting "$1")
@@ -198,7 +209,8 @@ wait_for() {
 	shift 2
 	until "$@"; do
 		kill -0 "$pid" 2>/dev/null || { tail -n 20 "$STATE/$name.log" >&2; die "$name stopped"; }
-		((SECONDS < deadline)) || die "$name was not ready within $START_SECONDS s; see $STATE/$name.log"
+		((SECONDS < deadline)) ||
+			die "$name was not ready within $START_SECONDS s; see $STATE/$name.log"
 		sleep 0.1
 	done
 }
@@ -229,7 +241,8 @@ run() {
 
 case "$*" in
 	setup) setup run ;;
-	'setup test' | 'setup clients' | 'setup engines' | 'setup nightly' | 'setup scale') setup "$2" ;;
+	'setup test' | 'setup clients' | 'setup engines') setup "$2" ;;
+	'setup nightly' | 'setup scale') setup "$2" ;;
 	'') run ;;
 	*) die "expected: run.sh [setup [test|clients|engines|nightly|scale]]" ;;
 esac

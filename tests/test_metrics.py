@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from harness import KEY, ROOT, Client, Daemon, until, with_weights
+from harness import KEY, ROOT, Client, Daemon, daemon, until, with_weights
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import CHUNKED, GOOD, HANG, RESET, Backend, Pi, chunk, error, event, pi_for, token
 
@@ -397,7 +397,7 @@ def traffic(pi: Daemon) -> list[dict[str, Any]]:
 def test_both_agree_with_each_other(daemons):
     pi, vps = daemons
     results = traffic(pi)
-    ours, theirs = (read(ask(daemon.port, "/metrics")) for daemon in daemons)
+    ours, theirs = (read(ask(one.port, "/metrics")) for one in daemons)
     assert theirs["llamacpp:n_busy_slots_per_decode", SMALL] == 1
     assert theirs["llamacpp:spec_decode_num_accepted_tokens_total", SMALL] > 0
     names = ("total_tokens", "cached_tokens", "prompt_tokens")
@@ -444,7 +444,7 @@ def test_promtool_accepts_the_metrics_and_the_queries_of_the_docs(daemons, tmp_p
     file = tmp_path / "rules.yml"
     file.write_text(json.dumps({"groups": [{"name": "docs", "rules": rules}]}))
     subprocess.run(["promtool", "check", "rules", file], check=True, capture_output=True)
-    metrics = [ask(daemon.port, "/metrics") for daemon in daemons]
+    metrics = [ask(one.port, "/metrics") for one in daemons]
     for name in re.findall(r"(?:cerebrum_|llamacpp:)\w+", "\n".join(queries)):
         assert re.search(rf"^{name}[{{ ]", "".join(metrics), re.M), name
     command = ["promtool", "check", "metrics"]

@@ -17,15 +17,18 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
-from harness import FILES, MODELS, ROOT, program, settings, wait_until
+from harness import FILES, MODELS, ROOT, Client, daemon, wait_until
+from harness import KEY as KEY_OF_TESTS
+from scripted import Backend, in_a_thread
+from test_openapi import MORE, TOKENS, check_post
+from test_wire import ROWS, check_row
 
 from cerebrum_common import VERSION
 
@@ -34,7 +37,9 @@ PACKAGES = (
     "avahi-daemon avahi-utils build-essential ca-certificates cmake curl dbus debhelper dh-python "
     "g++ help2man iproute2 libnss-mdns make python3 python3-psutil python3-venv systemd-sysv"
 )
+PACKAGES_OF_A_PI = "curl dbus python3 systemd-sysv"
 SUITE = "trixie"
+OLDER = "bookworm"
 MODEL = "qwen_0_5b"  # the one that the tests choose: it is tuned and loaded sooner
 DEADLINE_S = 600.0  # setup tunes the model, which a busy machine does in minutes
 until = partial(wait_until, seconds=DEADLINE_S)
@@ -48,11 +53,15 @@ HEALTH = f"{BACKEND}/health"
 PI = "http://127.0.0.1:7000"
 MODELS_OF_DAEMON = "/var/lib/cerebrum-backend/models"
 KEY = "/etc/credstore/CEREBRUM_API_KEY"
+CLIENTS = "/etc/cerebrum-cm4/client-keys"
+NEW_CLIENT = "/usr/lib/cerebrum-cm4/generate_api_key.sh --client anna"
 SETTINGS = "/etc/cerebrum-backend/env", "/etc/cerebrum-cm4/env"
 CATALOG = "/etc/cerebrum-backend/models.toml"
 # Let the catalog name the machine's own web server, until it is moved back.
 OWN_SOURCES = f"sed -i.whole 's|https://huggingface.co/.*/|http://127.0.0.1:8000/|' {CATALOG}"
 WHOLE_AGAIN = f"mv {CATALOG}.whole {CATALOG}"
+
+EMULATOR = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
 
 missing = [tool for tool in NEEDED if not shutil.which(tool)]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="booting a container needs root")
@@ -60,9 +69,9 @@ needs_tools = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missin
 pytestmark = [pytest.mark.slow, needs_root, needs_tools]
 
 
-def blocks(step: str) -> list[str]:
-    """The commands of a step of docs/deploy.md: its ```sh blocks, by a word of its heading."""
-    text = (ROOT / "docs/deploy.md").read_text()
+def blocks(step: str, page: str = "docs/deploy.md") -> list[str]:
+    """The commands of a step of a page: its ```sh blocks, by a word of its heading."""
+    text = (ROOT / page).read_text()
     (section,) = re.findall(rf"^###? [^\n]*{step}.*?(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     return re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
@@ -135,20 +144,28 @@ rm -r /tmp/venv
 printf '[global]\\nno-index = true\\nfind-links = /wheels\\n' >/etc/pip.conf"""
 
 
+def bootstrapped(recipe: str, suite: str, options: str = "") -> tuple[Path, bool]:
+    """The folder of a Debian with the packages of a recipe's first line; whether it is complete."""
+    debian = DEBIANS / f"{suite}{options}"
+    complete = debian / "complete"
+    if complete.exists() and complete.read_text() == recipe:
+        return debian, True
+    shutil.rmtree(debian, ignore_errors=True)
+    debian.mkdir(parents=True)
+    include = recipe.splitlines()[0].replace(" ", ",")
+    make = f"debootstrap --variant=minbase {options} --include={include} {suite} {debian}"
+    subprocess.run(make.split(), check=True, stdout=subprocess.DEVNULL)
+    return debian, False
+
+
 def make_debian(suite: str) -> Path:
     """A Debian that was never booted, and in /wheels what pip needs. Only this needs a network."""
     with (ROOT / "pyproject.toml").open("rb") as file:
         requirements = tomllib.load(file)["project"]["dependencies"]
     recipe = "\n".join([PACKAGES, *requirements])
-    debian = DEBIANS / suite
-    complete = debian / "complete"
-    if complete.exists() and complete.read_text() == recipe:
+    debian, is_complete = bootstrapped(recipe, suite)
+    if is_complete:
         return debian
-    shutil.rmtree(debian, ignore_errors=True)
-    debian.mkdir(parents=True)
-    include = PACKAGES.replace(" ", ",")
-    make = f"debootstrap --variant=minbase --include={include} {suite} {debian}"
-    subprocess.run(make.split(), check=True, stdout=subprocess.DEVNULL)
     run = [*NSPAWN, f"--directory={debian}", "--bind-ro=/etc/ssl/certs"]
     for name, value in os.environ.items():
         if name.startswith("PIP_"):
@@ -158,16 +175,15 @@ def make_debian(suite: str) -> Path:
         run += [f"--bind-ro={built[0].parent}:/built", "--setenv=PIP_FIND_LINKS=/built"]
     build_in = [*run, "/bin/bash", "-ec", WHEELS, "bash", *requirements]
     subprocess.run(build_in, check=True, stdin=subprocess.DEVNULL, timeout=BUILD_SECONDS)
-    complete.write_text(recipe)
+    (debian / "complete").write_text(recipe)
     return debian
 
 
 @contextlib.contextmanager
-def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
-    """A machine with the clone, and with a web server of its own that has the models."""
-    command = [*NSPAWN, "--boot", "--volatile=overlay", "--private-network"]
-    command += [f"--machine={name}-{os.getpid()}", f"--bind-ro={MODELS}:/srv"]
-    command.append(f"--directory={make_debian(suite)}")
+def started(name: str, debian: Path, *options: str) -> Iterator[Machine]:
+    """A machine with the clone."""
+    command = [*NSPAWN, "--boot", "--volatile=overlay", *options]
+    command += [f"--machine={name}-{os.getpid()}", f"--directory={debian}"]
     # What IPAddressDeny= needs: BPF, and cgroups of version 2 even on a host that has both.
     command += ["--capability=CAP_BPF", "--system-call-filter=bpf"]
     environ = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
@@ -176,15 +192,8 @@ def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
     try:
         machine = Machine(process)
         state = partial(machine.run, "systemctl is-system-running", check=False)
-        until(lambda: "running" in state(), "the machine boots")
-        machine.run("""
-            echo pi >/etc/hostname; hostname pi
-            ip address add 100.64.0.1/32 dev lo
-            printf '#!/bin/sh\\necho 100.64.0.1\\n' >/usr/bin/tailscale
-            printf '#!/bin/sh\\nexec "$@"\\n' >/usr/bin/sudo
-            printf '#!/bin/sh\\nexec cp "$1" "/root/${2#*:}"\\n' >/usr/bin/scp
-            chmod +x /usr/bin/tailscale /usr/bin/sudo /usr/bin/scp
-            systemd-run --quiet python3 -m http.server --directory=/srv 8000""")
+        # An emulated one cannot mount what some of Debian's units ask for.
+        until(lambda: state() in ("running", "degraded"), "the machine boots")
         pack = "git ls-files -coz --exclude-standard | tar c --null -T-"
         clone = subprocess.check_output(pack, shell=True, cwd=ROOT)
         unpack = [*machine.enter, "-c", "mkdir cerebrum; tar x -C cerebrum"]
@@ -199,6 +208,22 @@ def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
         process.wait(DEADLINE_S)
 
 
+@contextlib.contextmanager
+def booted(name: str, suite: str = SUITE) -> Iterator[Machine]:
+    """A machine with the clone, and with a web server of its own that has the models."""
+    options = "--private-network", f"--bind-ro={MODELS}:/srv"
+    with started(name, make_debian(suite), *options) as machine:
+        machine.run("""
+            echo pi >/etc/hostname; hostname pi
+            ip address add 100.64.0.1/32 dev lo
+            printf '#!/bin/sh\\necho 100.64.0.1\\n' >/usr/bin/tailscale
+            printf '#!/bin/sh\\nexec "$@"\\n' >/usr/bin/sudo
+            printf '#!/bin/sh\\nexec cp "$1" "/root/${2#*:}"\\n' >/usr/bin/scp
+            chmod +x /usr/bin/tailscale /usr/bin/sudo /usr/bin/scp
+            systemd-run --quiet python3 -m http.server --directory=/srv 8000""")
+        yield machine
+
+
 def deploy(machine: Machine, model: str) -> None:
     """All steps of the page up to a completion."""
     machine.follow("Make the packages")
@@ -211,6 +236,7 @@ def deploy(machine: Machine, model: str) -> None:
     commands, ask = blocks("Install the Pi")
     install, setup = commands.splitlines()
     machine.run(f"{install}; mv {KEY} {KEY}.vps")
+    assert machine.run(f"{NEW_CLIENT}; stat -c %U {CLIENTS}; rm {CLIENTS}").endswith("cerebrum")
     on_the_pi = machine.run(setup, stdin=on_the_vps.splitlines()[-1] + "\n")
     machine.run(f"cmp {KEY} {KEY}.vps; rm {KEY}.vps")
     machine.wait_for_the_pi()
@@ -240,19 +266,14 @@ def pids(machine: Machine) -> list[str]:
 # --------------------------------------------------------------------------------- the page's steps
 
 
-# A row of setup's table of models: its mark, the model, and the seconds to a suggestion.
-OFFER = r"^([* ]) (\w+) +\S+ +\S+ GB +[\d.]+ +[\d.]+ s +([\d.]+) s  "
+# The row of setup's table that it marks; the seconds are to a suggestion. Or this machine is busy.
+OFFER = r"^(\* \w+ +\S+ +\S+ GB +[\d.]+ +[\d.]+ s +[\d.]+ s  |no speed is known; )"
 UNITS = "cerebrum-backend.socket cerebrum-backend cerebrum-cm4"
 
 
 def test_the_steps(cerebrum: Machine) -> None:
     on_the_vps, on_the_pi, answer = cerebrum.said
-    rows = re.findall(OFFER, on_the_vps, re.M)
-    hints = {name: float(seconds) for _, name, seconds in rows}
-    hints.pop("codellama_7b", None)  # it serves few languages
-    best = [name for name, seconds in hints.items() if seconds <= 5]
-    best = best or sorted(hints, key=lambda name: hints[name])
-    assert [name for mark, name, _ in rows if mark == "*"] == best[:1]
+    assert re.search(OFFER, on_the_vps, re.M)
     assert on_the_vps.splitlines()[-1].startswith(f"{BACKEND} ")
     for said in (on_the_vps, on_the_pi):
         assert re.search("^ok ", said, re.M)
@@ -323,6 +344,8 @@ def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine) -> None:
     assert said == f"{wrong}; please run:  sudo cerebrum-cm4 setup"
     assert cerebrum.run(f"{nobody} cerebrum-backend --help").startswith("Usage: ")
     before = everything_set(cerebrum)
+    for refused in (f"{BACKEND} another-key", "http://100.64.0.9:9000 key", "ftp://vps key"):
+        assert "cerebrum-cm4: " in cerebrum.fails("cerebrum-cm4 setup", stdin=f"{refused}\n")
     assert cerebrum.run("cerebrum-backend setup </dev/null").splitlines()[-1].split()[0] == BACKEND
     cerebrum.run("cerebrum-cm4 setup </dev/null")
     assert everything_set(cerebrum) == before
@@ -337,13 +360,13 @@ mv models /var/lib/elsewhere; chown root: /var/lib/elsewhere; ln -s /var/lib/els
 # A line of Python. In the unit it is refused.
 WRITE_USER = (
     'import os; exec(\'try: os.write(os.open("/var/users/of", os.O_WRONLY | os.O_APPEND), '
-    'b"%d " % os.getuid())\\nexcept OSError: 0\')\n'
+    'b"%d,%d " % (os.getuid(), os.nice(0)))\\nexcept OSError: 0\')\n'
 )
 
 
 def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -> None:
-    """Each start of the environment's Python writes down its user. A link of this user's leads out
-    of its folder.
+    """Each start of the environment's Python writes down its user, and that it gives way to the
+    daemon. A link of this user's leads out of its folder.
     """
     before = everything_set(cerebrum)
     cerebrum.run(SPY, stdin=WRITE_USER)
@@ -352,7 +375,7 @@ def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -
         assert not re.search(r"FAIL|\(sudo\)", said)
         file = "/var/users/of"
         users = cerebrum.run(f"tr ' ' '\\n' <{file} | sort -u; truncate --size=0 {file}")
-        assert users == cerebrum.run("id -u cerebrum"), command
+        assert users == cerebrum.run("id -u cerebrum") + ",19", command
     assert cerebrum.run("ls -d /run/cerebrum.*", check=False) == ""
     assert cerebrum.run("stat -c %U /var/lib/elsewhere") == "root"
     cerebrum.run("""
@@ -362,13 +385,28 @@ def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -
     assert everything_set(cerebrum) == before
 
 
+def test_where_nothing_can_be_measured_the_smallest_model_is_offered(cerebrum: Machine) -> None:
+    """If there is no model in the end, the last line says so."""
+    before = everything_set(cerebrum)
+    too_much = f"echo CEREBRUM_MIN_FREE_MB=1000000 >>{SETTINGS[0]}"
+    cerebrum.run(f"mv {MODELS_OF_DAEMON}/*.gguf /var/lib; {too_much}")
+    said = cerebrum.run("cerebrum-backend setup", check=False, stdin="\n").splitlines()
+    assert f"no speed is known; the smallest model is {MODEL}" in said
+    again = "to try again:  sudo cerebrum-backend setup --model ID"
+    assert said[-1] == f"FAIL  models    not fetched: {MODEL}; {again}"
+    restart = "systemctl restart cerebrum-backend"
+    cerebrum.run(f"rm -r {MODELS_OF_DAEMON}/*")  # what came of a part
+    cerebrum.run(f"mv /var/lib/*.gguf {MODELS_OF_DAEMON}; sed -i '$d' {SETTINGS[0]}; {restart}")
+    assert everything_set(cerebrum) == before
+    cerebrum.wait_for_the_pi()
+
+
 # ------------------------------------------------------------------------------------------ secrets
 
 
 def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
-    clients = "/etc/cerebrum-cm4/client-keys"
-    cerebrum.run("/usr/lib/cerebrum-cm4/generate_api_key.sh --client anna")
-    modes = cerebrum.run(f"stat -c '%a %U' {KEY} {' '.join(SETTINGS)} {clients}; rm {clients}")
+    cerebrum.run(NEW_CLIENT)
+    modes = cerebrum.run(f"stat -c '%a %U' {KEY} {' '.join(SETTINGS)} {CLIENTS}; rm {CLIENTS}")
     assert modes == "600 root" + "\n600 cerebrum" * 3
     everywhere = "/proc/[0-9]*/cmdline /proc/[0-9]*/environ"
     everywhere += " /var/log/cerebrum/* /etc/systemd/system/cerebrum*"
@@ -402,28 +440,20 @@ def test_the_backend_has_no_network_and_strangers_do_not_reach_it(cerebrum: Mach
 FIBONACCI = rf"printf 'def fibonacci(n):\n' | CEREBRUM_URL={PI} cerebrum -n 16 -t 0 -"
 
 
-def test_both_survive_a_kill(cerebrum: Machine) -> None:
+@pytest.mark.parametrize("signal", ["KILL", "STOP"])
+def test_both_survive_a_kill_and_a_hang(cerebrum: Machine, signal: str) -> None:
     said = cerebrum.run(FIBONACCI)
     assert "return" in said
     for unit in DAEMONS:
-        restarts = int(cerebrum.show(unit, "NRestarts")) + 1
-        cerebrum.run(f"systemctl kill --signal=KILL {unit}.service")
-        restarted = partial(cerebrum.is_in, unit, NRestarts=f"{restarts}", ActiveState="active")
+        drop_in = f"/run/systemd/system/{unit}.service.d/watchdog.conf"
+        cerebrum.run(f"install -D /dev/stdin {drop_in}", stdin="[Service]\nWatchdogSec=2\n")
+        cerebrum.run(f"systemctl daemon-reload; systemctl restart {unit}.service")
+        cerebrum.run(f"systemctl kill --signal={signal} {unit}.service")
+        restarted = partial(cerebrum.is_in, unit, NRestarts="1", ActiveState="active")
         until(restarted, f"{unit} restarts once")
+        cerebrum.run(f"rm {drop_in}; systemctl daemon-reload; systemctl restart {unit}.service")
     cerebrum.wait_for_the_pi()
     assert cerebrum.run(FIBONACCI) == said
-
-
-@pytest.mark.packages
-@pytest.mark.parametrize("unit", DAEMONS)
-def test_a_daemon_that_hangs_is_restarted(cerebrum: Machine, unit: str) -> None:
-    drop_in = f"/run/systemd/system/{unit}.service.d/watchdog.conf"
-    cerebrum.run(f"install -D /dev/stdin {drop_in}", stdin="[Service]\nWatchdogSec=2\n")
-    cerebrum.run(f"systemctl daemon-reload; systemctl restart {unit}.service")
-    cerebrum.run(f"systemctl kill --signal=STOP {unit}.service")
-    until(lambda: cerebrum.is_in(unit, NRestarts="1", ActiveState="active"), f"{unit} restarts")
-    assert f"{unit}.service: Failed with result 'watchdog'." in cerebrum.journal(unit)
-    cerebrum.run(f"rm {drop_in}; systemctl daemon-reload; systemctl restart {unit}.service")
 
 
 @pytest.mark.parametrize("unit", DAEMONS)
@@ -458,42 +488,20 @@ def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine
 # ------------------------------------------------------------------------------------ configuration
 
 
-PORTS = [  # a unit, the variable of its port, its URL
-    ("cerebrum-backend", "CEREBRUM_VPS_PORT", HEALTH),
-    ("cerebrum-cm4", "CEREBRUM_CM4_PORT", f"{PI}/"),
-]
-
-
 @pytest.mark.packages
-@pytest.mark.parametrize(("unit", "name", "url"), PORTS)
-def test_a_wrong_variable_is_tried_again_ever_more_slowly(
-    cerebrum: Machine, unit: str, name: str, url: str
-) -> None:
-    """Until it is mended. A client that waits meanwhile makes the tries no quicker."""
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_a_wrong_variable_is_tried_again_until_it_is_mended(cerebrum: Machine, unit: str) -> None:
+    """A client that waits meanwhile makes the tries no quicker."""
     env = f"/etc/{unit}/env"
-    spoil = f"cp -p {env} {env}.good; echo {name}=seven >>{env}"
-    cerebrum.run(f"systemctl stop {unit}.service; {spoil}")
+    wrong = r"CEREBRUM_VPS_PORT=seven\nCEREBRUM_CM4_PORT=seven\n"
+    cerebrum.run(f"cp -p {env} {env}.good; printf '{wrong}' >>{env}; systemctl stop {unit}.service")
     cerebrum.run(f"systemctl start {unit}.service", check=False)
+    url = {"cerebrum-backend": HEALTH}.get(unit, PI)
     cerebrum.run(f"curl -s --max-time 600 {url} >/dev/null 2>&1 &")
-
-    def delay_after(restarts: str) -> float:
-        """The seconds before the next try, once there have been so many."""
-        waiting = {"SubState": "auto-restart", "ExecMainStatus": "2", "NRestarts": restarts}
-        until(lambda: cerebrum.is_in(unit, **waiting), f"{unit} is tried again")
-        return seconds(cerebrum.show(unit, "RestartUSecNext"))
-
-    assert 2.0 < delay_after("1") < delay_after("3") < 60.0
-    assert f"{name}: expected a number from 0 to 65535, got 'seven'" in cerebrum.journal(unit)
+    waiting = {"SubState": "auto-restart", "ExecMainStatus": "2", "NRestarts": "3"}
+    until(lambda: cerebrum.is_in(unit, **waiting), f"{unit} is tried again")
     cerebrum.run(f"mv {env}.good {env}")
     until(lambda: cerebrum.show(unit, "ActiveState") == "active", f"{unit} comes up by itself")
-    assert cerebrum.status(url) == "200"
-
-
-def seconds(text: str) -> float:
-    """Of systemd's `1min 2.5s` or `987ms`."""
-    units = {"min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
-    parts = re.findall(r"([\d.]+)(min|ms|us|s)", text)
-    return sum(float(number) * units[unit] for number, unit in parts)
 
 
 def test_the_limit_of_memory_follows_the_models(cerebrum: Machine) -> None:
@@ -526,8 +534,6 @@ def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays
     assert cerebrum.status(elsewhere) == "200"
     cerebrum.run(f"ip address delete 100.64.0.3/32 dev lo; {setup} 100.64.0.1 </dev/null")
     assert cerebrum.status(HEALTH) == "200"
-    said = cerebrum.fails(f"{setup} vps")
-    assert said.endswith(": expected an IP address, got 'vps'")
 
 
 # ------------------------------------------------------------------------------ upgrade and removal
@@ -659,36 +665,23 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
         changes = cerebrum.journal("cerebrum-llama").count(": used from its next load on;")
         return cerebrum.journal("cerebrum-backend").count(" listening on ") - changes
 
-    def tune() -> str:
-        """What cerebrum-llama does, or what it is doing: the encoding that is then used."""
+    def tune() -> bool:
+        """What cerebrum-llama does, or what it is doing, until this machine is quiet for it."""
         cerebrum.run("systemctl start cerebrum-llama")
         assert cerebrum.is_in("cerebrum-llama", **idle)
-        said = cerebrum.run(f'curl -s -H "X-API-Key: $(cat {KEY})" {BACKEND}/v1/models')
-        encodings = {model["id"]: model["encoding"] for model in json.loads(said)["models"]}
-        return str(encodings[MODEL])
-
-    def untuned() -> bool:
         memory = cerebrum.run("cerebrum-backend memory")
-        return bool(re.search(f"^# {MODEL}: .*, untuned$", memory, re.M))
+        return not re.search(f"^# {MODEL}: .*, untuned$", memory, re.M)
 
-    def tuned() -> str:
-        """The encoding of the tuned file. Tries again while this machine is busy."""
-        until(lambda: tune() and not untuned(), "the model is tuned")
-        types = json.loads(cerebrum.run(f"cat {passport}"))["types"]
-        changes = ", ".join(f"{old} to {new}" for old, new in types.items())
-        return f"tuned: {changes}" if changes else "published"
-
+    until(tune, "the model is tuned")
     before = starts()
     age = f"sed -i s/0.3.36/0.3.35/ {passport}"
-    assert tune() == tuned()
-    assert starts() == before
     cerebrum.run(age)
-    assert tuned() == tune()
+    until(tune, "the model is tuned")
     assert starts() == before
     cerebrum.run(age)
     newer(cerebrum, "1.1.6")
     cerebrum.run("apt install ./cerebrum-backend.deb")
-    assert tuned() == tune()
+    until(tune, "the model is tuned")
     assert starts() == before + 1  # by the upgrade
     cerebrum.run(f"{age}; echo CEREBRUM_MIN_FREE_MB=1000000 >>{SETTINGS[0]}")
     stop(cerebrum, "cerebrum-backend")
@@ -696,12 +689,9 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
     assert "vpsd tune: expected " in cerebrum.journal("cerebrum-llama")
     assert cerebrum.is_in("cerebrum-llama", **idle)
     assert cerebrum.is_in("cerebrum-llama-again.timer", ActiveState="active")
-    assert cerebrum.is_in("cerebrum-backend", ActiveState="inactive")
-    assert untuned()
     start = "systemctl start cerebrum-backend.socket cerebrum-backend"
     cerebrum.run(f"sed -i '$d' {SETTINGS[0]}; {start}")
-    assert tuned() == tune()
-    assert starts() == before + 2
+    until(tune, "the model is tuned")
     cerebrum.wait_for_the_pi()
 
 
@@ -723,90 +713,29 @@ def test_remove_and_purge(cerebrum: Machine) -> None:
     assert cerebrum.run(f"ls {MODELS_OF_DAEMON}") == FILES[MODEL].name
 
 
-# What the README said before there was an installer. Empty files stand for the modules of that
-# time.
-OLDEST = """
-cd cerebrum
-python3 -m venv /opt/cerebrum-backend/venv
-/opt/cerebrum-backend/venv/bin/pip install --quiet llama-cpp-python psutil
-useradd --system --user-group --shell /usr/sbin/nologin cerebrum
-install -d /opt/cerebrum-pi /opt/cerebrum-backend/models
-for place in /opt/cerebrum-backend /opt/cerebrum-pi; do
-    cp -r cm4d.py vpsd.py cerebrum_common.py cerebrum tests/by_hand/models.toml $place
-    touch $place/cerebrum_code.py $place/cerebrum_engine.py $place/cerebrum_page.html
-done
-cp tests/by_hand/*.service /etc/systemd/system/
-./generate_api_key.sh --write /opt/cerebrum-backend/.env
-cat >>/opt/cerebrum-backend/.env <<'END'
-CEREBRUM_VPS_HOST=100.64.0.1
-CEREBRUM_MODELS_DIR=/opt/cerebrum-backend/models
-CEREBRUM_MAX_CPU_PERCENT=100
-# mine
-END
-grep CEREBRUM_API_KEY /opt/cerebrum-backend/.env | ./generate_api_key.sh --set /opt/cerebrum-pi/.env
-printf 'CEREBRUM_VPS_URL=http://100.64.0.1:9000\\n# mine\\n' >>/opt/cerebrum-pi/.env
-chown cerebrum: /opt/cerebrum-*/.env
-systemctl daemon-reload
-systemctl enable --quiet --now cerebrum-backend cerebrum-cm4
-echo '# mine' >>/opt/cerebrum-backend/models.toml"""
-
-
-def install_by_hand(machine: Machine) -> None:
-    """As the page says."""
-    on_the_vps, on_the_pi = blocks("By hand")
-    machine.run(f"echo 100.64.0.1 vps >>/etc/hosts; cd cerebrum\n{on_the_vps}")
-    listen = "/etc/systemd/system/cerebrum-backend.socket.d/listen.conf"
-    address = "[Socket]\nListenStream=\nListenStream=100.64.0.1:9000\n"
-    machine.run(f"install -D /dev/stdin {listen}", stdin=address)
-    env = "/opt/cerebrum-backend/.env"
-    machine.run(f"echo CEREBRUM_MAX_CPU_PERCENT=100 >{env}; chown cerebrum: /opt/*/.env")
-    key = machine.run(f"cp {KEY} key; cat {KEY}")
-    machine.run("cd cerebrum\n" + on_the_pi.replace("useradd", "true"), stdin=key)
-    machine.run(f"cmp {KEY} key; systemctl enable --quiet --now cerebrum-backend cerebrum-cm4")
-
-
 @pytest.mark.packages
-@pytest.mark.parametrize("way", ["the page's", "the oldest"])
-def test_an_installation_by_hand_is_taken_over(way: str) -> None:
-    """Nothing is fetched or built again, and what a person has changed counts."""
-    with booted("by-hand") as machine:
-        if way == "the oldest":
-            machine.run(OLDEST)
-        else:
-            install_by_hand(machine)
-        machine.run("cp /srv/qwen2.5-coder-1.5b*.gguf /opt/cerebrum-backend/models")
+@pytest.mark.parametrize("suite", [SUITE, OLDER])
+def test_the_lines_of_the_readme(suite: str) -> None:
+    with booted("copied", suite) as machine:
+        machine.run("echo 100.64.0.1 vps >>/etc/hosts; echo 127.0.0.1 pi.local >>/etc/hosts")
+        on_the_vps, on_the_pi, ask = blocks("Deploy it", "README.md")
+        machine.run(OWN_SOURCES.replace(CATALOG, "cerebrum/models.toml"))
+        *_, key = machine.run(f"cd cerebrum\n{on_the_vps}").splitlines()
+        machine.run(f"mv {KEY} key; cd cerebrum\n{on_the_pi}", stdin=key)
+        machine.run(f"cmp {KEY} key")
         machine.wait_for_the_pi()
-        llama = "lib/python3*/site-packages/llama_cpp/__init__.py"
-        stamp = machine.run(f"stat -c %i /opt/cerebrum-backend/venv/{llama}")
-        keys = "grep -hE '^[^C]{43}$|API_KEY'"
-        before = machine.run(f"{keys} {KEY} /opt/cerebrum-backend/.env || true")
-        machine.follow("Make the packages")
-        said = machine.follow("Upgrade")
-        assert [text.count("has taken over /opt/cerebrum-") for text in said] == [1, 1]
-        machine.wait_for_the_pi()
-        repl = "./cerebrum/cerebrum_repl.sh -n 16 -t 0 -"
-        assert "return" in machine.run(rf"printf 'def fibonacci(n):\n' | {repl}")
-        assert machine.show("cerebrum-backend.socket", "Listen") == "100.64.0.1:9000 (Stream)"
-        paths = machine.run(f"systemctl show -P FragmentPath {UNITS}").split()
-        folders = {os.path.dirname(path).removeprefix("/usr") for path in paths}
-        assert folders == {"/lib/systemd/system"}
+        said = machine.run(f"cd cerebrum\n{ask}", stdin="def fibonacci(n):\n")
+        assert "return" in said
+        assert '"done": true' in said.splitlines()[-1]
         assert machine.run(f"systemctl is-enabled {UNITS}").split() == ["enabled"] * 3
-        assert machine.run(f"stat -c %i /var/lib/cerebrum-backend/llama-*/{llama}") == stamp
-        assert machine.run(f"{keys} {KEY} {SETTINGS[0]} || true") == before
-        own = machine.run("grep -l '^# mine' /etc/cerebrum-*/* 2>/dev/null", check=False).split()
-        kept = ["backend/env", "backend/models.mine.toml", "cm4/env"] if way == "the oldest" else []
-        assert own == [f"/etc/cerebrum-{file}" for file in kept]
-        machine.run("rm -r /opt/cerebrum-pi /opt/cerebrum-backend")
-        machine.run("systemctl restart cerebrum-backend cerebrum-cm4")
-        machine.wait_for_the_pi()
-        machine.run("cerebrum-cm4 setup </dev/null")
+        assert "listening on" in machine.run("cat /opt/cerebrum-pi/logs/cerebrum.log")
 
 
 # ------------------------------------------------------------------------------------- the packages
 
 
 @pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
-def test_the_packages_are_whole_and_reproducible_and_lintian_is_silent(tmp_path: Path) -> None:
+def test_the_packages_are_reproducible_and_lintian_is_silent() -> None:
     def built(umask: str) -> dict[str, bytes]:
         make = f"umask {umask}; make deb"
         subprocess.run(make, shell=True, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -820,14 +749,6 @@ def test_the_packages_are_whole_and_reproducible_and_lintian_is_silent(tmp_path:
     checked = subprocess.run(["lintian", *names], cwd=dist, capture_output=True, text=True)
     assert checked.returncode == 0
     assert checked.stdout == ""
-    for package in names:
-        subprocess.run(["dpkg-deb", "-x", package, tmp_path], cwd=dist, check=True)
-    for name, daemon in (("cm4", "cm4d"), ("backend", "vpsd")):
-        command = [sys.executable, "-u", f"{tmp_path}/usr/lib/cerebrum-{name}/{daemon}.py"]
-        catalog = f"{tmp_path}/etc/cerebrum-{name}/models.toml"
-        environment = settings(tmp_path, CEREBRUM_MODELS_FILE=catalog)
-        with program(daemon, command, tmp_path / name, environment):
-            pass
 
 
 # ---------------------------------------------------------------------------------------- at length
@@ -835,7 +756,7 @@ def test_the_packages_are_whole_and_reproducible_and_lintian_is_silent(tmp_path:
 
 @pytest.fixture(scope="module")
 def older() -> Iterator[Machine]:
-    with booted("older", "bookworm") as machine:
+    with booted("older", OLDER) as machine:
         deploy(machine, machine.model)
         yield machine
 
@@ -849,22 +770,51 @@ def test_an_older_debian(older: Machine) -> None:
     test_the_upgrade(older)
 
 
+# Of the unit. So the key is in .env.
+UNKNOWN_TO_QEMU = """[Service]
+LoadCredential=
+PrivateIPC=false
+PrivateUsers=false
+"""
+ENV_OF_A_PI = """CEREBRUM_API_KEY={key}
+CEREBRUM_CM4_API_KEY={key}
+CEREBRUM_CM4_HOST=127.0.0.1
+CEREBRUM_CM4_PORT=0
+CEREBRUM_VPS_URL=http://127.0.0.1:{port}
+"""
+
+
 @pytest.mark.packages
-def test_a_killed_dpkg_is_healed(older: Machine) -> None:
-    """At ten places of an upgrade, by the time that a whole one takes."""
-    for version in ("1.1.7", "1.1.8"):
-        newer(older, version)
-        older.run(f"mkdir {version}; mv cerebrum-*.deb {version}")
-    packages = "./cerebrum-backend.deb ./cerebrum-cm4.deb"
-    install = f"apt install -y --allow-downgrades {packages}"
-    before = time.monotonic()
-    older.run(f"cd 1.1.7; {install}")
-    whole = time.monotonic() - before
-    for number in range(10):
-        version = ("1.1.8", "1.1.7")[number % 2]
-        limit = whole * (number + 0.5) / 10
-        older.run(f"cd {version}; timeout -s KILL {limit:.2f} dpkg -i {packages}", check=False)
-        older.run(f"dpkg --configure -a || true; cd {version}; {install}")
-        got = older.run("dpkg-query -W -f '${Version} ${Status}\\n' cerebrum-backend cerebrum-cm4")
-        assert got.splitlines() == [f"{version} install ok installed"] * 2
-        older.wait_for_the_pi()
+@pytest.mark.nightly
+@pytest.mark.skipif(not EMULATOR.exists(), reason="needs qemu-user-binfmt")
+async def test_an_emulated_pi(tmp_path: Path) -> None:
+    """An arm64 with the host's network, by the README's lines: what runs there, not how fast."""
+    debian, _ = bootstrapped(PACKAGES_OF_A_PI, OLDER, "--arch=arm64")
+    (debian / "complete").write_text(PACKAGES_OF_A_PI)
+    with in_a_thread(Backend(tokens=TOKENS)) as backend, started("arm64", debian) as pi:
+        assert pi.run("uname -m") == "aarch64"
+        _, lines, _ = blocks("Deploy it", "README.md")
+        install, start, _ = lines.rpartition("systemctl start cerebrum-cm4")
+        pi.run("ln -s /bin/true /usr/bin/tailscale")
+        pi.run(f"cd cerebrum\n{install}", stdin=KEY_OF_TESTS)
+        drop_in = "/run/systemd/system/cerebrum-cm4.service.d/qemu.conf"
+        pi.run(f"install -D /dev/stdin {drop_in}; systemctl daemon-reload", stdin=UNKNOWN_TO_QEMU)
+        env = ENV_OF_A_PI.format(key=KEY_OF_TESTS, port=backend.port)
+        pi.run(f"cat >/opt/cerebrum-pi/.env; {start}", stdin=env)
+        log = partial(pi.run, "cat /opt/cerebrum-pi/logs/cerebrum.log")
+        until(lambda: "VPS backend is available" in log(), "the Pi sees the VPS")
+        (port,) = map(int, re.findall(r"listening on http://127.0.0.1:(\d+)", log()))
+        client = Client(port=port)
+        for path, stream in product(MORE, (False, True)):
+            await check_post(client, path, stream)
+        for row in ROWS:
+            await check_row(port, row)
+        with daemon("vpsd", tmp_path, CEREBRUM_MODELS_DIR=f"{MODELS}") as vps:
+            change = f"sed -i 's/:{backend.port}$/:{vps.port}/' /opt/cerebrum-pi/.env"
+            pi.run(f"{change}; systemctl reload cerebrum-cm4")
+            until(lambda: log().count("VPS backend is available") == 2, "the Pi sees the other VPS")
+            asked = {"prompt": "def fibonacci(n):", "language": "python", "model": MODEL}
+            headers = {"X_API_Key": KEY_OF_TESTS}
+            reply = await client.post("/v1/complete/stream", asked, **headers)
+            assert b"return" in reply.body
+            assert reply.events[-1]["done"]

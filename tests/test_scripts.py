@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import inspect
+import json
 import os
 import pty
 import re
@@ -29,12 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 from harness import CAPTURED, PATIENCE, ROOT, certificate, disk_of, wait_until
 from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
 
-import vpsd
 from cerebrum.text.languages import LANGUAGES
 
 REPL = f"{ROOT}/cerebrum_repl.sh"
@@ -231,12 +229,13 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def owner(path: Path) -> int:
-    return path.stat().st_uid
-
-
 def texts(*paths: Path) -> list[str]:
     return [path.read_text() for path in paths]
+
+
+def rows(table: str) -> list[list[str]]:
+    """A row a line, with bars between its cells."""
+    return [[*map(str.strip, line.split("|"))] for line in table.strip().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------- filter
@@ -248,16 +247,12 @@ OTHERS = b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n'
 
 
 def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl) -> None:
+    """Past every proxy, which would see the key and the code."""
+    repl.env |= dict.fromkeys(["http_proxy", "all_proxy", "HTTPS_PROXY"], "http://127.0.0.1:1")
     repl.answers(completion(*AWKWARD.split("|")), [head(), CRLF, OTHERS, done()])
     for printed in (AWKWARD.replace("|", ""), "éx"):
         assert repl.run(b"def f(\n", "-") == (0, printed, "")
     assert "x-api-key" not in repl.backend.asked[0][1]
-
-
-def test_no_proxy_sees_the_key_or_the_code(repl: Repl) -> None:
-    repl.env |= dict.fromkeys(["http_proxy", "all_proxy", "HTTPS_PROXY"], "http://127.0.0.1:1")
-    repl.answers(completion("x"))
-    assert repl.run(b"def f(\n", "-") == (0, "x", "")
 
 
 def announce(folder: Path, *addresses: str) -> None:
@@ -317,8 +312,7 @@ def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
     assert line == "POST /v1/complete/stream HTTP/1.1"
     assert headers["content-type"] == "application/json"
     assert headers["x-api-key"] == "hush hush"
-    fields = {"language": "go", "model": "tiny", "max_tokens": 7, "temperature": 0.5}
-    assert repl.asked == [{"mode": "auto", "progress": True, "prompt": prompt, **fields}]
+    assert repl.asked[0] == repl.asked[0] | {"prompt": prompt, "language": "go", "max_tokens": 7}
     assert b"/v1/complete/stream" in seen
     assert b"hush hush" not in seen
 
@@ -342,20 +336,15 @@ HALF_A_CHUNK = b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n'
 CUT_IN_A_CHUNK = [head(200, "Transfer-Encoding: chunked"), HALF_A_CHUNK]
 FAILED_MIDWAY = [*BROKEN_OFF, event(error=True, message="backend died", code="VPS_UNAVAILABLE")]
 NO_EVENT = "expected an event of Cerebrum, got something else"
-TOKENS = "tokens: expected a whole number from 1 to 2048, got "
-TEMPERATURE = "temperature: expected a number from 0 to 1, got "
 FAILURES = [  # what the server answers, what is printed, what is said
     (FAILED_MIDWAY, "half", "VPS_UNAVAILABLE: backend died"),
     (BROKEN_OFF, "half", "the stream broke off before its end"),
     (CUT_IN_A_CHUNK, "half", "the stream broke off before its end"),
     ([error(400, "X", "No 100%\nsuch \x1b[1mlanguage")], "", "X: No 100%\nsuch [1mlanguage"),
     ([head(502, kind="text/html"), b"<html>\n<h1>Bad</h1>\n"], "", "HTTP 502 from {url}"),
-    ([answer(404, {"detail": "x"})], "", "HTTP 404 from {url}"),
     ([*BROKEN_OFF, b"data: {nonsense\n\n"], "half", NO_EVENT),
-    ([*BROKEN_OFF, b"data: [1]\n\n"], "half", NO_EVENT),
     ([*BROKEN_OFF, b'data: {"token": 7}\n\n'], "half", NO_EVENT),
     (instructed("on", finish_reason="length"), "on", "cut off at 512 tokens"),
-    ([b""], "", "curl: (52) Empty reply from server"),
 ]
 
 
@@ -366,18 +355,19 @@ def test_a_failed_request_exits_with_1(repl: Repl, script: Script, printed: str,
     assert repl.run(b"x", "-") == (1, printed, message)
 
 
-MISUSES = [  # arguments, what is said
-    ("-n", "-n needs a value; see --help"),
-    ("-n 0 -", f"{TOKENS}0"),
-    ("-n 2049 -", f"{TOKENS}2049"),
-    ("-n a[$(id)] -", f"{TOKENS}a[$(id)]"),
-    ("-t 1.1 -", f"{TEMPERATURE}1.1"),
-    ("-t 1e0 -", f"{TEMPERATURE}1e0"),
-    ("file.py", "unknown argument file.py; see --help"),
-]
+# Arguments, what is said.
+MISUSES = """
+-n           | -n needs a value; see --help
+-n 0 -       | tokens: expected a whole number from 1 to 2048, got 0
+-n 2049 -    | tokens: expected a whole number from 1 to 2048, got 2049
+-n a[$(id)] -| tokens: expected a whole number from 1 to 2048, got a[$(id)]
+-t 1.1 -     | temperature: expected a number from 0 to 1, got 1.1
+-t 1e0 -     | temperature: expected a number from 0 to 1, got 1e0
+file.py      | unknown argument file.py; see --help
+"""
 
 
-@pytest.mark.parametrize(("args", "said"), MISUSES)
+@pytest.mark.parametrize(("args", "said"), rows(MISUSES))
 def test_a_wrong_argument_exits_with_2(repl: Repl, args: str, said: str) -> None:
     assert repl.run(b"x", *args.split()) == (2, "", f"cerebrum_repl.sh: {said}\n")
 
@@ -389,10 +379,12 @@ def test_settings_reach_the_request(repl: Repl) -> None:
     repl.answers(completion("x"), completion("y"))
     typed = ":lang rust|:model tiny|:tokens 9|:temp 0|fn f|:model auto|:temp 1.0|fn g"
     repl.converse(*typed.split("|"))
-    both = {"mode": "auto", "language": "rust", "max_tokens": 9, "progress": True}
-    first = {"prompt": "fn f", "model": "tiny", "temperature": 0}
-    second = {"prompt": "fn g", "temperature": 1.0}
-    assert repl.asked == [both | first, both | second]
+    asked = """[
+        {"mode": "auto", "language": "rust", "max_tokens": 9, "progress": true, "prompt": "fn f",
+         "model": "tiny", "temperature": 0},
+        {"mode": "auto", "language": "rust", "max_tokens": 9, "progress": true, "prompt": "fn g",
+         "temperature": 1.0}]"""
+    assert repl.asked == json.loads(asked)
 
 
 def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(repl: Repl) -> None:
@@ -422,16 +414,15 @@ def test_commands_that_ask_nothing(repl: Repl) -> None:
     assert repl.backend.asked == []
 
 
-THERE: dict[str, Any] = {"languages": ["c"], "available": True}
-LISTED: dict[str, Any] = {
+LISTED = json.loads("""{
     "models": [
-        {**THERE, "id": "small", "parameters": "0.5B", "loaded": True, "memory_mb": 1288.6},
-        {**THERE, "id": "middle", "parameters": "1.5B", "loaded": False},
-        {"id": "large", "parameters": "7B", "languages": ["go", "c"], "available": False},
-    ],
-    "languages": [{"id": "lua", "endings": [".lua"], "filenames": [], "served": False}],
-    "prefer": {"infill": ["middle"], "instruct": ["large", "middle"]},
-}
+        {"id": "small", "parameters": "0.5B", "languages": ["c"], "available": true,
+         "loaded": true, "memory_mb": 1288.6},
+        {"id": "middle", "parameters": "1.5B", "languages": ["c"], "available": true,
+         "loaded": false},
+        {"id": "large", "parameters": "7B", "languages": ["go", "c"], "available": false}],
+    "languages": [{"id": "lua", "endings": [".lua"], "filenames": [], "served": false}],
+    "prefer": {"infill": ["middle"], "instruct": ["large", "middle"]}}""")
 SHOWN = """\
   small   loaded, 1289 MB  0.5B
 * middle  on the VPS       1.5B
@@ -440,7 +431,8 @@ preferred for infill: middle
 preferred for instruct: large, middle
 model: middle
 """
-STATS = {"vps_available": True, "load_avg": [0.5, 1], "backends": [{"id": "attic"}], "host": "pi"}
+STATS = json.loads("""{
+    "vps_available": true, "load_avg": [0.5, 1], "backends": [{"id": "attic"}], "host": "pi"}""")
 STATS_SHOWN = """\
 vps_available            true
 load_avg                 [0.5, 1]
@@ -448,14 +440,10 @@ host                     pi
 backend attic            {"id": "attic"}
 """
 AWAY = {"models": [{"id": "a", "available": False}], "vps_available": False}
-ONE_LOADED = {"models": [{"id": "a", "loaded": True}]}
 NO_LIST = "/v1/models: expected an answer of Cerebrum, got something else"
 KEY_REFUSED = error(401, "UNAUTHORIZED", "no\x1b[1m key")
 LISTS = [  # commands, what the server answers, what is shown, what is said
     (":model middle\n:model", answer(200, LISTED), f"model: middle\n{SHOWN}", []),
-    (":model", answer(200, ONE_LOADED), "  a  loaded\nmodel: auto\n", []),
-    (":model", answer(200, {"models": [{"id": "a"}]}), "  a  on the VPS\nmodel: auto\n", []),
-    (":model", answer(200, {"models": []}), "model: auto\n", []),
     (":model", answer(200, AWAY), "  a  unknown\nthe VPS cannot be reached\nmodel: auto\n", []),
     (":lang\n:lang go", answer(200, LISTED), "c go\nlanguage: python\nlanguage: go\n", []),
     (":stats", answer(200, STATS), STATS_SHOWN, []),
@@ -480,22 +468,18 @@ def test_last_and_save(repl: Repl) -> None:
     here = repl.folder
     taken = repl.file("taken.py", "mine\n")
     saved = here / "out.py"
-    fifo = here / "fifo"
-    os.mkfifo(fifo)
     repl.answers(completion("\n    return '\\n'  \n\n"))
     good = [":last", f":save {saved}", f":save {taken}", f":save! {taken}"]
-    bad = [f":save {fifo}", f":save! {here}", f":save {here}/none/x"]
+    bad = [f":save! {here}", f":save {here}/none/x"]
     out, err = repl.converse("def f():", *good, *bad)
     whole = "def f():\n    return '\\n'  \n\n"
     assert out.split("block]\n")[1] == f"{whole}saved {saved}\nsaved {taken}\n"
     assert err == [
         f"{taken} exists; :save! {taken} replaces it",
-        f"{fifo}: not a regular file; nothing was saved",
         f"{here}: not a regular file; nothing was saved",
         f"{here}/none/x: No such file or directory; nothing was saved",
     ]
     assert texts(saved, taken) == [whole] * 2
-    assert fifo.is_fifo()
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -527,27 +511,26 @@ def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl:
     assert os.listdir(folder) == ["real.rs"]
 
 
-NAMES = [  # a file, its size, the language and the most tokens that are asked for
-    ("x.RS", 0, "rust", 512),
-    ("a.b.go", 10, "go", 512),
-    ("Gemfile", 3000, "ruby", 1064),
-    (".py", 30_000, "python", 2048),
-    ("go", 0, "python", 512),
-    ("x.go~", 0, "python", 512),
-    ("x.txt", 0, "python", 512),
-]
+# A file, its size, the language and the most tokens that are asked for.
+NAMES = """
+x.RS    |     0 | rust   |  512
+a.b.go  |    10 | go     |  512
+Gemfile |  3000 | ruby   | 1064
+.py     | 30000 | python | 2048
+go      |     0 | python |  512
+x.go~   |     0 | python |  512
+x.txt   |     0 | python |  512
+"""
 
 
 def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl) -> None:
-    repl.answers(*[instructed("a")] * len(NAMES))
-    typed = [":lang c"]
-    for name, size, _, _ in NAMES:
-        path = repl.file(name, "x" * size)
-        typed.append(f":do @{path} it")
-    repl.converse(*typed)
-    for body, (*_, language, tokens) in zip(repl.asked, NAMES, strict=True):
+    table = rows(NAMES)
+    repl.answers(*[instructed("a")] * len(table))
+    typed = [f":do @{repl.file(name, 'x' * int(size))} it" for name, size, _, _ in table]
+    repl.converse(":lang c", *typed)
+    for body, (*_, language, tokens) in zip(repl.asked, table, strict=True):
         assert body["language"] == language
-        assert body["max_tokens"] == tokens
+        assert body["max_tokens"] == int(tokens)
 
 
 GAPS = [  # file, line, text before the gap, text after it
@@ -577,11 +560,11 @@ def test_a_gap_is_filled(repl: Repl, text: str, line: int, before: str, after: s
     assert path.read_bytes() == f"{before}{filled}{after}".encode()
 
 
-INSTRUCTIONS = [  # what each request has
+# What each request has.
+INSTRUCTIONS = json.loads(r"""[
     {"prompt": "def f():\n  x", "instruction": "use y", "language": "python"},
     {"prompt": "one\ntwo\n", "instruction": "shout  it", "language": "go"},
-    {"prompt": "one\nTWO\n", "instruction": "louder", "language": "go"},
-]
+    {"prompt": "one\nTWO\n", "instruction": "louder", "language": "go"}]""")
 
 
 def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl) -> None:
@@ -653,21 +636,21 @@ def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl:
     assert texts(path, fixed) == ["edited\n", "x"]
 
 
-REFUSED = [error(503, "X", "no")]
-NOTHING_CAME = [  # a command that gets no answer, what the server says to it, what the REPL says
-    (":infill {b}", None, "expected :infill PATH:LINE, with lines counted from 1"),
-    (":infill {b}:0", None, "expected :infill PATH:LINE, with lines counted from 1"),
-    (":infill {b}:2", None, "{b} has no line 2"),
-    (":infill {b}x:1", None, "{b}x: no such file, or not readable"),
-    (":file {b}x", None, "{b}x: no such file, or not readable"),
-    (":do @. shout", None, ".: expected a file, got a folder"),
-    (":do @{b}x shout", None, "{b}x: no such file, or not readable"),
-    (":file {b}", REFUSED, "X: no"),
-    (":infill {b}:1", REFUSED, "X: no"),
-    (":do @{b} shout", REFUSED, "X: no"),
-    (":do shout", REFUSED, "X: no"),
-    ("fn f() {{", REFUSED, "X: no"),
-]
+# A command that gets no answer, which the server may have refused, and what the REPL says.
+NOTHING_CAME = """
+:infill {b}   | expected :infill PATH:LINE, with lines counted from 1
+:infill {b}:0 | expected :infill PATH:LINE, with lines counted from 1
+:infill {b}:2 | {b} has no line 2
+:infill {b}x:1| {b}x: no such file, or not readable
+:file {b}x    | {b}x: no such file, or not readable
+:do @. shout  | .: expected a file, got a folder
+:do @{b}x it  | {b}x: no such file, or not readable
+:file {b}     | X: no
+:infill {b}:1 | X: no
+:do @{b} shout| X: no
+:do shout     | X: no
+fn f()        | X: no
+"""
 
 
 @pytest.fixture
@@ -676,12 +659,13 @@ def a_and_b(repl: Repl) -> tuple[Path, Path]:
     return repl.file("a.py", "a\n"), repl.file("b.rs", "b\n")
 
 
-@pytest.mark.parametrize(("command", "script", "said"), NOTHING_CAME)
+@pytest.mark.parametrize(("command", "said"), rows(NOTHING_CAME))
 def test_a_command_without_an_answer_leaves_the_last_result(
-    repl: Repl, a_and_b: tuple[Path, Path], command: str, script: Any, said: str
+    repl: Repl, a_and_b: tuple[Path, Path], command: str, said: str
 ) -> None:
     a, b = a_and_b
-    repl.answers(completion("A\n"), *filter(None, [script]))
+    refused = [error(503, "X", "no")]
+    repl.answers(completion("A\n"), *[refused] * (said == "X: no"))
     out, err = repl.converse(f":file {a}", command.format(b=b), ":last", ":write", ":lang")
     assert err == [said.format(b=b)]
     assert out.endswith(f"block]\na\nA\nwrote {a}\nlanguage: python\n")
@@ -754,9 +738,7 @@ LINE_ENDS = [  # the file, what a model answers to an instruction, what is writt
     (b"a\r\nb", "A\nB", b"A\r\nB"),
     (b"a\nb\r\n", "A\nB\n", b"A\nB\n"),
     (b"a\nb\r\nc\r\n", "a\nnew\nb\nC\n", b"a\nnew\nb\r\nC\n"),
-    (b"a\nb\n", "A\r\nB\r\n", b"A\nB\n"),
     (b"\xef\xbb\xbfa\nb\n", "a\nB\n", b"\xef\xbb\xbfa\nB\n"),
-    (b"a\nb\n", "A\nB", b"A\nB\n"),
     (b"a\nb", "A\nB", b"A\nB"),
     (b"", "A", b"A\n"),
 ]
@@ -831,7 +813,7 @@ def test_ctrl_c_in_the_filter_ends_it(repl: Repl) -> None:
     repl.answers([head(), *tokens("one", " two"), HANG, left.set])
     screen = repl.terminal("-")
     screen.type("x\x04\x04")
-    assert screen.expect("one two") == "x"  # in no colour
+    screen.expect("one two")
     screen.type("\x03")
     assert left.wait(PATIENCE)
     assert screen.status() == -signal.SIGINT
@@ -861,12 +843,11 @@ def test_the_line_can_be_edited_and_history_lasts(repl: Repl) -> None:
     assert mode(history) == 0o600
 
 
-PROGRESS = [
+PROGRESS = json.loads("""[
     {"stage": "queued", "done": 0, "total": 1},
     {"stage": "loading", "done": 1, "total": 4},
     {"stage": "prefill", "done": 512, "total": 1024},
-    {"stage": "decode", "done": 0, "total": 9},
-]
+    {"stage": "decode", "done": 0, "total": 9}]""")
 
 
 def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl) -> None:
@@ -906,17 +887,14 @@ def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None
     assert screen.expect(PROMPT) == shown
 
 
-def test_a_terminal_without_colours(repl: Repl) -> None:
-    path = repl.file("x.py", "a\n")
-    repl.answers(*[instructed("b\x1b[31m\n")] * 3)
-    for without in ({"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}):
-        screen = repl.terminal(**without)
-        screen.expect(PROMPT)
-        screen.type(f":do @{path} it\r")
-        _, _, shown = screen.expect("+b[31m\r\n").rpartition(" it\r\n")
-        answered = f"b[31m\r\n\r\n{SUMMARY}\r\n"
-        diff = f"--- {path}\r\n+++ {path} (new)\r\n@@ -1 +1 @@\r\n-a\r\n"
-        assert shown.removeprefix("\x1b[?2004l\r") == answered + diff, without
+@pytest.mark.parametrize("without", [{"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}])
+def test_a_terminal_without_colours(repl: Repl, without: dict[str, str]) -> None:
+    repl.answers(completion("b\x1b[31m"))
+    screen = repl.terminal(**without)
+    screen.expect(PROMPT)
+    screen.type("x\r")
+    _, _, shown = screen.expect(SUMMARY).rpartition("x\r\n")
+    assert shown.removeprefix("\x1b[?2004l\r") == "b[31m\r\n"
 
 
 # ---------------------------------------------------------------------------------------------- key
@@ -980,32 +958,37 @@ def test_a_key_is_written_before_the_one_that_is_there(
     assert os.listdir(tmp_path) == [name]
 
 
-TWO_KEYS = "TWO: expected one key at most, got two: --set the one that stays, then --write again"
-NO_KEY = "expected a key of letters, digits and ._~+/=- on stdin, got something else"
-NAMED = "expected a name of 1 to 32 letters, digits and ._- after "
-REFUSALS = [  # a command, its stdin, its status, what it says
-    ("--write", "", 2, "--write needs at least one FILE"),
-    ("--write good nowhere/x", "", 1, "nowhere/x: no such directory"),
-    ("--write good .", "", 1, ".: expected a regular file that can be read"),
-    ("--write good TWO", "", 1, TWO_KEYS),
-    ("--set good", "", 1, "expected a key on stdin, got none"),
-    ("--set good", "\n", 1, NO_KEY),
-    ("--set good", "CEREBRUM_API_KEY='k'\n", 1, NO_KEY),
-    ("--client", "", 2, f"{NAMED}--client, got ''"),
-    ("--client an/na", "", 2, f"{NAMED}--client, got 'an/na'"),
-    (f"--revoke {'n' * 33}", "", 2, f"{NAMED}--revoke, got '{'n' * 33}'"),
-    ("--client x 65", "", 2, "expected a number of places from 1 to 64, got '65' after the name"),
-    ("--client x 0", "", 2, "expected a number of places from 1 to 64, got '0' after the name"),
-    ("--revoke n0 n1", "", 2, "expected nothing, got 'n1' after the name"),
-    ("--client n0", "", 1, "keys: n0 has a key already; first --revoke n0"),
-    ("--client x", "", 1, "keys: has 32 names, which is the most; --revoke one first"),
-    ("--revoke x", "", 1, "keys: there is no client x"),
-]
+# A command, its stdin, its status, what it says.
+REFUSALS = """
+--write                  |    |2| --write needs at least one FILE
+--write good nowhere/x   |    |1| nowhere/x: no such directory
+--write good .           |    |1| .: expected a regular file that can be read
+--write good TWO         |    |1| TWO: {two}
+--set good               |    |1| expected a key on stdin, got none
+--set good               |,   |1| {no_key}
+--set good               |k'k'|1| {no_key}
+--client                 |    |2| {name} --client, got ''
+--client an/na           |    |2| {name} --client, got 'an/na'
+--revoke {long}          |    |2| {name} --revoke, got '{long}'
+--client x 65            |    |2| {places}, got '65' after the name
+--client x 0             |    |2| {places}, got '0' after the name
+--revoke n0 n1           |    |2| expected nothing, got 'n1' after the name
+--client n0              |    |1| keys: n0 has a key already; first --revoke n0
+--client x               |    |1| keys: has 32 names, which is the most; --revoke one first
+--revoke x               |    |1| keys: there is no client x
+"""
+SAID = {
+    "two": "expected one key at most, got two: --set the one that stays, then --write again",
+    "no_key": "expected a key of letters, digits and ._~+/=- on stdin, got something else",
+    "name": "expected a name of 1 to 32 letters, digits and ._- after",
+    "places": "expected a number of places from 1 to 64",
+    "long": "n" * 33,
+}
 
 
-@pytest.mark.parametrize(("args", "stdin", "status", "said"), REFUSALS)
+@pytest.mark.parametrize(("args", "stdin", "status", "said"), rows(REFUSALS.format_map(SAID)))
 def test_what_cannot_be_done_changes_no_file(
-    tmp_path: Path, args: str, stdin: str, status: int, said: str
+    tmp_path: Path, args: str, stdin: str, status: str, said: str
 ) -> None:
     clients = "# 32\n" + "".join(f"n{number} key\n" for number in range(32))
     before = {"good": "CEREBRUM_API_KEY=old\n", "TWO": "new, old\n", "keys": clients}
@@ -1013,7 +996,7 @@ def test_what_cannot_be_done_changes_no_file(
         for name, text in before.items():
             write(Path(name), text)
         refused = keygen(*args.split(), stdin=stdin, CEREBRUM_CM4_KEYS_FILE="keys")
-        assert refused == (status, "", said)
+        assert refused == (int(status), "", said)
         assert {name: Path(name).read_text() for name in os.listdir()} == before
 
 
@@ -1081,67 +1064,62 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(
     steps = re.findall(r"CALL (sync|mv) (?:-f )?-- (.+)", seen)
     order = "sync mv mv sync sync " * 2 + "sync mv sync " * 3
     assert [tool for tool, _ in steps] == order.split()
-    drafts = steps[0][1].split()
-    assert [moved for _, moved in steps[1:3]] == [f"{drafts[0]} {env}", f"{drafts[1]} {credential}"]
 
 
 def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
     """The script with a daemon's settings beside it, and the file that they name behind a link."""
     script = shutil.copy(KEYGEN, tmp_path)
     file = tmp_path / "client-keys"
-    given = "CEREBRUM_CM4_PORT=7001\nCEREBRUM_CM4_TLS_CERT='/etc/pi.pem'\n"
-    settings = write(tmp_path / ".env", given)
+    env = write(tmp_path / ".env", "CEREBRUM_CM4_PORT=7001\n")
     daemon, other = (1234, 1235) if os.geteuid() == 0 else [os.geteuid()] * 2
-    os.chown(settings, daemon, -1)
+    os.chown(env, daemon, -1)
     (tmp_path / "etc").mkdir()
     file.symlink_to("etc/keys")
-    apply = "apply it:  sudo systemctl reload cerebrum-cm4\n"
     program(tmp_path / "bin/qrencode", f'cat >{tmp_path}/seen; echo "drawn $*"; exit 1')
-    path = path_with(tmp_path)
-    status, out, err = called(script, "--client", "anna", PATH=path)
-    address, key, setting, link, drawn = out.splitlines()
-    assert address == f"address: https://{os.uname().nodename}.local:7001"
-    assert re.fullmatch("key:     [A-Za-z0-9_-]{43}", key)
-    assert setting.startswith("setting: CEREBRUM_URL and CEREBRUM_CM4_API_KEY ")
-    address_alone, key_alone = address.split()[1], key.split()[1]
-    assert link == f"link:    {address_alone}/#key={key_alone}"
-    assert drawn == "drawn -t UTF8"  # no key among its arguments
-    assert (tmp_path / "seen").read_text() == link.split()[1]
-    new = f"{file} is new: while it exists, all clients need a key\n"
-    about = "the link shows {}'s settings; whoever has it has the key\n"
-    assert status == 0
-    assert err == new + about.format("anna") + apply
-    status, out, err = called(script, "--client", "gast.2", "1")
-    assert status == 0
-    assert err == about.format("gast.2") + apply
-    of_anna = f"anna {key.split()[1]}\n"
-    assert file.read_text() == f"{of_anna}gast.2 {out.split()[3]} 1\n"
-    assert owner(file) == daemon
+    status, out, err = called(script, "--client", "anna", PATH=path_with(tmp_path))
+    key = out.splitlines()[1].split()[1]
+    address = f"http://{os.uname().nodename}.local:7001"
+    link = f"{address}/#key={key}"
+    settings = "CEREBRUM_URL and CEREBRUM_CM4_API_KEY for the language server and the REPL;"
+    # No key is among the arguments of what draws.
+    shown = f"""address: {address}
+key:     {key}
+setting: {settings} the page shows the others
+link:    {link}
+drawn -t UTF8
+"""
+    said = f"""{file} is new: while it exists, all clients need a key
+the link shows anna's settings; whoever has it has the key
+apply it:  sudo systemctl reload cerebrum-cm4
+"""
+    assert (status, out, err) == (0, shown, said)
+    assert (tmp_path / "seen").read_text() == link
+    guests = called(script, "--client", "gast.2", "1")[1].split()[3]
+    assert file.read_text() == f"anna {key}\ngast.2 {guests} 1\n"
+    assert file.stat().st_uid == daemon
     assert mode(file) == 0o600
     write(file, "# ours\n\n" + file.read_text().rstrip())
     os.chown(file, other, -1)
-    assert called(script, "--revoke", "gast.2") == (0, "", apply)
-    assert file.read_text() == f"# ours\n\n{of_anna}"
-    assert owner(file) == other
+    assert called(script, "--revoke", "gast.2")[0] == 0
+    assert file.read_text() == f"# ours\n\nanna {key}\n"
+    assert file.stat().st_uid == other
     assert file.is_symlink()
     assert os.listdir(tmp_path / "etc") == ["keys"]
     write(file, "\ufeffanna k1\r\nben k2\n")  # from an editor on Windows
-    status, _, err = called(script, "--client", "anna")
-    assert status == 1
-    assert "anna has a key already" in err
     assert called(script, "--revoke", "anna")[0] == 0
     assert file.read_text() == "ben k2\n"
 
 
-ADDRESSES = [  # the names of a certificate, the host of the address
-    ("DNS:*.lan,IP:10.0.0.7,DNS:pi.example.ts.net,DNS:other", "pi.example.ts.net"),
-    ("DNS:other,DNS:{own}", "{own}"),
-    ("IP:fd7a::1", "[FD7A:0:0:0:0:0:0:1]"),
-    ("DNS:*.lan", "{own}"),
-]
+# The names of a certificate, the host of the address.
+ADDRESSES = """
+DNS:*.lan,IP:10.0.0.7,DNS:pi.example.ts.net,DNS:other | pi.example.ts.net
+DNS:other,DNS:{own} | {own}
+IP:fd7a::1          | [FD7A:0:0:0:0:0:0:1]
+DNS:*.lan           | {own}
+"""
 
 
-@pytest.mark.parametrize(("names", "host"), ADDRESSES)
+@pytest.mark.parametrize(("names", "host"), rows(ADDRESSES))
 def test_the_address_for_a_client_is_one_of_the_certificate(
     names: str, host: str, tmp_path: Path
 ) -> None:
@@ -1153,51 +1131,22 @@ def test_the_address_for_a_client_is_one_of_the_certificate(
     assert out.splitlines()[0] == f"address: https://{host.format(own=own)}:7000"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
-def test_a_client_before_setup_gets_a_file_of_the_daemons_user(tmp_path: Path) -> None:
-    """With stand-ins, as this machine need not have the user."""
-    script = shutil.copy(KEYGEN, tmp_path)
-    log = tmp_path / "log"
-    (tmp_path / ".env").symlink_to("gone/env")  # as in the package
-    for tool in ("id", "chown"):
-        program(tmp_path / "bin" / tool, f'echo "{tool} $*" >>{log}')
-    assert called(script, "--client", "anna", PATH=path_with(tmp_path))[0] == 0
-    calls = re.sub(r"client-keys\.\w+", "DRAFT", log.read_text())
-    assert calls == f"id cerebrum\nchown cerebrum: -- {tmp_path}/DRAFT\n"
-
-
 # ------------------------------------------------------------------------------------------- run.sh
 
 
-def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
-    """Before anything is installed, with the Python of Debian 11."""
-    version = "case $1 in --version) echo Python 3.9.2 ;; *) exit 1 ;; esac"
-    program(tmp_path / "bin/python3", version)
-    said = "run.sh: expected Python 3.11 or newer, got Python 3.9.2\n"
-    assert called(RUN, "setup", PATH=path_with(tmp_path)) == (1, "", said)
+# What the old Python lacks, the signal that ends it, how often it is replaced: not after a KILL, by
+# which the kernel says that memory is lacking.
+OUTDATED = """
+python    |      | 1
+llama_cpp |      | 1
+decode    | ILL  | 1
+decode    | KILL | 0
+"""
 
 
-def test_make_deb_names_the_packages_that_it_lacks(tmp_path: Path) -> None:
-    for tool in ("make", "sh", "dh"):
-        (tmp_path / tool).symlink_to(shutil.which(tool) or "/bin/true")
-    status, _, err = called("make", "-C", ROOT, "deb", PATH=f"{tmp_path}")
-    lacks = "build-essential dh-python help2man"
-    said = f"missing system packages; please run:  sudo apt-get install {lacks}"
-    assert status == 2
-    assert err.splitlines()[0] == said
-
-
-OUTDATED = [  # what the old Python lacks, the signal that ends it, how often it is replaced
-    ("python", "", 1),
-    ("llama_cpp", "", 1),
-    ("decode", "ILL", 1),
-    ("decode", "KILL", 0),  # by the kernel: only memory is lacking
-]
-
-
-@pytest.mark.parametrize(("lacks", "signal", "times"), OUTDATED)
+@pytest.mark.parametrize(("lacks", "signal", "times"), rows(OUTDATED))
 def test_a_venv_of_another_python_or_cpu_is_made_anew(
-    lacks: str, signal: str, times: int, tmp_path: Path
+    lacks: str, signal: str, times: str, tmp_path: Path
 ) -> None:
     """Each Python is a script that records its arguments. The new one works."""
     script = shutil.copy(RUN, tmp_path)
@@ -1219,8 +1168,8 @@ def test_a_venv_of_another_python_or_cpu_is_made_anew(
     assert installed.exists()
     calls = log.read_text()
     for call in ("new -m venv --clear .venv\n", "new -m pip cache remove llama_cpp_python\n"):
-        assert calls.count(call) == times
-    assert ("\nnew -m pip install " in calls) == (times > 0)
+        assert calls.count(call) == int(times)
+    assert ("\nnew -m pip install " in calls) == (times == "1")
 
 
 SERVE = """\
@@ -1253,32 +1202,6 @@ def test_settings_are_those_that_the_daemons_read(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == got
 
 
-def killed_build(log: Path, *command: str | Path, **environ: str) -> Path:
-    """The folder that pip, a script of `builds`, had made when all of it got SIGTERM."""
-    own = {"env": os.environ | environ, "start_new_session": True}
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, **own) as process:
-        tree = wait_until(lambda: log.exists() and log.read_text().strip(), "pip builds")
-        assert os.path.isdir(tree)
-        os.killpg(process.pid, signal.SIGTERM)
-    return Path(tree)
-
-
-def builds(log: Path) -> str:
-    return f"mktemp -d >{log}.part; mv {log}.part {log}; exec sleep 600"
-
-
-def test_a_build_that_is_killed_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    script = shutil.copy(RUN, tmp_path)
-    does = f"case $* in *pip\\ install*) {builds(log)} ;; '- run') echo llama ;; esac"
-    program(tmp_path / ".venv/bin/python", does)
-    tree = killed_build(log, script, "setup", TMPDIR=f"{temporary}")
-    assert not tree.parent.exists()
-    assert not os.listdir(temporary)
-
-
 # ----------------------------------------------------------------------------------------- setup.sh
 
 
@@ -1299,255 +1222,35 @@ def installed(name: str, folder: Path) -> Path:
     return script
 
 
-# Stands for the environment's Python. FOLDER has the models, and what each command of vpsd.py
-# prints.
-PYTHON = """
-[[ $1 != -c ]] || exit 0
-echo "vpsd ${*:3}; nice $(nice), $(</proc/self/oom_score_adj)" >>FOLDER/log
-[[ ! -e FOLDER/$3-fails ]] || exit 3
-case $3 in
-	memory) cat FOLDER/"memory-$(ls FOLDER/models)" ;;
-	fetch) touch FOLDER/models/tiny.gguf ;;
-	*) cat FOLDER/"$3" 2>/dev/null || true ;;
-esac
-"""
-ENTRY = """
-[[models]]
-id = "{0}"
-name = "M"
-parameters = "1B"
-quantization = "Q4"
-file = "{0}.gguf"
-"""
-# What the other stand-ins do.
-STAND_INS = {
-    "systemctl": "[[ $* != *MemoryCurrent* ]] || cat FOLDER/used",
-    "systemd-run": "",
-    "tailscale": "",
-}
-
-
-class Vps:
-    """A backend's machine below a folder, whose commands are stand-ins."""
-
-    def __init__(self, folder: Path) -> None:
-        self.script = installed("cerebrum-backend", folder)
-        self.folder = folder
-        self.log = folder / "log"
-        self.limit = folder / "etc/systemd/system/cerebrum-backend.service.d/memory.conf"
-        shutil.copy(KEYGEN, folder / "usr/lib/cerebrum-backend")
-        scripts = {"opt/cerebrum-backend/venv/bin/python": PYTHON}
-        for tool, does in STAND_INS.items():
-            scripts[f"bin/{tool}"] = f'echo "{tool} $*" >>FOLDER/log\n{does}'
-        for name, text in scripts.items():
-            program(folder / name, text.replace("FOLDER", f"{folder}"))
-        (folder / "models").mkdir()
-        self.say(used="[not set]\n")
-
-    def say(self, **texts: str) -> None:
-        """What the commands of vpsd.py print; the memory that the daemon uses."""
-        for name, text in texts.items():
-            write(self.folder / name, text)
-
-    def run(self, command: str, typed: str = "") -> tuple[int, list[str]]:
-        """The exit status of `cerebrum-backend`, and the lines that it prints."""
-        write(self.log, "")
-        arguments = command.split()
-        status, out, _ = called(self.script, *arguments, stdin=typed, PATH=path_with(self.folder))
-        return status, out.splitlines()
-
-    def called(self, pattern: str) -> list[str]:
-        return re.findall(f"^{pattern}", self.log.read_text(), re.M)
-
-
-@pytest.fixture
-def vps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Vps:
-    """Its `vpsd.py memory` prints what the real one does, without a model and with one."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may set up a daemon")
-    catalog = write(tmp_path / "models.toml", ENTRY.format("large") + ENTRY.format("tiny"))
-    monkeypatch.setenv("CEREBRUM_MODELS_DIR", f"{tmp_path}")
-    monkeypatch.setenv("CEREBRUM_MODELS_FILE", f"{catalog}")
-    monkeypatch.setenv("CEREBRUM_STATE_DIR", f"{tmp_path}/state")
-    vps = Vps(tmp_path / "vps")
-    for name in ("", "tiny.gguf"):
-        if name:
-            families.make(tmp_path / name, families.FAMILIES["dense"])
-        assert vpsd.main(["memory"]) == 0
-        vps.say(**{f"memory-{name}": capsys.readouterr().out})
-    return vps
-
-
-def test_where_nothing_can_be_measured_the_smallest_model_is_offered(vps: Vps) -> None:
-    """If there is no model in the end, the last line says so."""
-    vps.say(**{"choose-fails": "", "fetch-fails": ""})
-    status, said = vps.run("setup", typed="large\n")
-    assert status == 1
-    assert vps.called("vpsd fetch [^;]*") == ["vpsd fetch large"]
-    assert vps.called("systemctl restart") == ["systemctl restart"]
-    again = "to try again:  sudo cerebrum-backend setup --model ID"
-    assert said[-1] == f"FAIL  models    not fetched: large; {again}"
-    (vps.folder / "fetch-fails").unlink()
-    status, said = vps.run("setup", typed="\n")
-    assert status == 0
-    assert vps.called("vpsd fetch [^;]*") == ["vpsd fetch tiny"]
-    assert "no speed is known; the smallest model is tiny" in said
-    assert said[-1].startswith("http://127.0.0.1:9000 ")
-
-
-def test_a_model_with_a_draft_model_is_fetched_once(
-    vps: Vps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    pair = f'{ENTRY.format("large")}draft = "tiny"\n{ENTRY.format("tiny")}'
-    monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(write(tmp_path / "pair.toml", pair)))
-    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "large.gguf")
-    write(vps.folder / "models/tiny.gguf", "")
-    assert vpsd.main(["memory"]) == 0
-    said = capsys.readouterr().out
-    assert "# drafts for large: tiny writes drafts\n" in said
-    vps.say(**{"memory-tiny.gguf": said})
-    assert vps.run("setup")[0] == 0
-    assert vps.called("vpsd fetch [^;]*") == ["vpsd fetch large", "vpsd fetch tiny"]
-
-
-@pytest.mark.parametrize("command", ["fetch tiny", "choose --fetch", "tune tiny"])
-def test_the_limit_of_memory_follows_the_models_and_commands_give_way_to_the_daemon(
-    vps: Vps, command: str
-) -> None:
-    def limit(memory_mb: int, used_mb: int = 0) -> tuple[str, bool]:
-        """Let the command change the models. The limit, and whether systemd reads it at once."""
-        memory = f"{memory_mb}\n# tiny: 264 MB\n"
-        vps.say(**{"memory-tiny.gguf": memory, "used": f"{used_mb << 20}\n"})
-        assert vps.run(command)[0] == 0
-        return vps.limit.read_text().splitlines()[-1], bool(vps.called("systemctl daemon-reload"))
-
-    assert vps.run("setup --model tiny")[0] == 0
-    calls = vps.called("vpsd (.*)")
-    assert {"fetch tiny; nice 19, 1000", "memory; nice 19, 1000"} <= set(calls)
-    assert calls == vps.called("vpsd (.* nice 19, 1000)$")
-    assert limit(5000) == ("MemoryMax=5000M", True)
-    assert limit(5000) == ("MemoryMax=5000M", False)
-    # At once it would kill the daemon.
-    assert limit(3000, used_mb=3001) == ("MemoryMax=3000M", False)
-    assert limit(3001, used_mb=3001) == ("MemoryMax=3001M", True)
-    write(vps.limit, "[Service]\nMemoryMax=1G\n")
-    assert limit(4000) == ("MemoryMax=1G", False)  # a person's
-    vps.say(**{f"{command.split()[0]}-fails": ""})
-    assert vps.run(command)[0] == 3
-
-
-@pytest.mark.parametrize("changes", [False, True])
-def test_a_tuning_that_changes_nothing_restarts_nothing(vps: Vps, changes: bool) -> None:
-    write(vps.folder / "models/tiny.gguf", "")
-    assert "# tiny: " in (vps.folder / "memory-tiny.gguf").read_text()
-    used = "tiny: used from its next load on; python3 vpsd.py tune tiny --remove goes back\n"
-    assert used[6:31] in inspect.getsource(vpsd.tune_command)
-    vps.say(tune="the table\n" + used * changes)
-    printed = ["the table", *[used.strip()] * changes]
-    assert vps.run("build") == (0, printed)
-    assert vps.called("vpsd tune [^;]*") == ["vpsd tune tiny"]
-    assert vps.called("systemctl try-restart") == ["systemctl try-restart"] * changes
-
-
-# Stands for the Pi's daemon.
-CHECK = """
-import os
-key = open(os.environ["CREDENTIALS_DIRECTORY"] + "/CEREBRUM_API_KEY").read()
-assert (os.environ["CEREBRUM_VPS_URL"], key) == ("http://vps:9000", "the-key\\n")
-"""
-
-
 @needs_root
-def test_the_pi_is_set_up_by_one_line_that_the_backend_takes(tmp_path: Path) -> None:
-    """With all paths below a folder. Whatever the backend does not take changes nothing."""
-    script = installed("cerebrum-cm4", tmp_path)
-    library = tmp_path / "usr/lib/cerebrum-cm4"
-    write(library / "cm4d.py", CHECK)
-    shutil.copy(KEYGEN, library)
-    log = tmp_path / "log"
-    key = tmp_path / "etc/credstore/CEREBRUM_API_KEY"
-    old = "A=1\nCEREBRUM_VPS_URL=http://old:9000\n"
-    settings = write(tmp_path / "etc/cerebrum-cm4/env", old)
-
-    def setup(typed: str) -> tuple[int, bool]:
-        """The exit status, and whether the daemon was restarted."""
-        write(log, "")
-        status, _, _ = called(script, "setup", stdin=typed, PATH=path_with(tmp_path))
-        calls = log.read_text()
-        assert "-key" not in calls
-        assert os.listdir(tmp_path / "run") == ["systemd"]
-        return status, "systemctl restart cerebrum-cm4.service" in calls
-
-    for refused in (
-        "http://vps:9000 another-key",
-        "http://other:9000 the-key",
-        "ftp://vps the-key",
-    ):
-        assert setup(f"{refused}\n") == (1, False)
-        assert settings.read_text() == old
-        assert not key.exists()
-    new = old.replace("old", "vps")
-    for typed in ("http://vps:9000 the-key\n", "\n\n"):  # an empty answer keeps what is set
-        assert setup(typed) == (0, True)
-        assert "runuser -u cerebrum -- " in log.read_text()  # root runs none of its files
-        assert texts(settings, key) == [new, "the-key\n"]
-        assert mode(settings) == 0o600
-        assert mode(key) == 0o600
-        assert mode(key.parent) == 0o700
-        write(settings, f"{new.rstrip()} the-key\n")  # the line, pasted whole
-
-
-@needs_root
-def test_an_installation_by_hand_is_taken_over_however_its_paths_are_written(
-    tmp_path: Path,
+@pytest.mark.parametrize(("used_mb", "is_read"), [(3001, False), (3000, True)])
+def test_a_limit_below_what_the_daemon_uses_would_kill_it_and_waits(
+    used_mb: int, is_read: bool, tmp_path: Path
 ) -> None:
     script = installed("cerebrum-backend", tmp_path)
-    old = tmp_path / "opt/cerebrum-backend"
-    models = old / "models"
-    new = tmp_path / "var/lib/cerebrum-backend/models"
-    models.mkdir(parents=True)
-    for file in (old / "vpsd.py", models / "a.gguf"):
-        write(file, "")
-    write(tmp_path / "usr/lib/cerebrum-backend/models.toml", "")
-    lines = 'A={0}\nB="{0}"\nC=\'{0}/\' \r\nD={1}-mine\nE="{1}/mine"\n'
-    write(old / ".env", lines.format(models, models))
-    status, _, err = called(script, "configure", PATH=path_with(tmp_path))
-    assert status == 0, err
-    assert os.listdir(new) == ["a.gguf"], err
-    kept = lines.format(new, models)
-    assert (tmp_path / "etc/cerebrum-backend/env").read_bytes() == kept.encode()
-
-
-PRINT_STATE = f"""
-import os, sys
-from pathlib import Path
-sys.path[0] = {str(ROOT)!r}
-import vpsd
-environ = vpsd.read_environment(os.environ, Path(__file__).parent)
-print(vpsd.load_config(environ).engine.state_dir)
-"""
-
-
-@needs_root
-@pytest.mark.parametrize("setting", ["", "CEREBRUM_STATE_DIR=/data"])
-def test_the_commands_use_the_daemons_state(setting: str, tmp_path: Path) -> None:
-    script = installed("cerebrum-backend", tmp_path)
-    library = tmp_path / "usr/lib/cerebrum-backend"
-    program(tmp_path / "opt/cerebrum-backend/venv/bin/python", f'exec {sys.executable} "$@"')
-    write(library / ".env", setting)
-    write(library / "vpsd.py", PRINT_STATE)
-    status, out, _ = called(script, "memory", PATH=path_with(tmp_path))
-    systemds = f"{tmp_path}/var/lib/cerebrum"
-    assert status == 0
-    assert out.strip() == setting.partition("=")[2] or systemds
+    limit = tmp_path / "etc/systemd/system/cerebrum-backend.service.d/memory.conf"
+    limit.parent.mkdir(parents=True)
+    write(limit, '# From "vpsd.py memory"\n')
+    program(tmp_path / "opt/cerebrum-backend/venv/bin/python", "echo 3000")
+    says = f"[[ $* != *MemoryCurrent* ]] || echo {used_mb << 20}"
+    program(tmp_path / "bin/systemctl", f"echo $* >>{tmp_path}/log; {says}")
+    assert called(script, "fetch", "tiny", PATH=path_with(tmp_path))[0] == 0
+    assert limit.read_text().splitlines()[-1] == "MemoryMax=3000M"
+    assert ("daemon-reload" in (tmp_path / "log").read_text()) == is_read
 
 
 @needs_root
 def test_a_build_of_the_package_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     script = installed("cerebrum-backend", tmp_path)
     log = tmp_path / "tree"
+    builds = f"mktemp -d >{log}.part; mv {log}.part {log}; exec sleep 600"
     python = tmp_path / "opt/cerebrum-backend/venv/bin/python"
-    program(python, f"case $* in *pip\\ install*) {builds(log)} ;; *gguf) exit 1 ;; esac")
-    tree = killed_build(log, script, "build", PATH=path_with(tmp_path))
-    assert tree.is_relative_to(tmp_path / "var")
+    program(python, f"case $* in *pip\\ install*) {builds} ;; *gguf) exit 1 ;; esac")
+    environ = os.environ | {"PATH": path_with(tmp_path)}
+    own = {"env": environ, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen([script, "build"], **own) as process:
+        tree = wait_until(lambda: log.exists() and log.read_text().strip(), "pip builds")
+        assert os.path.isdir(tree)
+        os.killpg(process.pid, signal.SIGTERM)
+    assert Path(tree).is_relative_to(tmp_path / "var")
     assert os.listdir(tmp_path / "var/lib/cerebrum-backend/cache") == []

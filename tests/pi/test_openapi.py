@@ -1,4 +1,6 @@
-"""Fields of requests, against their JSON Schema, and thousands of requests from openapi.py."""
+"""The document of openapi.py: that it is valid and complete, and that real requests and responses
+are as it says.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,50 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import KEY, ROOT, daemon
+from harness import KEY, ROOT, Client, daemon
 from jsonschema import Draft202012Validator
 from openapi import schema_of, write_openapi
-from scripted import Backend, answer, in_a_thread
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from scripted import Backend, answer, in_a_thread, pi_for
 
 from cerebrum.fields import Field
 from cerebrum.http import METHODS
 from cerebrum.pi import dialects
-from cm4d import FIELDS
+from cerebrum_common import STATUSES, VERSION
+from cm4d import FIELDS, ROUTES
+
+DOCUMENT = json.loads(json.dumps(write_openapi()))
+OPERATIONS = {
+    (route.method, route.path): DOCUMENT["paths"][route.path][route.method.lower()]
+    for route in ROUTES
+}
+TOKENS = answer(200, {"tokens": [1, 2]})
+
+
+def content_of(method: str, path: str, status: str = "200") -> Any:
+    return OPERATIONS[method, path]["responses"][status]["content"]
+
+
+def validate(value: Any, schema: Mapping[str, Any]) -> None:
+    Draft202012Validator(schema).validate(value)
+
+
+def test_the_document_is_valid_and_has_each_route():
+    OpenAPIV31SpecValidator(DOCUMENT).validate()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert DOCUMENT["info"]["version"] == VERSION == project["version"]
+    assert sum(map(len, DOCUMENT["paths"].values())) == len(ROUTES)
+    assert len({operation["operationId"] for operation in OPERATIONS.values()}) == len(ROUTES)
+    assert DOCUMENT["security"] == [{"X-API-Key": []}, {"Bearer": []}]
+    for route in ROUTES:
+        assert OPERATIONS[route.method, route.path].get("security") == ([] if route.open else None)
+
 
 VALUES = [
     None, True, False, -3, -1, 0, 1, 2, 16, 17, 200, 1000, 1001, 2048, 2049, 10**9, -(2**63),
@@ -45,6 +79,79 @@ def test_a_field_accepts_what_its_schema_says(field: Field):
         assert not field.default or schema.is_valid(field.default)
 
 
+SAID = [
+    {"role": "user", "content": [{"type": "text", "text": "Sort."}]},
+    {"role": "assistant", "content": "a"},
+]
+MORE = {  # examples of the members that no `Field` checks
+    "/v1/complete": {
+        "prompt": "def add(a, b):",
+        "language": "python",
+        "model": "qwen_0_5b",
+        "stop": ["b"],
+    },
+    "/v1/completions": {"prompt": ["a"], "stop": "b", "stream_options": {"include_usage": True}},
+    "/v1/chat/completions": {"messages": SAID, "stop": ["b"], "stream_options": None},
+    "/completion": {"prompt": "a", "response_fields": ["content"]},
+    "/infill": {"prompt": "", "stop": None, "input_extra": [{"filename": "a.py", "text": "b"}]},
+    "/v1/accepted": {"characters": 12},
+    "/tokenize": {"content": "a + b"},
+}
+MORE["/v1/complete/stream"] = MORE["/v1/complete"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", MORE)
+async def test_a_post_is_answered_as_described(path: str, stream: bool):
+    async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
+        await check_post(pi, path, stream)
+
+
+async def check_post(pi: Client, path: str, stream: bool) -> None:
+    schema = OPERATIONS["POST", path]["requestBody"]["content"]["application/json"]["schema"]
+    asked = MORE[path] | ({"stream": stream} if "stream" in schema["properties"] else {})
+    validate(asked, schema)
+    reply = await pi.ask("POST", path, asked, X_API_Key=KEY)
+    kind = reply.one("Content-Type").partition(";")[0]
+    described = content_of("POST", path)[kind]["schema"]
+    assert reply.status == 200
+    assert (kind == "text/event-stream") == (path.endswith("/stream") or asked.get("stream", False))
+    if kind == "application/json":
+        validate(reply.json, described)
+    elif event := described["properties"]["data"].get("contentSchema"):
+        for text in reply.body.split(b"\n\n")[:-1]:
+            validate(json.loads(text.removeprefix(b"data: ")), event)
+
+
+@pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])
+async def test_a_get_is_answered_as_described(path: str):
+    entry = {"id": "qwen_0_5b", "loaded": True, "encoding": "published", "n_ctx": 4096}
+    entry["memory_mb"] = 980.5
+    models = answer(200, {"models": [entry]})
+    async with Backend(models=models) as backend, pi_for(backend.port) as pi:
+        reply = await pi.get(path.replace("{id}", "qwen_7b"))
+        ((kind, described),) = content_of("GET", path).items()
+        assert reply.one("Content-Type").startswith(kind)
+        validate(reply.json if kind == "application/json" else "", described["schema"])
+
+
+# The second is refused before the route is known.
+@pytest.mark.parametrize("host", ["localhost", "x.example"])
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/chat/completions"])
+async def test_an_error_has_the_described_form(path: str, host: str):
+    async with pi_for(1, probing=False, client_keys=("k",)) as pi:
+        reply = await pi.ask("POST", path, {}, Host=host, X_API_Key="k")
+        validate(reply.json, content_of("POST", path, "default")["application/json"]["schema"])
+        error = reply.json["error"]
+        code = (error if isinstance(error, dict) else reply.json)["code"]
+        described = OPERATIONS["POST", path]["responses"]["default"]["description"]
+        codes = described.removeprefix("One of ").split(", ")
+        assert f"{reply.status} {code}" in codes
+        assert len(codes) == len(STATUSES)
+        reply = await pi.get("/openapi.json", X_API_Key="k")
+        assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
+
+
 @pytest.mark.clients
 @pytest.mark.nightly
 def test_schemathesis_finds_nothing(tmp_path: Path):
@@ -55,12 +162,12 @@ def test_schemathesis_finds_nothing(tmp_path: Path):
     QUERY, which gets 501 whatever the path, and those that schemathesis_hooks.py names.
     """
     pytest.importorskip("schemathesis")
-    (tmp_path / "openapi.json").write_text(json.dumps(write_openapi()))
+    (tmp_path / "openapi.json").write_text(json.dumps(DOCUMENT))
     methods = json.dumps(sorted(METHODS - {"HEAD"}))  # schemathesis knows no HEAD
     settings = f"[phases.coverage]\nunexpected-methods = {methods}\n"
     (tmp_path / "schemathesis.toml").write_text(settings)
     with contextlib.ExitStack() as stack:
-        backend = stack.enter_context(in_a_thread(Backend(tokens=answer(200, {"tokens": [1, 2]}))))
+        backend = stack.enter_context(in_a_thread(Backend(tokens=TOKENS)))
         url = f"http://127.0.0.1:{backend.port}"
         pi = stack.enter_context(daemon("cm4d", tmp_path, CEREBRUM_VPS_URL=url))
         pi.wait_for_line("VPS backend is available")
