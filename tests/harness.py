@@ -381,7 +381,7 @@ def daemon(
 
 @contextlib.contextmanager
 def with_weights(
-    folder: Path, model: str = "qwen_0_5b", **more: str
+    folder: Path, model: str = "qwen_0_5b", **more: Any
 ) -> Iterator[tuple[Daemon, Daemon]]:
     """cm4d, and vpsd with the weights of one model, without which the test is skipped."""
     weights, models = FILES[model], folder / "models"
@@ -389,7 +389,7 @@ def with_weights(
         pytest.skip(f"{weights} is missing: python3 vpsd.py fetch {model}")
     models.mkdir()
     (models / weights.name).symlink_to(weights)
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
+    easy: dict[str, Any] = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
     with daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=f"{models}", **easy) as vps:
         more["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{vps.port}"
         with daemon("cm4d", folder / "cm4d", **more) as pi:

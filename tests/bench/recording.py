@@ -14,11 +14,11 @@ import numpy as np
 import servers
 from gaps import Case
 
+from cerebrum.request import GenerationRequest
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
 from cerebrum.vps.prefixes import PrefixStore
 from cerebrum.vps.tokens import common_prefix
-from cerebrum.request import GenerationRequest
 
 SEQUENCES, CONTEXT = 8, 1536
 MAX_TOKENS = 160
