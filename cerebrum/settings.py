@@ -52,7 +52,7 @@ CLIENT = re.compile(
 )
 MAX_CLIENTS = 32
 # NAME=value, a comment, or nothing.
-SETTING = re.compile(r"""\s*(?:#.*|(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*?)\2\s*)?""")
+SETTING = re.compile(r"""(?:#.*|(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*)\2)?""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,7 @@ def _read_env(path: Path, strict: bool) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}") from None
     for number, line in enumerate(lines, 1):
-        match = SETTING.fullmatch(line)
+        match = SETTING.fullmatch(line.strip())
         if match and match[1]:
             values[match[1]] = match[3]
         elif strict and not match:

@@ -415,7 +415,12 @@ def test_while_nobody_waits_a_failure_is_not_repeated(
 ) -> None:
     monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
     tried = list[int]()
-    pair.decoder.draft_model.model.decode = lambda _parts: tried.append(1) or -1
+
+    def fail(_parts: Any) -> int:
+        tried.append(1)
+        return -1
+
+    pair.decoder.draft_model.model.decode = fail
     ask(pair, "xy" * 100, max_tokens=1).outcome()
     wait_until(lambda: pair.due == math.inf, "the worker rests")
     assert tried == [1]

@@ -245,7 +245,7 @@ def test_a_context_that_a_file_calls_too_short_is_longer(tmp_path: Path) -> None
         assert model.decode([(Slot(0), [1, 2, 3], 1)]) == 0
 
 
-def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves(models: Path) -> None:
+def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves_later(models: Path) -> None:
     prompt = [*range(40, 80)]
     with opened(models / "dense.gguf", replace(ONE, n_ctx=256, sequences=2)) as model:
         sequences = Sequences(model, 2, 1 << 20)
@@ -257,9 +257,12 @@ def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves(models: Pa
         right = sequences.store.entries[0]
         sequences.store.add(Parked(prompt[:30], bytes(right.state)[:-1]))
         sequences.store.add(Parked([*prompt[:25], 2], b"\0" * 100))
+        for _ in range(2):
+            slot, _ = sequences.take_slot(prompt, sequences.slots, False)
+            assert (slot.tokens, model.computed(slot)) == ([], 0)
+        assert sequences.store.entries == [right]
         slot, guide = sequences.take_slot(prompt, sequences.slots, False)
         assert (slot.tokens, guide, model.computed(slot)) == (prompt[:20], read, 20)
-        assert sequences.store.entries == [right]
 
 
 def test_an_abort_ends_a_decode(models: Path) -> None:
