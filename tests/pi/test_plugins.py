@@ -20,7 +20,7 @@ import httpx
 import pytest
 from harness import PATIENCE, daemon, wait_until
 from scripted import Backend, answer, error, in_a_thread, script
-from test_lsp import NOTHING, SELECTED, URI, editing
+from test_lsp import NOTHING, SELECTED, editing
 
 from cerebrum_lsp import span
 
