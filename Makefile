@@ -21,6 +21,7 @@ run: ## prepare this machine, start both daemons, open the REPL
 	@./run.sh
 
 check: ## run ruff, and quick tests that need no model
+	@./run.sh setup check
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest $(BOTH_CORES) $(QUICK:%=tests/%.py)

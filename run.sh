@@ -5,8 +5,9 @@
 #     ./run.sh                 prepare; start vpsd and cm4d; open the REPL, or without a terminal
 #                              print one completion; stop what was started
 #     ./run.sh setup [SET]     only prepare: system packages, .venv, the default model; SET adds
-#                              packages: "test" those of tests and linters, "clients" also other
-#                              people's clients, "engines" also llama-server, which is built,
+#                              packages: "test" those of tests and linters, "check" the same
+#                              without the model, "clients" also other people's clients,
+#                              "engines" also llama-server, which is built,
 #                              "nightly" all of these and more,
 #                              "scale" those of "test", and vLLM
 #
@@ -150,7 +151,8 @@ make_venv() {
 setup() {
 	mkdir -p "$STATE"
 	need_system "$1"
-	case $1 in engines | scale) make_venv test ;; *) make_venv "$1" ;; esac
+	case $1 in check | engines | scale) make_venv test ;; *) make_venv "$1" ;; esac
+	[[ $1 != check ]] || return 0
 	local options=()
 	[[ $1 == run ]] || options=(--no-tune) # test results must not depend on the CPU
 	"$PYTHON" vpsd.py fetch "${options[@]}" "$MODEL" >&2
@@ -244,5 +246,5 @@ case "$*" in
 	'setup test' | 'setup clients' | 'setup engines') setup "$2" ;;
 	'setup nightly' | 'setup scale') setup "$2" ;;
 	'') run ;;
-	*) die "expected: run.sh [setup [test|clients|engines|nightly|scale]]" ;;
+	*) die "expected: run.sh [setup [check|test|clients|engines|nightly|scale]]" ;;
 esac
