@@ -243,8 +243,8 @@ run() {
 
 case "$*" in
 	setup) setup run ;;
-	'setup test' | 'setup clients' | 'setup engines') setup "$2" ;;
-	'setup nightly' | 'setup scale') setup "$2" ;;
+	'setup check' | 'setup test' | 'setup clients') setup "$2" ;;
+	'setup engines' | 'setup nightly' | 'setup scale') setup "$2" ;;
 	'') run ;;
 	*) die "expected: run.sh [setup [check|test|clients|engines|nightly|scale]]" ;;
 esac
