@@ -193,7 +193,7 @@ def load_config(environ: Environment) -> Config:
     """
     client_keys = environ.keys("CEREBRUM_CM4_API_KEY")
     clients = environ.clients(*CLIENTS)
-    path = Path(environ.text("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))).expanduser()
+    path = environ.path("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
@@ -694,7 +694,7 @@ async def stats(gateway: Gateway, request: Request) -> Response:
     backends = describe_backends(gateway)
     first = backends[gateway.fleet.first.id]
     members: JsonObject = {"version": VERSION, "uptime": gateway.uptime, "speculative": True}
-    members |= write_stats(table_of(gateway))
+    members |= write_stats(table_of(gateway, backends))
     members |= {
         "vps_available": first.available,
         "vps_response_time_ms": first.response_time_ms,
@@ -830,17 +830,16 @@ METRICS = (
 )  # fmt: skip
 
 
-def table_of(gateway: Gateway) -> Table:
-    """The rows of METRICS with their subjects."""
+def table_of(gateway: Gateway, backends: Mapping[str, SimpleNamespace]) -> Table:
+    """The rows of METRICS with their subjects; `backends` as `describe_backends` has them."""
     counting = gateway.counting
-    backends = describe_backends(gateway)
     subjects = ({"": gateway}, counting.tallies, counting.people.total, backends)
     return zip(("", "model", "client", "backend"), subjects, METRICS, strict=True)
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
     """GET /metrics: the counters of /v1/stats and more, for Prometheus."""
-    return metrics_of(request, table_of(gateway))
+    return metrics_of(request, table_of(gateway, describe_backends(gateway)))
 
 
 # ------------------------------------------------------------------------------------------- routes
