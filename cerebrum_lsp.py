@@ -356,7 +356,7 @@ class Suggestions:
 
     def rest(self, gap: Gap) -> Suggestion | None:
         """The rest of the latest suggestion, whose beginning has been typed or accepted; None if
-        there is none. The Pi knows it, too, but the ghost text would be away for 20 ms and more.
+        there is none. The Pi knows it, too, but the ghost text would flicker until the Pi answers.
         """
         old, found = self.latest
         typed = gap.typed_since(old)

@@ -30,7 +30,6 @@ MAY = {
     "cerebrum/fields.py": set[str](),
     "cerebrum/check.py": {
         "cerebrum.fields",
-        "cerebrum.http",  # for a type
         "cerebrum.settings",
         "cerebrum.pi",  # on the Pi, and for types
         "cerebrum.vps",  # on the VPS, and for types

@@ -26,8 +26,8 @@ LENGTHS = (0, 3, 7, 15, 31, 63)
 MODEL_LENGTH = 15  # most tokens that a draft model writes ahead
 
 # What drafts may cost before they save anything, and what they may lose of what they have saved: as
-# many seconds as this many tokens take without drafts. A 0.5B reads 1,000 tokens while a 7B writes
-# 17.
+# many seconds as this many tokens take without drafts. A small model has to read the prompt before
+# it can write ahead of a large one, and should get that far.
 TRIAL_TOKENS, MOST_TOKENS = 18, 64
 AGAIN = 0.01  # of the time without drafts; it pays for the trials later
 RETRY = 64  # so many drafts in a row are compared with one decode without a draft
