@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,11 +78,6 @@ def wait_until(
         _check_deadline(deadline, what)
         time.sleep(POLL_SECONDS)
     return value
-
-
-def run(scenario: Coroutine[Any, Any, None]) -> None:
-    """Run a test that is a coroutine."""
-    asyncio.run(asyncio.wait_for(scenario, PATIENCE))
 
 
 def _check_deadline(deadline: float, what: str) -> None:
