@@ -69,8 +69,9 @@ class Case:
     backends: Mapping[str, str] = field(default_factory=lambda: {"a": BOTH, "b": BOTH})
     health: Mapping[str, str] = field(default_factory=dict)
     api: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
     prefer: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    # "backend kind client, ..." of those that hold a place; each backend has two
+    # "backend kind client, ..." of those that hold a place
     running: str = ""
     superseded: str = ""
     # backend, model, error; the last one has just ended
@@ -116,7 +117,10 @@ class Case:
 
     def fleet(self) -> Fleet:
         fleet = Fleet()
-        configs = [backend_at(1, id, api=self.api.get(id, "cerebrum")) for id in self.backends]
+        configs = []
+        for id in self.backends:
+            more = {"api": self.api.get(id, "cerebrum"), "max_concurrent": self.limits.get(id, 2)}
+            configs.append(backend_at(1, id, **more))
         fleet.replace(configs, CATALOG, self.prefer)
         for backend in fleet.backends:
             backend.models = {model: {} for model in self.backends[backend.id].split()}
@@ -194,6 +198,7 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     ({"backends": {"a": "small"}, "api": {"a": "openai"}, "model": "big"}, "MODEL_NOT_FOUND"),
     # The least busy backend, or the one that has read the file.
     ({"running": "a -"}, "big@b"),
+    ({"running": "a -, b -", "limits": {"b": 4}}, "big@b"),
     ({"running": "b -", "served": "b"}, "big@b"),
     ({"running": "b -, b -", "served": "b"}, "big@a"),
     # No place: our own API gets 429, a dialect waits as long as its clients do.
@@ -318,6 +323,15 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("case", "expected"), DECISIONS)
 def test_decide(case: dict[str, Any], expected: str) -> None:
     assert decided(Case(**case)) == expected
+
+
+FILES = [("", "", "f.py"), ("infill", "", "me f.py"), ("", "s", "s"), ("infill", "s", "s")]
+
+
+@pytest.mark.parametrize(("kind", "session", "file"), FILES)
+def test_the_file_of_a_request(kind: str, session: str, file: str) -> None:
+    """Of a dialect it is one of the client's."""
+    assert Case(kind=kind, session=session).request.file == file
 
 
 VISITS = [("tom", 930.0, 935.0), ("tom", 935.0, 945.0), ("tim", 941.0, 946.0)]
