@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from harness import (
+    CAPTURED,
     KEY,
     Reply,
     certificate,
@@ -31,7 +32,6 @@ from harness import (
     run_to_the_end,
     settings,
     until,
-    wait_until,
 )
 from harness import Client as Asking
 from scripted import CHUNKED as HEAD
@@ -466,42 +466,25 @@ async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(
 def curl(
     authority: Path | str, port: int, path: str, *more: str, scheme: str = "https"
 ) -> tuple[int, str]:
-    command = [
-        "curl",
-        "-sS",
-        "--max-time",
-        "60",
-        *(["--cacert", str(authority)] if authority else []),
-        *more,
-    ]
-    done = subprocess.run(
-        [*command, f"{scheme}://localhost:{port}{path}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    trusted = ["--cacert", str(authority)] if authority else []
+    command = ["curl", "-sS", *trusted, *more, f"{scheme}://localhost:{port}{path}"]
+    done = subprocess.run(command, **CAPTURED)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
+def test_https_of_the_daemon(tmp_path: Path) -> None:
     first, second = certificate(tmp_path, "first"), certificate(tmp_path, "second")
-    keys = tmp_path / "client-keys"
-    keys.write_text(f"anna {ANNA}\n")
-    keys.chmod(0o600)
+    mine, other = first["CEREBRUM_CM4_TLS_CERT"], second["CEREBRUM_CM4_TLS_CERT"]
     body = '{"prompt": "x =", "language": "python"}'
-    header = tmp_path / "header"
-    header.write_text(f"X-API-Key: {ANNA}\n")
-    completion = ("-N", "-H", f"@{header}", "--json", body)
+    completion = ("-N", "-H", f"X-API-Key: {KEY}", "--json", body)
     with in_a_thread(Backend()) as vps:
-        more = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", "CEREBRUM_CM4_API_KEY": ""}
-        with daemon("cm4d", tmp_path, **first, **more, CEREBRUM_CM4_KEYS_FILE=str(keys)) as pi:
-            mine, other = first["CEREBRUM_CM4_TLS_CERT"], second["CEREBRUM_CM4_TLS_CERT"]
-            wait_until(lambda: '"healthy"' in curl(mine, pi.port, "/health")[1])
+        first["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{vps.port}"
+        with daemon("cm4d", tmp_path, **first) as pi:
+            pi.wait_for_line("VPS backend is available")
             status, text = curl(mine, pi.port, "/v1/complete/stream", *completion)
             assert status == 0
             assert '"token": "a"' in text
             assert '"done": true' in text
-            assert curl(mine, pi.port, "/v1/complete", "--json", body)[1].count("UNAUTHORIZED") == 1
             assert curl("", pi.port, "/health", scheme="http")[0] in (52, 56)
             assert curl(other, pi.port, "/health")[0] == 60
             asked = SimpleNamespace(host="127.0.0.1", port=pi.port, tls=True)
@@ -509,26 +492,13 @@ def test_https_and_named_keys_of_the_daemon(tmp_path: Path) -> None:
             assert "pause_writing" not in pi.stdout()  # a client that has left is no fault
             for name in ("crt", "key"):  # a renewed certificate, in the same files
                 os.replace(tmp_path / f"second.{name}", tmp_path / f"first.{name}")
-            keys.write_text(f"ben {BEN}\n")
             pi.process.send_signal(signal.SIGHUP)
             pi.wait_for_line("reloaded")
             assert curl(mine, pi.port, "/health")[0] == 0
-            assert curl(mine, pi.port, "/v1/complete", *completion)[1].count("UNAUTHORIZED") == 1
-            keys.unlink()
-            pi.process.send_signal(signal.SIGHUP)
-            stays = "not reloaded, the old settings stay but for the keys that can be read"
-            pi.wait_for_line(f"{stays}: CEREBRUM_CM4_KEYS_FILE: expected a file, got none")
-            keys.write_text("")
             (tmp_path / "first.key").write_text("no key")
             pi.process.send_signal(signal.SIGHUP)
-            pi.wait_for_line(f"{stays}: CEREBRUM_CM4_TLS_CERT")
+            pi.wait_for_line(f"{STAYS}CEREBRUM_CM4_TLS_CERT")
             assert curl(mine, pi.port, "/health")[0] == 0
-            shown = (
-                subprocess.run(["ps", "-ef"], capture_output=True, text=True, check=True).stdout
-                + pi.stdout()
-            )
-            assert not [key for key in HOUSE if key in shown]
-            assert " client=anna" in pi.stdout()
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
