@@ -5,9 +5,6 @@ ask are the same. It answers a GET by its state, and a completion by a script: a
 of them bytes to send, `RESET`, `HANG` (until the other side leaves), `Flood`, or a callable (for
 example an asyncio.Event's `wait`), whose result is awaited if it is awaitable. After the last step
 the connection is closed.
-
-As vpsd does, it ends a completion when a newer one of the same session comes: with 409 SUPERSEDED,
-or with an error event once the response has begun.
 """
 
 from __future__ import annotations
@@ -111,11 +108,6 @@ def error(status: int, code: str, message: str = "says the VPS", **more: Any) ->
     return answer(status, members | more)
 
 
-SUPERSEDED: dict[str, Any] = {
-    "error": True,
-    "message": "a newer request of this session came",
-    "code": "SUPERSEDED",
-}
 MODELS: dict[str, Any] = {
     "models": [{"id": "qwen_0_5b", "loaded": True, "path": "/x", "n_ctx": 4096}]
 }
@@ -156,7 +148,6 @@ class Backend:
         self._tasks = set[asyncio.Task[Any]]()
         self.waiting = set[asyncio.StreamWriter]()  # connections on which nothing was asked yet
         self.connections = 0
-        self._sessions = dict[str, asyncio.Task[None]]()  # the newest completion of each
         place = ("127.0.0.1", self.port)
         self._server = await asyncio.start_server(self._accept, *place, ssl=self.tls)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -187,12 +178,12 @@ class Backend:
             writer.write(self.tokens)
             return
         script = self.script(path, body)
-        session = str(json.loads(body).get("session", ""))
         self.begun.set()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            await self._play(script, session, reader, writer)
+            for step in script:
+                await self._step(step, reader, writer)
         finally:
             self.running -= 1
             self.left.set()
@@ -220,33 +211,6 @@ class Backend:
         """The steps that answer the completion that came last."""
         number = sum(line.startswith("POST ") for line, _, _ in self.asked)
         return self.scripts[min(number, len(self.scripts)) - 1]
-
-    async def _play(
-        self,
-        script: Iterable[Any],
-        session: str,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        playing = asyncio.current_task()
-        begun = False
-        assert playing is not None
-        if session:
-            if older := self._sessions.get(session):
-                older.cancel("superseded")
-            self._sessions[session] = playing
-        try:
-            for step in script:
-                begun = begun or isinstance(step, bytes)
-                await self._step(step, reader, writer)
-        except asyncio.CancelledError as cancelled:
-            if cancelled.args != ("superseded",):
-                raise
-            whole = error(409, "SUPERSEDED", SUPERSEDED["message"])
-            writer.write(chunk(event(**SUPERSEDED)) if begun else whole)
-        finally:
-            if self._sessions.get(session) is playing:
-                del self._sessions[session]
 
     async def _step(
         self, step: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
