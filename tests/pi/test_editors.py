@@ -380,11 +380,13 @@ WARM_UP = {
 WARM_UP |= {"input_extra": [{"filename": "b.py", "text": "import os\n"}], "t_max_prompt_ms": 1}
 
 
-async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
+async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do() -> None:
     go = asyncio.Event()
     async with pi_with(gated(go), script(prompt_tokens=7)) as (pi, backend):
         running = infill(pi)
         await backend.begun.wait()
+        chat = await start(pi, CHATS, {**CHAT, "n_predict": 0})
+        assert chat.json["choices"][0]["message"] == {"role": "assistant", "content": ""}
         for number in range(3):
             extra = [{"filename": "b.py", "text": f"import n{number}\n"}]
             reply = await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
