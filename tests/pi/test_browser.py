@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from harness import KEY, SHIPPED, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
+from scripted import script as completion
 from test_page import settings_for_editors
 from test_peers import needs
 from test_vscode import installed
@@ -42,21 +43,6 @@ BIDI_SPELLED = "a⟨U+202E⟩b⟨U+2066⟩c⟨U+0007⟩d⟨U+001B⟩[2J⟨U+E004
 WIDE, PHONE = (1440, 900), (320, 640)
 CLIPBOARD = {"permissions": ["clipboard-read", "clipboard-write"]}
 A = chunk(token("a", 1))
-
-
-def completion(*pieces: Any, **more: Any) -> list[Any]:
-    """A script of the VPS. A piece that is no string is a step of its own, such as an event's
-    `wait`.
-    """
-    told = {
-        "model": "qwen_0_5b",
-        "total_tokens": 2,
-        "inference_time": 0.25,
-        "finish_reason": "stop",
-        **more,
-    }
-    steps = [chunk(token(one, 1)) if isinstance(one, str) else one for one in pieces]
-    return [CHUNKED, *steps, chunk(event(done=True, **told)) + b"0\r\n\r\n"]
 
 
 # -------------------------------------------------------------------------------------- the browser
@@ -794,7 +780,7 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any) 
             "#facts", "Version 1.1.0, vps 1.0.9 · running: 0 · up for 0 min · the VPS answers in "
         )
         await visit.see("#notes", "vps runs version 1.0.9, this Pi 1.1.0: update the older one.")
-        figures = r"1 completion, 0 accepted, 2 tokens, \d+\.\d s"
+        figures = r"1 completion, 0 accepted, 1 token, \d+\.\d s"
         await visit.see("#clients tr:nth-child(2)", re.compile(f"^anna{figures}{figures}$"))
         assert await visit.find("#hints").is_hidden()
         visit.pi.gateway.counting.people.add("anna", Usage(shown=100, kept=61))
