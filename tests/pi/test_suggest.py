@@ -4,13 +4,12 @@ scripted.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import pytest
-from scripted import CHUNKED, HANG, Backend, chunk, pi_for, pi_with, script
-from test_backends import LAST, LISTED, data, engine, llama_chunk
+from scripted import CHUNKED, HANG, chunk, pi_with, script
+from test_backends import LAST, data, llama_chunk, pi_before
 from test_editors import infill
 
 CODE = {"prompt": "def f():\n    ", "language": "python", "suffix": "\n\nf()\n"}
@@ -86,17 +85,14 @@ LLAMA: dict[str, tuple[list[bytes], tuple[str, str, float | None]]] = {
 async def test_llama_server_tells_its_probabilities(name: str) -> None:
     events, expected = LLAMA[name]
     answered = [CHUNKED, *map(chunk, events), chunk(data(LAST)), b"0\r\n\r\n"]
-    async with (
-        Backend([answered], models=LISTED) as backend,
-        pi_for(engine(backend.port, "llama.cpp")) as pi,
-    ):
+    async with pi_before(answered, api="llama.cpp") as (pi, backend):
         asked = {**CODE, "min_confidence": 0.2}
         reply = (await pi.post("/v1/complete", asked)).json
         chance = reply.get("chance")
         assert (reply["completion"], reply["finish_reason"], chance) == expected
-        assert json.loads(backend.asked[-1][2])["n_probs"] == 1
+        assert backend.completions[-1]["n_probs"] == 1
         await pi.post("/v1/complete", CODE)
-        assert "n_probs" not in json.loads(backend.asked[-1][2])
+        assert "n_probs" not in backend.completions[-1]
 
 
 async def test_a_chat_is_never_cut() -> None:
@@ -106,11 +102,8 @@ async def test_a_chat_is_never_cut() -> None:
         chunk(data(LAST)),
         b"0\r\n\r\n",
     ]
-    async with (
-        Backend([answered], models=LISTED) as backend,
-        pi_for(engine(backend.port, "llama.cpp")) as pi,
-    ):
+    async with pi_before(answered, api="llama.cpp") as (pi, backend):
         said = {"messages": [{"role": "user", "content": "hi"}], "min_confidence": 0.2}
         reply = (await pi.post("/v1/chat/completions", {**said, "stream": True})).body.decode()
         assert reply.index("Hello wor") < reply.index('"ld"')
-        assert "n_probs" not in json.loads(backend.asked[-1][2])
+        assert "n_probs" not in backend.completions[-1]
