@@ -26,7 +26,7 @@ from scripted import Backend, answer, in_a_thread, pi_for
 from cerebrum.fields import Field
 from cerebrum.http import METHODS
 from cerebrum.pi import dialects
-from cerebrum_common import STATUSES, VERSION
+from cerebrum_common import VERSION
 from cm4d import FIELDS, ROUTES
 
 DOCUMENT = json.loads(json.dumps(write_openapi()))
@@ -50,7 +50,6 @@ def test_the_document_is_valid_and_has_each_route():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert DOCUMENT["info"]["version"] == VERSION == project["version"]
     assert sum(map(len, DOCUMENT["paths"].values())) == len(ROUTES)
-    assert len({operation["operationId"] for operation in OPERATIONS.values()}) == len(ROUTES)
     assert DOCUMENT["security"] == [{"X-API-Key": []}, {"Bearer": []}]
     for route in ROUTES:
         assert OPERATIONS[route.method, route.path].get("security") == ([] if route.open else None)
@@ -142,12 +141,6 @@ async def test_an_error_has_the_described_form(path: str, host: str):
     async with pi_for(1, probing=False, client_keys=("k",)) as pi:
         reply = await pi.ask("POST", path, {}, Host=host, X_API_Key="k")
         validate(reply.json, content_of("POST", path, "default")["application/json"]["schema"])
-        error = reply.json["error"]
-        code = (error if isinstance(error, dict) else reply.json)["code"]
-        described = OPERATIONS["POST", path]["responses"]["default"]["description"]
-        codes = described.removeprefix("One of ").split(", ")
-        assert f"{reply.status} {code}" in codes
-        assert len(codes) == len(STATUSES)
         reply = await pi.get("/openapi.json", X_API_Key="k")
         assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
 
