@@ -235,15 +235,7 @@ async def test_complete_has_the_fields_of_the_text_and_the_vps():
         assert backend.completions[1]["prompt"] == "# \u00fc\n"
 
 
-STATS = {
-    "version", "uptime", "requests_total", "requests_active", "vps_available",
-    "vps_response_time_ms", "memory_mb", "load_avg", "breaker", "backends",
-    "type_through", "shared", "replaced", "accepted", "accepted_characters", "clients",
-    "unnamed", "speculative",
-}  # fmt: skip
-
-
-async def test_health_and_stats_and_models_while_the_vps_is_up():
+async def test_health_and_stats_and_models_while_the_vps_is_up() -> None:
     async with pi_with() as (pi, backend):
         await pi.stream()
         asked = len(backend.asked)
@@ -256,7 +248,6 @@ async def test_health_and_stats_and_models_while_the_vps_is_up():
         assert health.json["vps_available"]
         assert health.json.keys() == {"status", "timestamp", "vps_available", "uptime", "backends"}
         assert health.json["backends"] == [{"id": "vps", "available": True, "message": ""}]
-        assert stats.json.keys() == STATS
         (told,) = stats.json["backends"]
         assert told.pop("breaker") == stats.json["breaker"]
         assert told.pop("response_time_ms") == stats.json["vps_response_time_ms"] > 0
