@@ -735,21 +735,18 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert whole.all("X-Cerebrum-Kept") == []
 
 
-async def test_an_unknown_model_means_the_default_and_a_key_is_needed():
+async def test_an_unknown_model_means_the_default() -> None:
     body = {"prompt": "x", "suffix": None, "stop": None}
-    async with pi_with(client_keys=("secret",)) as (pi, backend):
+    async with pi_with() as (pi, backend):
         for model, serves in (
             (None, "qwen_0_5b"),
             ("", "qwen_0_5b"),
             ("gpt-4o", "qwen_0_5b"),
             ("qwen_1_5b", "qwen_1_5b"),
         ):
-            asked = body | {"model": model}
-            reply = await start(pi, "/completions/", asked, Authorization="Bearer secret")
+            reply = await start(pi, "/completions/", body | {"model": model})
             assert reply.json["choices"][0]["text"] == "ab"
             assert backend.completions[-1]["model"] == reply.json["model"] == serves
-        reply = await start(pi, "/v1/completions", body, Authorization="Bearer wrong")
-        assert (reply.status, reply.json["error"]["type"]) == (401, "authentication_error")
 
 
 async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(

@@ -124,6 +124,7 @@ async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(
         assert (await pi.get("/health")).status == 200
         for path in ("/v1/models", "/v1/stats", "/nothing"):
             assert (await pi.get(path)).status == 401
+        assert (await pi.post(CHATS, {})).json["error"]["code"] == "UNAUTHORIZED"
         for key in (ANNA, ANNA, TOM, "shared"):
             assert (await ask(pi, key)).status == 200
         chat = {"messages": [{"role": "user", "content": "hi"}]}
