@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from harness import PATIENCE
 
-SLOW_SECONDS = 900.0  # a slow test that takes longer hangs
+SLOW_SECONDS = 900.0  # a slow test, by one of these marks, that takes longer hangs
+SLOW = {"slow", "engines", "scale"}
 
 # A shell that starts the tests in the background has them ignore SIGINT, which every child would
 # inherit, and a bash that ignores it at its start cannot trap it. A handler of our own is not
@@ -35,7 +36,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     fixtures: dict[str, Any] = pyfuncitem.funcargs
     parameters = inspect.signature(pyfuncitem.obj).parameters
     scenario = pyfuncitem.obj(**{name: fixtures[name] for name in parameters})
-    seconds = SLOW_SECONDS if pyfuncitem.get_closest_marker("slow") else PATIENCE
+    marks = {mark.name for mark in pyfuncitem.iter_markers()}
+    seconds = SLOW_SECONDS if marks & SLOW else PATIENCE
     run = fixtures["runner"].run if "runner" in fixtures else asyncio.run
     run(asyncio.wait_for(scenario, seconds))
     return True

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import engines
-import httpx
 import pytest
 from engines import Engine, Unavailable
-from harness import FILES, PATIENCE, Daemon, daemon, wait_until
+from harness import FILES, PATIENCE, Client, Daemon, Reply, daemon
+from test_editors import data
 
 pytestmark = pytest.mark.engines
 NIGHTLY = pytest.mark.nightly
@@ -50,7 +49,6 @@ NUMBER = itertools.count()  # makes a prompt one that no engine has in its cache
 
 
 GREEDY = {"language": "python", "temperature": 0}
-PLAINLY = {"timeout": PATIENCE, "trust_env": False}
 
 
 # -------------------------------------------------------------------------------------- the engines
@@ -96,98 +94,32 @@ def had(context: AbstractContextManager[Engine], stack: ExitStack) -> Engine:
 # ------------------------------------------------------------------------------------------- the Pi
 
 
-@dataclass
-class Pi:
-    """cm4d as a process, asked over HTTP."""
+@dataclass(kw_only=True)
+class Pi(Client):
+    """cm4d as a process, and its client."""
 
-    url: str
     daemon: Daemon
 
-    def get(self, path: str) -> Any:
-        return httpx.get(self.url + path, **PLAINLY).json()
+    async def answered(self, path: str, **fields: Any) -> Reply:
+        """A good answer."""
+        reply = await self.post(path, fields)
+        assert (reply.status, reply.clean) == (200, True), reply.body.decode()
+        return reply
 
-    def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, **PLAINLY)
-
-    def answer(self, path: str, body: Any) -> Any:
-        response = self.post(path, body)
-        assert response.status_code == 200, response.text + self.daemon.stdout()
-        return response.json()
-
-    def complete(self, **fields: Any) -> Any:
-        return self.answer("/v1/complete", {**GREEDY, **fields})
-
-    def both(self, **fields: Any) -> list[tuple[str, Any]]:
+    async def both(self, **fields: Any) -> list[tuple[str, Any]]:
         """The text and the result of a completion, whole and as a stream."""
-        whole, stream = self.complete(**fields), Stream(self, **fields).end()
-        assert (stream.status, stream.clean) == (200, True)
-        numbers = [event["total_tokens"] for event in stream.events[:-1]]
+        asked = {**GREEDY, **fields}
+        whole = (await self.answered("/v1/complete", **asked)).json
+        *events, last = (await self.answered("/v1/complete/stream", **asked)).events
+        tokens = [event for event in events if "token" in event]  # the others are comments
+        numbers = [event["total_tokens"] for event in tokens]
         assert numbers == sorted(set(numbers))
-        return [(whole["completion"], whole), (stream.text, stream.last)]
+        return [(whole["completion"], whole), ("".join(event["token"] for event in tokens), last)]
 
-    def refused(self, **fields: Any) -> Any:
-        """The error of a completion that no backend serves."""
-        response = self.post("/v1/complete", {**GREEDY, **fields})
-        assert response.status_code == 503, response.text
-        return response.json()
-
-    def stats(self, id: str) -> Any:
-        (stats,) = [entry for entry in self.get("/v1/stats")["backends"] if entry["id"] == id]
-        return stats
-
-    def wait_for(self, *ids: str) -> None:
-        """Until these backends are there."""
-        wait_until(lambda: all(self.stats(id)["available"] for id in ids), f"{ids} are there")
-
-
-class Stream(threading.Thread):
-    """A client of a stream, in a thread. `clean` is None until it has ended, and False if the body
-    was cut.
-    """
-
-    def __init__(self, pi: Pi, path: str = "/v1/complete/stream", **fields: Any) -> None:
-        super().__init__(daemon=True)
-        self.url = pi.url + path
-        self.fields = fields if "messages" in fields else {**GREEDY, **fields}
-        self.status = 0
-        self.events = list[Any]()
-        self.leaving = False
-        self.clean: bool | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with httpx.stream("POST", self.url, json=self.fields, **PLAINLY) as response:
-                self.status = response.status_code
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        self.events.append(json.loads(line.removeprefix("data: ")))
-                    if self.leaving:
-                        break
-            self.clean = True
-        except httpx.TransportError:
-            self.clean = False
-
-    @property
-    def text(self) -> str:
-        return "".join(event.get("token", "") for event in self.events)
-
-    @property
-    def last(self) -> Any:
-        return self.events[-1] if self.events else {}
-
-    def wait_for_tokens(self, count: int = 1) -> None:
-        wait_until(lambda: len(self.events) >= count or self.clean is not None, f"{count} tokens")
-        assert len(self.events) >= count, (self.status, self.events)
-
-    def leave(self) -> None:
-        self.leaving = True
-        self.end()
-
-    def end(self) -> Stream:
-        self.join(PATIENCE)
-        assert self.clean is not None, (self.status, self.events)
-        return self
+    async def backend(self) -> Any:
+        """The figures of the only one."""
+        (backend,) = (await self.stats())["backends"]
+        return backend
 
 
 def toml_of(members: Any) -> str:
@@ -195,24 +127,17 @@ def toml_of(members: Any) -> str:
 
 
 @contextmanager
-def start_pi(folder: Path, tables: dict[str, Any], ready: bool = True, **keys: str) -> Iterator[Pi]:
-    """A Pi with a backend for each table. The keys of all are KEY, unless `keys` has another
-    one.
-    """
+def start_pi(folder: Path, table: dict[str, Any]) -> Iterator[Pi]:
+    """A Pi with one backend, whose key is KEY."""
     folder.mkdir(parents=True, exist_ok=True)
-    variables = {id: f"KEY_OF_{id.upper()}" for id in tables}
     text = "[[models]]\n" + toml_of(CATALOG)
-    for id, members in tables.items():
-        text += "[[backends]]\n" + toml_of({"id": id, "key_env": variables[id], **members})
+    text += "[[backends]]\n" + toml_of({"id": "one", "key_env": "KEY_OF_ONE", **table})
     catalog = folder / "models.toml"
     catalog.write_text(text)
-    more = {variable: keys.get(id, KEY) for id, variable in variables.items()}
-    more |= {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MODELS_FILE": str(catalog)}
+    more = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MODELS_FILE": str(catalog), "KEY_OF_ONE": KEY}
     with daemon("cm4d", folder, **more) as started:
-        pi = Pi(f"http://127.0.0.1:{started.port}", started)
-        if ready:
-            pi.wait_for(*tables)
-        yield pi
+        started.wait_for_line("one: VPS backend is available")
+        yield Pi(port=started.port, daemon=started)
     assert started.complaints() == ""
 
 
@@ -224,14 +149,12 @@ def table_of(kind: EngineKind, engine: Engine) -> Any:
     return backend(engine, kind.api, max_concurrent=kind.places)
 
 
-def endless() -> Any:
-    """The fields of a completion that goes on for half a minute or longer."""
-    return {"prompt": f"# list {next(NUMBER)}\n1\n2\n3\n4\n", "stop_at": "none", "max_tokens": 2000}
-
-
-def brief() -> Any:
-    """The fields of a completion that nobody has asked for yet."""
-    return endless() | {"max_tokens": 3}
+def endless(max_tokens: int = 2000) -> Any:
+    """The fields of a completion that nobody has asked for yet: by default it goes on for half a
+    minute or longer.
+    """
+    prompt = f"# list {next(NUMBER)}\n1\n2\n3\n4\n"
+    return {**GREEDY, "prompt": prompt, "stop_at": "none", "max_tokens": max_tokens}
 
 
 # ---------------------------------------------------------------------- one engine, and all it does
@@ -254,7 +177,7 @@ def engine(kind: EngineKind, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def pi(kind: EngineKind, engine: Engine, tmp_path: Path) -> Iterator[Pi]:
-    with start_pi(tmp_path / "pi", {"one": table_of(kind, engine)}) as pi:
+    with start_pi(tmp_path / "pi", table_of(kind, engine)) as pi:
         yield pi
 
 
@@ -274,9 +197,9 @@ def check_result(result: Any, kind: EngineKind) -> None:
     assert kind is not LLAMA_CPP or "prompt_tokens" not in result, "it tells none"
 
 
-def test_complete(kind: EngineKind, pi: Pi):
+async def test_complete(kind: EngineKind, pi: Pi) -> None:
     """The body of a function, and nothing behind it."""
-    for text, result in pi.both(prompt=FIBONACCI, max_tokens=100):
+    for text, result in await pi.both(prompt=FIBONACCI, max_tokens=100):
         assert (result["mode"], result["finish_reason"]) == ("complete", "block"), (text, result)
         assert all(line.startswith("    ") for line in text.splitlines() if line), text
         assert text.endswith("\n")
@@ -284,8 +207,8 @@ def test_complete(kind: EngineKind, pi: Pi):
         check_result(result, kind)
 
 
-def test_infill(kind: EngineKind, pi: Pi):
-    for text, result in pi.both(prompt=PREFIX + LINE, suffix=SUFFIX, max_tokens=48):
+async def test_infill(kind: EngineKind, pi: Pi) -> None:
+    for text, result in await pi.both(prompt=PREFIX + LINE, suffix=SUFFIX, max_tokens=48):
         assert result["mode"] == "infill"
         assert result["finish_reason"] != "length", text
         assert run_code(PREFIX + LINE + text + SUFFIX)["add"](20, 3) == 23, text
@@ -293,10 +216,10 @@ def test_infill(kind: EngineKind, pi: Pi):
         check_result(result, kind)
 
 
-def test_instruct(kind: EngineKind, pi: Pi):
+async def test_instruct(kind: EngineKind, pi: Pi) -> None:
     """Code alone: no fence, no chatter."""
     instruction = "Write a function add(a, b) that returns the sum of two numbers."
-    for text, result in pi.both(prompt="", instruction=instruction, max_tokens=200):
+    for text, result in await pi.both(prompt="", instruction=instruction, max_tokens=200):
         assert result["mode"] == "instruct"
         assert result["finish_reason"] != "length", text
         assert "`" not in text
@@ -305,19 +228,18 @@ def test_instruct(kind: EngineKind, pi: Pi):
         check_result(result, kind)
 
 
-def test_chat_as_openai_does(pi: Pi):
+async def test_chat_as_openai_does(pi: Pi) -> None:
     body = {"model": "", "messages": CHAT, "max_tokens": 80, "temperature": 0}
-    whole = pi.answer("/v1/chat/completions", body)
+    whole = (await pi.answered("/v1/chat/completions", **body)).json
     (choice,) = whole["choices"]
     assert (whole["model"], choice["message"]["role"]) == (MODEL, "assistant")
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    stream = Stream(pi, "/v1/chat/completions", **body, **options).end()
-    *chunks, usage = stream.events
+    stream = await pi.answered("/v1/chat/completions", **body, **options)
+    *chunks, usage, _ = data(stream)
     streamed = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     for text in (choice["message"]["content"], streamed):
         assert "def add(a, b):" in text
         assert "```" in text, "a chat is left as it is"
-    assert stream.clean
     assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] > 0
@@ -327,9 +249,9 @@ SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHT
 
 
 @pytest.mark.parametrize(("short", "more"), SHORT, ids=str)
-def test_a_prompt_is_fitted_to_a_short_context(
+async def test_a_prompt_is_fitted_to_a_short_context(
     short: EngineKind, more: dict[str, int], tmp_path: Path
-):
+) -> None:
     """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so
     the table does. The answer has its room, also once the Pi has learned how the engine counts
     tokens.
@@ -339,16 +261,15 @@ def test_a_prompt_is_fitted_to_a_short_context(
     prompt = "".join(functions) + FIBONACCI
     with ExitStack() as stack:
         engine = had(start(tmp_path / "engine", context=512), stack)
-        tables = {"one": backend(engine, short.api, **more)}
-        pi = stack.enter_context(start_pi(tmp_path / "pi", tables))
-        (model,) = pi.get("/v1/models")["models"]
+        pi = stack.enter_context(start_pi(tmp_path / "pi", backend(engine, short.api, **more)))
+        (model,) = (await pi.get("/v1/models")).json["models"]
         assert model["n_ctx"] == 512
-        result = pi.complete(prompt=prompt, max_tokens=64)
-        code = FIBONACCI + result["completion"]
+        (text, result), (_, streamed) = await pi.both(prompt=prompt, max_tokens=64)
+        code = FIBONACCI + text
         assert run_code(code)["fibonacci"](10) == 55, "the end of the prompt was not sent"
         assert result["kept"]["characters"] < result["kept"]["of"] == len(prompt)
-        assert Stream(pi, prompt=prompt, max_tokens=64).end().last["finish_reason"] == "block"
-        prompt = f"{prompt}    # {next(NUMBER)}\n"
-        result = pi.complete(prompt=prompt, max_tokens=64, stop_at="none")
+        assert streamed["finish_reason"] == "block"
+        asked = {**GREEDY, "prompt": f"{prompt}    # {next(NUMBER)}\n", "stop_at": "none"}
+        result = (await pi.answered("/v1/complete", **asked, max_tokens=64)).json
         assert (result["finish_reason"], result["total_tokens"]) == ("length", 64)
-        assert pi.stats("one")["requests_failed"] == 0
+        assert (await pi.backend())["requests_failed"] == 0
