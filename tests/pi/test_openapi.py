@@ -1,5 +1,5 @@
-"""The document of openapi.py: that it is valid and complete, and that real requests and responses
-are as it says.
+"""The document of openapi.py: that it is valid and complete, and that real requests are as it
+says.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import KEY, ROOT, Client, daemon
 from jsonschema import Draft202012Validator
-from openapi import schema_of, write_openapi
+from openapi import JSON, STREAM, schema_of, write_openapi
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import Backend, answer, in_a_thread, pi_for
 
@@ -37,15 +35,7 @@ OPERATIONS = {
 TOKENS = answer(200, {"tokens": [1, 2]})
 
 
-def content_of(method: str, path: str, status: str = "200") -> Any:
-    return OPERATIONS[method, path]["responses"][status]["content"]
-
-
-def validate(value: Any, schema: Mapping[str, Any]) -> None:
-    Draft202012Validator(schema).validate(value)
-
-
-def test_the_document_is_valid_and_has_each_route():
+def test_the_document_is_valid_and_has_each_route() -> None:
     OpenAPIV31SpecValidator(DOCUMENT).validate()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert DOCUMENT["info"]["version"] == VERSION == project["version"]
@@ -66,7 +56,7 @@ CHECKED = dict.fromkeys(itertools.chain(*(table.values() for table in TABLES)))
 
 
 @pytest.mark.parametrize("field", CHECKED)
-def test_a_field_accepts_what_its_schema_says(field: Field):
+def test_a_field_accepts_what_its_schema_says(field: Field) -> None:
     for nullable in (False, True):
         schema = Draft202012Validator(schema_of(field, nullable))
         for value in VALUES:
@@ -101,48 +91,27 @@ MORE["/v1/complete/stream"] = MORE["/v1/complete"]
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", MORE)
-async def test_a_post_is_answered_as_described(path: str, stream: bool):
+async def test_a_post_is_answered_as_described(path: str, stream: bool) -> None:
     async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
         await check_post(pi, path, stream)
 
 
 async def check_post(pi: Client, path: str, stream: bool) -> None:
-    schema = OPERATIONS["POST", path]["requestBody"]["content"]["application/json"]["schema"]
+    schema = OPERATIONS["POST", path]["requestBody"]["content"][JSON]["schema"]
     asked = MORE[path] | ({"stream": stream} if "stream" in schema["properties"] else {})
-    validate(asked, schema)
+    Draft202012Validator(schema).validate(asked)
     reply = await pi.ask("POST", path, asked, X_API_Key=KEY)
+    streams = path.endswith("/stream") or asked.get("stream", False)
     kind = reply.one("Content-Type").partition(";")[0]
-    described = content_of("POST", path)[kind]["schema"]
-    assert reply.status == 200
-    assert (kind == "text/event-stream") == (path.endswith("/stream") or asked.get("stream", False))
-    if kind == "application/json":
-        validate(reply.json, described)
-    elif event := described["properties"]["data"].get("contentSchema"):
-        for text in reply.body.split(b"\n\n")[:-1]:
-            validate(json.loads(text.removeprefix(b"data: ")), event)
+    assert (reply.status, kind) == (200, STREAM if streams else JSON)
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])
-async def test_a_get_is_answered_as_described(path: str):
-    entry = {"id": "qwen_0_5b", "loaded": True, "encoding": "published", "n_ctx": 4096}
-    entry["memory_mb"] = 980.5
-    models = answer(200, {"models": [entry]})
-    async with Backend(models=models) as backend, pi_for(backend.port) as pi:
+async def test_a_get_is_answered_as_described(path: str) -> None:
+    async with Backend() as backend, pi_for(backend.port) as pi:
         reply = await pi.get(path.replace("{id}", "qwen_7b"))
-        ((kind, described),) = content_of("GET", path).items()
-        assert reply.one("Content-Type").startswith(kind)
-        validate(reply.json if kind == "application/json" else "", described["schema"])
-
-
-# The second is refused before the route is known.
-@pytest.mark.parametrize("host", ["localhost", "x.example"])
-@pytest.mark.parametrize("path", ["/v1/complete", "/v1/chat/completions"])
-async def test_an_error_has_the_described_form(path: str, host: str):
-    async with pi_for(1, probing=False, client_keys=("k",)) as pi:
-        reply = await pi.ask("POST", path, {}, Host=host, X_API_Key="k")
-        validate(reply.json, content_of("POST", path, "default")["application/json"]["schema"])
-        reply = await pi.get("/openapi.json", X_API_Key="k")
-        assert (reply.status, reply.json["code"]) == (404, "NOT_FOUND")
+        (kind,) = OPERATIONS["GET", path]["responses"]["200"]["content"]
+        assert (reply.status, reply.one("Content-Type").partition(";")[0]) == (200, kind)
 
 
 @pytest.mark.clients

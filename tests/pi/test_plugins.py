@@ -279,6 +279,7 @@ def test_llama_vscode_looks_around(pi: Pi) -> None:
     (listed,) = pi.get("/v1/models").json()["data"]
     entry = {"id": "qwen_0_5b", "object": "model", "owned_by": "llamacpp"}
     assert listed == listed | entry
+    assert listed.keys() == {*entry, "created"}
     assert pi.get("/models").json()["data"] == [listed]
     assert pi.get("/v1/models/qwen_0_5b").json() == listed
     props = pi.get("/props?model=qwen_0_5b&autoload=false").json()
