@@ -642,15 +642,6 @@ async def test_a_completion(api, script, text, tokens, path, split):
         assert (headers["authorization"], "x-api-key" in headers) == ("Bearer gpu-key", False)
 
 
-async def test_the_model_of_an_engine():
-    async with pi_before() as (pi, _):
-        models = (await pi.get("/v1/models")).json["models"]
-        (known,) = [model for model in models if model.get("loaded")]
-        about = {"id": "qwen_0_5b", "available": True, "n_ctx": 2048, "backends": ["gpu"]}
-        assert about.items() <= known.items()
-        assert (await pi.get("/v1/activity")).json["models_loaded"] == ["qwen_0_5b"]
-
-
 ERROR = {"error": {"message": "boom"}}
 REPORTED = "(it reported an error)"
 NO_STREAM = "(its answer is not of the type that was asked for)"
@@ -814,7 +805,9 @@ LISTINGS = [
 
 
 @pytest.mark.parametrize(("models", "part"), LISTINGS)
-async def test_what_an_engine_lists(models, part, caplog):
+async def test_what_an_engine_lists(
+    models: bytes, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async with pi_before(VLLM, models=models) as (pi, backend):
         assert part in (await pi.complete(model="qwen_7b")).json["message"]
         unknown = "gpu: expected a model of models.toml, got one, org/Other"
@@ -827,6 +820,7 @@ async def test_what_an_engine_lists(models, part, caplog):
         backend.models = answer(429, {})  # it asks for patience
         await pi.gateway.fleet.first.probe()
         assert pi.gateway.fleet.available
+        assert pi.gateway.fleet.first.models_loaded == ["qwen_0_5b"]
 
 
 # The engine, what its list reports, our settings, and the length that counts.
