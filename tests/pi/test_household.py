@@ -535,7 +535,6 @@ WRONG_SETTINGS = [
     ({"TLS_CERT": "/x"}, "expected both or neither, got one"),
     ({"TLS_CERT": "/x", "TLS_KEY": "/y"}, "expected PEM files that fit each other"),
     ({"KEYS_FILE": "/none"}, "cm4d.py: CEREBRUM_CM4_KEYS_FILE: expected a file, got none at this"),
-    ({"PORT": "x"}, "cm4d.py: CEREBRUM_CM4_PORT: expected "),
 ]
 
 
