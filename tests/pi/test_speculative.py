@@ -87,16 +87,12 @@ OTHER_FIELDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", OTHER_FIELDS, ids=str)
-async def test_another_request_is_computed(fields: dict[str, Any]):
+async def test_another_request_is_computed(fields: dict[str, Any]) -> None:
     async with pi_with(HINT, NEXT) as (pi, backend):
         await infill(pi)
         await ahead(pi)
         await accepted(pi, **fields)
         assert len(backend.completions) == 3
-        assert (
-            await start(pi.from_address("127.0.0.2"), "/infill", {**FILE, **BEHIND})
-        ).status == 200
-        assert len(backend.completions) == 4  # nobody gets another client's
 
 
 CUT: list[dict[str, Any]] = [
@@ -153,36 +149,20 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("path", "body"), OTHERS, ids=str)
 @pytest.mark.parametrize("hang", [[HANG], WRITING], ids=["reading", "writing"])
-async def test_any_other_request_ends_it(path: str, body: dict[str, Any], hang: list[Any]):
+async def test_any_other_request_ends_it_for_all_who_read_it(
+    path: str, body: dict[str, Any], hang: list[Any]
+) -> None:
     async with pi_with(hang, GOOD, max_concurrent=1) as (pi, backend):
-        first = ahead(pi)
+        readers = [ahead(pi)]
         await backend.begun.wait()
+        readers.append(ahead(pi.from_address("127.0.0.3")))
+        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
         reply = await start(pi.from_address("127.0.0.2"), path, body)
         assert reply.status == 200
-        assert_ended(await first)
+        for request in readers:
+            assert_ended(await request)
         await backend.left.wait()
         assert backend.most_running == 1
-
-
-async def test_it_ends_for_all_who_read_it():
-    async with pi_with(WRITING, GOOD, max_concurrent=1) as (pi, backend):
-        first = ahead(pi)
-        await until(lambda: backend.running == 1)
-        second = ahead(pi.from_address("127.0.0.2"))
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
-        assert (await start(pi.from_address("127.0.0.3"), CHATS, CHAT)).status == 200
-        for request in (first, second):
-            assert_ended(await request)
-
-
-async def test_it_gets_no_place_beside_another_request():
-    async with pi_with([HANG], max_concurrent=2) as (pi, backend):
-        running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
-        await backend.begun.wait()
-        assert_ended(await ahead(pi))
-        assert len(backend.completions) == 1
-        running.cancel()
-        await backend.left.wait()
 
 
 async def test_typing_the_hint_ends_nothing_and_another_key_does():
