@@ -21,6 +21,7 @@ from scripted import (
     DONE,
     GOOD,
     HANG,
+    USUAL,
     Backend,
     Flood,
     answer,
@@ -41,7 +42,7 @@ from cerebrum.pi.upstream import Endpoint
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cerebrum.text.languages import LANGUAGES
 from cerebrum_common import HttpError
-from cm4d import load_config, read_completion, warn_of
+from cm4d import Config, load_config, read_completion, warn_of
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -51,17 +52,12 @@ PATHS = ("/v1/complete", "/v1/complete/stream")
 # ------------------------------------------------------------------------------------ configuration
 
 
-def test_defaults():
+def test_defaults() -> None:
     config = load_config(Environment({}))
-    assert config.host == "0.0.0.0"
-    assert config.port == 7000
-    assert config.client_keys == ()
-    assert config.log_level == "INFO"
-    assert config.log_file == ""
-    assert not config.log_prompts
     endpoint = Endpoint("127.0.0.1", 9000, "127.0.0.1:9000", "", False)
-    assert config.backends == (config_of("vps", endpoint, key_env="CEREBRUM_API_KEY"),)
-    assert config.models == SHIPPED
+    backends = (config_of("vps", endpoint, key_env="CEREBRUM_API_KEY"),)
+    usual = USUAL | {"prefer": config.prefer, "state_dir": config.state_dir}
+    assert config == Config(backends=backends, **usual)
     (backend,) = load_config(Environment({"CEREBRUM_VPS_URL": "http://[fd7a::1]:9000"})).backends
     assert backend.endpoint == Endpoint("fd7a::1", 9000, "[fd7a::1]:9000", "", False)
 
