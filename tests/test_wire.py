@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ import random
 import re
 import socket
 import sys
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -692,12 +690,10 @@ ROWS = [*REQUEST_LINES, *TARGETS, *HEADERS, *BODIES, *JSON, *KEYS]
 
 
 class State:
-    """Records the requests that reach the handlers of the server in this process, and that a stream
-    has ended.
-    """
+    """Records the requests that reach the handlers of the server in this process."""
 
     def __init__(self) -> None:
-        self.calls, self.left = list[Request](), threading.Event()
+        self.calls = list[Request]()
 
 
 async def simple(state: State, request: Request) -> Response:
@@ -710,22 +706,15 @@ async def complete(state: State, request: Request) -> Response:
 
 
 async def stream(state: State, request: Request) -> Response:
-    """`count` token events (0: without an end), and the end or the failure that is asked for."""
-    asked = {"count": 1, "fail": "", **parse_json(request.body)}
+    """A token event, and the end or the failure that is asked for."""
+    fail = parse_json(request.body).get("fail")
     faults = {"http": HttpError("VPS_UNAVAILABLE", "expected more"), "bug": KeyError("secret")}
 
     async def events() -> AsyncIterator[bytes]:
-        try:
-            for number in itertools.count(1):
-                yield common.sse_event({"token": "ä", "total_tokens": number})
-                await asyncio.sleep(0)
-                if number == asked["count"]:
-                    break
-            if asked["fail"]:
-                raise faults[asked["fail"]]
-            yield common.sse_event({"done": True})
-        finally:
-            state.left.set()
+        yield common.sse_event({"token": "ä", "total_tokens": 1})
+        if fail:
+            raise faults[fail]
+        yield common.sse_event({"done": True})
 
     return Response(events=events())
 
