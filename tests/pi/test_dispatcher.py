@@ -123,7 +123,8 @@ class Case:
             configs.append(backend_at(1, id, **more))
         fleet.replace(configs, CATALOG, self.prefer)
         for backend in fleet.backends:
-            backend.models = {model: {} for model in self.backends[backend.id].split()}
+            ids = self.backends[backend.id].split()
+            backend.models = None if ids == ["unknown"] else {model: {} for model in ids}
             backend.breaker = breaker(self.health.get(backend.id, CLOSED))
         return fleet
 
@@ -184,6 +185,9 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     ({}, "big@a"),
     ({"language": "rust"}, "small@a"),
     ({"language": "cobol"}, "small@a"),  # vpsd says what is missing
+    ({"backends": {"a": ""}}, "small@a"),
+    ({"backends": {"a": "unknown"}}, "big@a"),
+    ({"backends": {"a": "unknown"}, "prefer": {"complete": ["small"]}}, "small@a"),
     ({"kind": "infill", "language": "cobol"}, "big@a"),
     ({"model": "small"}, "small@a"),
     ({"prefer": {"complete": ["small"]}}, "small@a"),

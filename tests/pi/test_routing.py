@@ -190,13 +190,8 @@ async def test_an_error_about_the_request_is_final(status, code):
         assert two.completions == []
 
 
-async def test_a_backend_that_was_not_reached_is_no_free_place():
-    one = Backend(health=error(503, "SHUTTING_DOWN"))
-    two = Backend([HANGING])
-    async with fleet(one, two, places=(1, 1)) as pi:
-        async with running(pi, two):
-            assert (await pi.complete()).status == 429
-        assert one.completions == []
+async def test_one_is_away() -> None:
+    async with fleet(Backend(health=error(503, "SHUTTING_DOWN")), Backend()) as pi:
         health = (await pi.get("/health")).json
         assert health["vps_available"]
         assert [one["available"] for one in health["backends"]] == [False, True]
