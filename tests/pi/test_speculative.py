@@ -323,21 +323,7 @@ async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
         assert len(cut["prompt"]) < len(read["prompt"])
 
 
-def counted(pi: Pi) -> tuple[int, ...]:
-    """Requests, those that failed, those that have ended by the table of models, and those that the
-    backend has got for somebody.
-    """
-    counting = pi.gateway.counting
-    ended = sum(tally.ended.total() for tally in counting.tallies.values())
-    return (
-        pi.gateway.requests,
-        counting.failed,
-        ended,
-        pi.gateway.fleet.first.requests_total,
-    )
-
-
-async def test_asked_ahead_twice_and_joined_once_is_one_completion():
+async def test_asked_ahead_twice_and_joined_once_is_one_completion() -> None:
     gate = asyncio.Event()
     writing = script(gate.wait, " + b", confidence=0.7)
     async with pi_with(writing, clients=HOUSE) as (pi, backend):
@@ -349,8 +335,11 @@ async def test_asked_ahead_twice_and_joined_once_is_one_completion():
         await until(lambda: pi.active == 1)
         gate.set()
         assert {(await one).json["content"] for one in asked} == {" + b"}
-        assert counted(pi) == (1, 0, 1, 1)
-        people = pi.gateway.counting.people.total
+        gateway, counting = pi.gateway, pi.gateway.counting
+        assert (gateway.requests, gateway.fleet.first.requests_total) == (1, 1)
+        assert counting.failed == 0
+        assert sum(tally.ended.total() for tally in counting.tallies.values()) == 1
+        people = counting.people.total
         assert [people[name][:2] for name in ("anna", "ben")] == [(0, 0), (1, 1)]
 
 
