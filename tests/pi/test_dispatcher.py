@@ -89,6 +89,7 @@ class Case:
     mode: str = "complete"
     model: str = ""
     ahead: bool = False
+    speculative: bool = False
     guest: int = 0
     asked: float = NOW
     now: float = NOW
@@ -100,7 +101,8 @@ class Case:
         )
         kind = "infill" if self.ahead else self.kind
         asked = CompletionRequest(kind, fields, client="me")
-        return replace(asked, session=self.session, ahead=self.ahead, guest=self.guest)
+        asked = replace(asked, session=self.session, guest=self.guest)
+        return replace(asked, ahead=self.ahead, speculative=self.speculative)
 
     @property
     def places(self) -> list[str]:
@@ -156,7 +158,7 @@ class Case:
 def decided(case: Case) -> str:
     """`model@backend`, `end GUEST`, `wait SECONDS`, `never`, or the code of a refusal."""
     state = case.state()
-    if case.ahead:
+    if case.request.is_spare:
         decision = decide_spare(state, case.request)
     else:
         decision = decide(state, case.completion(), case.now)
@@ -282,6 +284,8 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     ({"ahead": True, "backends": {"a": "big", "b": "small"}, "running": "a -"}, "wait inf"),
     ({"ahead": True, "served": "a", "running": "a -", "health": {"b": TROUBLE}}, "wait inf"),
     ({"ahead": True, "health": {"a": HALF_OPEN, "b": OPEN}}, "wait inf"),
+    ({"speculative": True}, "big@a"),
+    ({"speculative": True, "running": "a -, b -"}, "wait inf"),
     ({"ahead": True, "api": {"a": "openai"}}, "big@b"),
     ({"ahead": True, "api": {"a": "llama.cpp"}}, "big@a"),
     ({"ahead": True, "api": {"a": "openai", "b": "openai"}}, "never"),
