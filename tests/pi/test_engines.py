@@ -29,7 +29,6 @@ NIGHTLY = pytest.mark.nightly
 MODEL, FILE = "qwen_0_5b", FILES["qwen_0_5b"]
 ALIAS = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 KEY = "the-key-of-an-engine"
-SOON = 15.0  # seconds; the completions that must end sooner would take longer
 CATALOG = {
     "id": MODEL,
     "name": "Qwen 0.5B",

@@ -39,7 +39,6 @@ from cerebrum.request import GenerationRequest
 from cerebrum.settings import ConfigError
 
 HANGING = [CHUNKED, HANG]
-INFILL = {"input_prefix": "x =", "input_suffix": "", "filename": "a.py"}
 SAID = {"role": "user", "content": "Hello"}
 
 
