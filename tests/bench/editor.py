@@ -1,16 +1,15 @@
 """Someone types in an editor: what llama.vim asks for, through both daemons, with real weights.
 
     python tests/bench/editor.py [--seconds 60] [--keys 6] [--model qwen_0_5b] [--suggest often]
-        [--file PATH]
     python tests/bench/editor.py --pairs 9 [--model qwen_0_5b]
-    python tests/bench/editor.py --open|--jump REPOSITORY,… [--look 2] [--before FOLDER] [--llama]
+    python tests/bench/editor.py --jump REPOSITORY,… [--look 2] [--before FOLDER] [--llama]
         [--models FOLDER] [--places 20]
 
 REPOSITORY is a folder of that name with a git repository `repo`; its files of about 300 lines that
 were added in or after 2025 are used, which are newer than the models. Prints one line of JSON:
 
-    typing        A file, by default of the standard library, is typed, --keys characters a second,
-                  with pauses as people make them. Each key asks for an infill and abandons the
+    typing        Two methods of the standard library are typed, --keys characters a second, with
+                  pauses as people make them. Each key asks for an infill and abandons the
                   request before it. (llama.vim waits for its running request.) `seen`: answers with
                   text that came before the next key, `right`: those whose first line is what is
                   typed next; `after_pause_ms`: from the last key before a pause to its answer;
@@ -18,18 +17,15 @@ were added in or after 2025 are used, which are newer than the models. Prints on
     other         with --pairs: the time to the first token of another client's infill, with a
                   speculative request under way over without one, median; `other_reading`: with a
                   reading
-    open          --places files are opened at their beginning; half a second later the cursor is at
-                  another line, which is looked at for --look seconds; then ten keys are typed,
-                  of which the first alone is right
     jump          in each of --places files the cursor jumps four times, by 20 to 200 lines, looks
                   for --look seconds, and one key is typed. --look 0: until nothing is read any more
                   Our own editors have the place of the cursor read (`now`). File by file in turns,
                   with --before another tree's daemons, whose editors do not (`before`), and with
                   --llama llama-server, asked as by llama.vim (`llama`). Of each: medians of the
-                  seconds to the first text and to the whole hint, of `tenth` to the tenth key's,
-                  and how many first hints are `right`; `over`: medians of the ratios of `now` to
-                  the other, with the right ones that `now` has more, with 95 % intervals by drawing
-                  files anew; `cpu`: the seconds that the VPS has computed
+                  seconds to the first text and to the whole hint, and how many are `right`; `over`:
+                  medians of the ratios of `now` to the other, with the right ones that `now` has
+                  more, with 95 % intervals by drawing files anew; `cpu`: the seconds that the VPS
+                  has computed
 """
 
 from __future__ import annotations
@@ -46,7 +42,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import urllib.request
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -63,16 +58,13 @@ LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
 FILE = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
-LETTERS = "abcdefghiklmnoprstuvw"
 OPTIONS = {
     "seconds": 60.0,
     "keys": 6.0,
     "model": "qwen_0_5b",
     "suggest": "often",
-    "file": str(FILE),
     "places": 20,
     "pairs": 0,
-    "open": "",
     "jump": "",
     "look": 2.0,
     "before": "",
@@ -141,20 +133,10 @@ class Infill:
         return source.startswith(f"{first}\n", len(self.before))
 
 
-def typed_part(source: str) -> tuple[int, int]:
-    """Of our own file two methods are typed, of another one the middle third of its lines."""
-    methods = [source.find(f"\n    def {name}(") for name in ("_split", "_wrap_chunks")]
-    if -1 not in methods:
-        return methods[0], methods[1]
-    lines = source.splitlines(keepends=True)
-    count = source.count("\n")
-    return len("".join(lines[: count // 3])), len("".join(lines[: count * 2 // 3]))
-
-
 def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
-    source = Path(options.file).read_text()
-    position, end_of_gap = typed_part(source)
-    after = source[end_of_gap:]
+    source = FILE.read_text()
+    position = source.index("\n    def _split(")
+    after = source[source.index("\n    def _wrap_chunks(") :]
     more = {"suggest": options.suggest}
     generator = random.Random(1)
     end = time.monotonic() + options.seconds
@@ -218,7 +200,7 @@ LINES = range(200, 500)  # of a file
 JUMP = range(20, 200)  # lines
 JUMPS = 4  # in a file
 REST_SECONDS = 0.3  # the cursor rests
-KEYS = 10
+MIN_REST = 20  # characters of a line behind a cut
 DRAWS = 1000
 # What our own editors ask for, and llama.vim.
 OURS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1500}
@@ -245,7 +227,7 @@ def places(path: str, lines: list[str]) -> Iterator[Place]:
     for number in chance.choices(range(len(lines)), k=200):
         line = lines[number].rstrip()
         cuts = [at.end() for at in re.finditer(r"(?<!\w)(?=\w)", line)]
-        cuts = [at for at in cuts if len(line[at:]) >= 2 * KEYS]
+        cuts = [at for at in cuts if len(line[at:]) >= MIN_REST]
         if abs(number - last) in JUMP and cuts:
             last, cut = number, chance.choice(cuts)
             before = "".join(lines[:number]) + line[:cut]
@@ -274,11 +256,10 @@ class Arm:
         first, text = 0.0, ""
         began = time.perf_counter()
         url = f"http://127.0.0.1:{self.port}/infill"
-        with urllib.request.urlopen(servers.request(url, **body), timeout=600) as answer:
-            for event in answer:
-                if event.startswith(b"data: {"):
-                    text += json.loads(event[6:]).get("content", "")
-                    first = first or (time.perf_counter() - began if text else 0.0)
+        with servers.events_of(url, **body) as events:
+            for event in events:
+                text += event.get("content", "")
+                first = first or (time.perf_counter() - began if text else 0.0)
         seconds = time.perf_counter() - began
         return first or seconds, seconds, text
 
@@ -311,40 +292,30 @@ def is_right(place: Place, typed: int, text: str) -> bool:
 
 
 class First(NamedTuple):
-    """A first hint at a place: seconds to its first text, to its end and to the tenth key's end."""
+    """A first hint at a place: seconds to its first text and to its end."""
 
     first: float
     hint: float
-    tenth: float
     right: bool
 
 
-def first_hint(arm: Arm, place: Place, lines: list[str], options: argparse.Namespace) -> First:
-    if options.open:
-        arm.rest((place[0], "", "", "".join(lines)))
-        time.sleep(0.2)
+def first_hint(arm: Arm, place: Place, look: float) -> First:
     arm.rest(place)
-    arm.look(options.look)
+    arm.look(look)
     first, hint, text = arm.ask(place, 1)
-    tenth = 0.0
-    name, before, line, below = place
-    word = "".join(random.Random(line).choices(LETTERS, k=KEYS))  # that nobody can predict
-    noise = name, before, line[0] + word, below
-    for typed in range(2, KEYS + 1) if options.open else ():
-        _, tenth, _ = arm.ask(noise, typed)
-    return First(first, hint, tenth, is_right(place, 1, text))
+    return First(first, hint, is_right(place, 1, text))
 
 
 def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, Any]:
     files: dict[str, list[list[First]]] = {name: [] for name in arms}
-    found = texts(options.open or options.jump)
+    found = texts(options.jump)
     for number, (path, lines) in enumerate(itertools.islice(found, options.places)):
-        some = [*itertools.islice(places(path, lines), 1 if options.open else JUMPS)]
+        some = [*itertools.islice(places(path, lines), JUMPS)]
         names = deque(arms)
         names.rotate(number)
         for name in names:
             arm = arms[name]
-            files[name].append([first_hint(arm, place, lines, options) for place in some])
+            files[name].append([first_hint(arm, place, options.look) for place in some])
             arm.wait()  # or it would disturb the others
     result = {name: medians(of) for name, of in files.items()}
     for name, arm in arms.items():
@@ -357,7 +328,7 @@ def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, 
 def medians(files: list[list[First]]) -> dict[str, Any]:
     hints = list(itertools.chain.from_iterable(files))
     result: dict[str, Any] = {}
-    for name in ("first", "hint", "tenth"):
+    for name in ("first", "hint"):
         result[name] = round(statistics.median(getattr(one, name) for one in hints), 2)
     return result | {"right": sum(one.right for one in hints), "of": len(hints)}
 
@@ -409,9 +380,9 @@ def main() -> None:
     servers.weights_of(options.model)
     named: dict[str, Any] = {"benchmark": "editor", "model": options.model}
     with contextlib.ExitStack() as stack:
-        if options.open or options.jump:
+        if options.jump:
             arms = arms_of(stack, options)
-            named |= {"look": options.look, "is_open": bool(options.open)}
+            named |= {"look": options.look}
             print(json.dumps(named | first_hints(arms, options)))
             return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -1,14 +1,13 @@
 """Where completions end, measured by an oracle: a "model" that writes the text that really stands
 there.
 
-    python tests/bench/ending.py [--texts FILE.jsonl] [--rows PATTERN] [--show 3] [--seed 1]
-        [--cases 30] [--languages python,go] [FOLDER ...]
+    python tests/bench/ending.py [--texts FILE.jsonl] [--seed 1] [--cases 30]
+        [--languages python,go] [FOLDER ...]
 
 Takes cases of real files below the folders (default: the standard library, the installed packages
 and the sources that `make test-slow` fetches), --cases of each kind in each language, each with
 what must remain of its text. With --texts they are written into FILE, or if FILE is there, they are
-replayed, so that two versions have the same texts. --rows takes only rows that match. Needs
-pygments. The rows:
+replayed, so that two versions have the same texts. Needs pygments. The rows:
 
     header    the prompt ends at the header of a definition; the rest of the definition is missing
     member    the prompt ends at a comment or decorator above a definition, which is missing
@@ -49,7 +48,7 @@ file (`on`), or, in a gap, runs on with text from elsewhere (`astray`). Of the s
 Prints a line of JSON for each row, and one for each language with its rows: the cases, the
 percentage that are `cut` (lost some of what must remain) and `late` (got more), and the mean number
 of characters that were read. White space does not count, nor do comments and closing brackets that
-come along. --show prints so many wrong cases.
+come along.
 """
 
 from __future__ import annotations
@@ -296,31 +295,21 @@ def report(rows: Sequence[Row], found: Iterable[Result]) -> Iterator[dict[str, A
         yield {"language": language} | figures(every) | {"rows": of_rows}
 
 
-def show(rows: Sequence[Row], found: Sequence[Result], count: int) -> None:
-    wrong = [row for row, (lost, more, _) in zip(rows, found, strict=True) if lost or more]
-    for row in random.Random(1).sample(wrong, min(count, len(wrong))):
-        print(f"--- {row['row']} {row['language']}\n{row['prompt'][-300:]}«{row['piece']}»")
-        print(f"  sent: {write(row)[0][-300:]!r}\n")
-
-
 def main() -> None:
     every = ",".join(LANGUAGES)
-    parser = servers.parser_of(
-        __doc__, texts="", rows="", show=0, seed=1, cases=30, languages=every
-    )
+    parser = servers.parser_of(__doc__, texts="", seed=1, cases=30, languages=every)
     parser.add_argument("folders", nargs="*", default=FOLDERS)
     options = parser.parse_args()
     texts = Path(options.texts or "/dev/null")
-    known = rows_of(texts)
-    rows = [row for row in known or recorded(options) if re.search(options.rows, row["row"])]
-    if not known:
+    rows = rows_of(texts)
+    if not rows:
+        rows = [*recorded(options)]
         texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with ProcessPoolExecutor() as pool:
         parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
         found = list(chain.from_iterable(pool.map(results, parts)))
     for line in report(rows, found):
         print(json.dumps(line))
-    show(rows, found, options.show)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -97,8 +97,6 @@ class Bench:
         self.rounds, self.tokens = options.rounds, options.tokens
         self.numbers = itertools.count()
         settings = llama.Settings()
-        if options.threads:
-            settings = replace(settings, threads=options.threads, fixed_threads=True)
         found = None
         reason = "as asked"
         if not options.published:
@@ -106,13 +104,12 @@ class Bench:
         self.encoding = found.passport.encoding if found else f"published: {reason}"
         self.tuned = tuned_path(settings.state_dir, self.weights) if found else None
         self.has_weights = found is not None and found.path == self.tuned
-        options.threads = (found.settings if found else settings).threads
+        self.threads = (found.settings if found else settings).threads
         self._servers = dict[str, Server]()
 
     def ours(self, name: str = "vpsd", published: bool = False, **more: str) -> Server:
         model = self.options.model
-        threads = self.options.threads
-        server = vpsd(self.folder, name, model, threads, self.tuned, published, **more)
+        server = vpsd(self.folder, name, model, self.threads, self.tuned, published, **more)
         return self._start(name, server)
 
     def _start(self, key: str, server: AbstractContextManager[Server]) -> Server:
@@ -122,11 +119,10 @@ class Bench:
 
     def theirs(self, mode: str = "", file: Path | None = None) -> Server | None:
         binary = self.options.llama_server
-        threads = self.options.threads
         if not binary:
             return None
         file = file or self.weights
-        server = llama_server(self.folder, binary, file, threads, *mode.split())
+        server = llama_server(self.folder, binary, file, self.threads, *mode.split())
         return self._start(f"{file} {mode}", server)
 
     def sides(self, plain: bool = False, encodings: bool = False) -> Sides:
@@ -204,8 +200,9 @@ def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> 
 def rate_of_mode(bench: Bench, mode: str) -> float:
     """Of writing a file again that is not among those that are measured later."""
     binary = bench.options.llama_server
-    threads = bench.options.threads
-    with llama_server(bench.folder, binary, bench.weights, threads, *mode.split()) as candidate:
+    with llama_server(
+        bench.folder, binary, bench.weights, bench.threads, *mode.split()
+    ) as candidate:
         return rewriting(bench, candidate, 8, 400).rate
 
 
@@ -259,21 +256,14 @@ def new(bench: Bench) -> dict[str, Any]:
     return bench.compare(first_token, 1000, encodings=True)
 
 
-def idle_since(pid: int, begin: float) -> float:
-    """Wait until a server that was busy at `begin` is idle. It is so from the first of 5 successive
-    readings, 2 ms apart, in which no thread did any work.
-    """
+def wait_idle(pid: int) -> None:
+    """Wait until in 5 successive readings, 2 ms apart, no thread of a server did any work."""
     quiet = 0
-    idle = begin
     busy = servers.cpu_ns(pid)
     while quiet < 5:
         time.sleep(0.002)
         before, busy = busy, servers.cpu_ns(pid)
-        quiet += 1
-        if busy - before >= 500_000:
-            quiet = 0
-            idle = time.perf_counter()
-    return idle
+        quiet = quiet + 1 if busy - before < 500_000 else 0
 
 
 def pause(bench: Bench) -> dict[str, Any]:
@@ -358,7 +348,7 @@ class Pairs:
         given = {
             "MODELS_DIR": f"{self.models}",
             "MODELS_FILE": f"{self.models}/models.toml",
-            "THREADS": f"{bench.options.threads}",
+            "THREADS": f"{bench.threads}",
             "N_CTX": "2048",
             "MAX_CONCURRENT": "1",
             "DRAFT": "0" if name == "off" else "1",
@@ -369,7 +359,7 @@ class Pairs:
             for model in ("deep", "small"):
                 command = [sys.executable, f"{ROOT}/vpsd.py", "tune", model]
                 subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
-        return bench._start(name, vpsd(bench.folder, name, "deep", bench.options.threads, **more))
+        return bench._start(name, vpsd(bench.folder, name, "deep", bench.threads, **more))
 
 
 PAIR = """
@@ -416,7 +406,7 @@ def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
         """0.0 for a text that ends early."""
         prompt = gap(number, 30)
         server.complete(prompt, 1, **special(server))
-        idle_since(server.pid, time.perf_counter())
+        wait_idle(server.pid)
         result = server.complete(prompt, 48, **special(server))
         return 1000 / result.rate if result.tokens >= 24 else 0.0
 
@@ -480,7 +470,6 @@ OPTIONS = {
     "model": "qwen_0_5b",
     "only": ",".join(PARTS),
     "rounds": 5,
-    "threads": 0,
     "published": False,
     "tokens": 128,
 }
@@ -493,7 +482,7 @@ def main() -> None:
         found["llama_server"] = "skipped: --llama-server was not given"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         bench = Bench(options, Path(folder), stack)
-        found |= {"threads": options.threads, "encoding": bench.encoding}
+        found |= {"threads": bench.threads, "encoding": bench.encoding}
         for name in options.only.split(","):
             found[name] = PARTS[name](bench)
     print(json.dumps(found))

@@ -14,7 +14,6 @@ Prints one line of JSON:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import time
@@ -23,7 +22,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import servers
-from harness import Daemon, wait_until
+from harness import Daemon, wait_until, with_weights
 from scripted import in_a_thread
 from test_lsp import INVOKED, Pi, editing
 
@@ -81,17 +80,15 @@ def active(url: str) -> int:
 
 def main() -> None:
     model = servers.parser_of(__doc__, model="qwen_0_5b").parse_args().model
-    weights = servers.weights_of(model)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    servers.weights_of(model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         result: dict[str, Any] = {"added": added(folder)}
-        models = folder / "models"  # this model alone: the Pi chooses for the language server
-        models.mkdir()
-        (models / weights.name).symlink_to(weights)
-        _, pi = servers.both(stack, folder, models)
-        loading = {"input_prefix": "x", "n_predict": 1, "model": model}
-        servers.ask(f"http://127.0.0.1:{pi.port}/infill", **loading)
-        result["cancelled"] = cancelled(folder, pi)
+        # This model alone: the Pi chooses for the language server.
+        with with_weights(folder, model, CEREBRUM_CM4_API_KEY="") as (pi, _):
+            loading = {"input_prefix": "x", "n_predict": 1, "model": model}
+            servers.ask(f"http://127.0.0.1:{pi.port}/infill", **loading)
+            result["cancelled"] = cancelled(folder, pi)
     print(json.dumps({"benchmark": "lsp", "model": model, **result}))
 
 

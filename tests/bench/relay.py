@@ -36,13 +36,10 @@ from pathlib import Path
 
 import servers
 from harness import Daemon, daemon, post, program
+from scripted import CHUNKED, END, HEALTH, MODELS, answer, chunk, event, token
 
 STREAMS, PACE = 2, 200  # tokens/s each
-HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
-STREAM_HEAD = HEAD + b"text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-MODEL = {"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096}
-STATE = json.dumps({"status": "healthy", "models": [MODEL]}).encode()  # the answer to any GET
-STATE_HEAD = HEAD + b"application/json\r\nContent-Length: %d\r\n\r\n" % len(STATE)
+STATE = answer(200, HEALTH | MODELS)  # the answer to any GET
 VPS = "/v1/inference/stream"
 PATHS = {
     "direct": VPS,
@@ -54,12 +51,6 @@ PATHS = {
 TEXT = rb'"(?:token|text|content)": ?"(\d+)"'  # of an event, in any dialect
 
 # -------------------------------------------------------------------------------------- the backend
-
-
-def chunk(**members: object) -> bytes:
-    """An event in a chunk of its own."""
-    event = b"data: %b\n\n" % json.dumps(members).encode()
-    return b"%x\r\n%b\r\n" % (len(event), event)
 
 
 def length_of(head: bytes) -> int:
@@ -85,17 +76,17 @@ def serve(peer: socket.socket) -> None:
         if asked:
             send_paced(peer, int(asked[1]), int(asked[2]))
         else:
-            peer.sendall(STATE_HEAD + STATE)
+            peer.sendall(STATE)
 
 
 def send_paced(peer: socket.socket, count: int, number: int) -> None:
-    peer.sendall(STREAM_HEAD)
+    peer.sendall(CHUNKED)
     start = time.perf_counter() + 0.05 + number / (PACE * STREAMS)  # the streams take turns
     for n in range(1, count + 1):
         time.sleep(max(0.0, start + n / PACE - time.perf_counter()))
-        peer.sendall(chunk(token=f"{time.monotonic_ns()}", total_tokens=n))
-    done = chunk(done=True, model="qwen_0_5b", total_tokens=count, inference_time=1.0)
-    peer.sendall(done + b"0\r\n\r\n")
+        peer.sendall(chunk(token(f"{time.monotonic_ns()}", n)))
+    done = event(**END | {"total_tokens": count})
+    peer.sendall(chunk(done) + b"0\r\n\r\n")
 
 
 def backend() -> None:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import re
-import socket
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -69,6 +68,13 @@ def ask(url: str, **body: Any) -> Any:
     """The answer to a request. See `request`."""
     with urllib.request.urlopen(request(url, **body), timeout=600) as answer:
         return json.load(answer)
+
+
+@contextlib.contextmanager
+def events_of(url: str, **body: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    """The events that answer a request. Leaving early closes the connection."""
+    with urllib.request.urlopen(request(url, **body), timeout=600) as answer:
+        yield (json.loads(line[6:]) for line in answer if line.startswith(b"data: {"))
 
 
 def cpu_ns(pid: int) -> int:
@@ -131,26 +137,12 @@ class Server:
         body |= {"model": self.model, "max_tokens": tokens, "stop_at": "none", **more}
         return "/v1/inference/stream", body
 
-    @contextlib.contextmanager
     def events(
         self, prompt: str, tokens: int, stop: str = "", **more: Any
-    ) -> Iterator[Iterator[dict[str, Any]]]:
-        """The events of one completion. Leaving early closes the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+    ) -> AbstractContextManager[Iterator[dict[str, Any]]]:
+        """The events of one completion. See `events_of`."""
         path, body = self.request(prompt, tokens, stop, more)
-        connection.request("POST", path, json.dumps(body), HEADERS)
-        plug = connection.sock
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise SystemExit(f"{path}: {answer.status} {answer.read()[:500]!r}")
-        lines = iter(answer.readline, b"")
-        try:
-            yield (json.loads(line[6:]) for line in lines if line.startswith(b"data: {"))
-        finally:
-            with contextlib.suppress(OSError):
-                plug.shutdown(socket.SHUT_RDWR)
-            answer.close()
-            connection.close()
+        return events_of(f"http://127.0.0.1:{self.port}{path}", **body)
 
     def complete(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Result:
         result = Result()
