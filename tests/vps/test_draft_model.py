@@ -17,20 +17,18 @@ from typing import Any
 import families
 import pytest
 from harness import NO_FILE, PATIENCE, wait_until
-from test_engine import Ask, Loads, ask, running, worker_of
+from test_engine import Loads, ask, running, worker_of
 from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
 
 from cerebrum.metrics import CANCELLED
-from cerebrum.request import GenerationRequest
 from cerebrum.vps import decoder, llama, schedule
 from cerebrum.vps import plan as vps_plan
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.draft_model import DraftModel, check_pair
 from cerebrum.vps.drafts import AGAIN, MODEL_LENGTH, TRIAL_TOKENS, Drafter, Gain, pair_rate
 from cerebrum.vps.encoding import TunedFile
-from cerebrum.vps.job import Job
-from cerebrum.vps.llama import ABORTED, MB, ModelError, Settings, Slot, start_library
+from cerebrum.vps.llama import MB, ModelError, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
 from cerebrum.vps.plan import plan_pair
 from cerebrum.vps.schedule import Costs
@@ -193,14 +191,8 @@ def test_sampled_and_healed_texts_are_those_of_the_model_alone(
             texts.append([])
             for seed in range(40):
                 prompt = f"def f{seed}(x):\n    retu"
-                sampled = GenerationRequest(
-                    prompt, max_tokens=16, temperature=1.0, seed=seed, stop_at="none", heal=True
-                )
-                asked = Ask(prompt)
-                asked.job = Job(sampled, asked.events.put)
-                worker.prepare(asked.job)
-                worker.submit(asked.job)
-                texts[-1].append(asked.outcome()[0])
+                sampled = {"max_tokens": 16, "temperature": 1.0, "seed": seed, "heal": True}
+                texts[-1].append(ask(worker, prompt, **sampled).outcome()[0])
         assert bool(worker.tally.ahead_steps > 40) == bool(loader.draft)
         assert (worker.tally.accepted_tokens > 40) == bool(loader.draft)
     assert texts[0] == texts[1]
@@ -262,7 +254,6 @@ class Clock:
         for name, owner in (("target", decoder), ("draft", decoder.draft_model)):
             monkeypatch.setattr(owner.model, "decode", self._decode(name, owner))
         draft.abort_flag = model.abort_flag
-        model.abort = lambda: model.abort_flag.__setitem__(0, b"\x01")
         draft.probability = lambda *_: self.sure
         monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(Drafter, "draft", lambda *_: [])  # no drafts of text
@@ -275,8 +266,7 @@ class Clock:
             size = sum(len(tokens) for _, tokens, _ in parts)
             self.now += costs(size)
             self.log.append((name, size, self.now))
-            aborted = owner.model.abort_flag[0] == b"\x01"
-            return ABORTED if aborted else int(real(parts))
+            return int(real(parts))
 
         return decode
 

@@ -641,7 +641,14 @@ class ScriptedLlama:
         assert self.hold.wait(PATIENCE)
         read = itertools.chain.from_iterable(tokens for _, tokens, _ in parts)
         self.next = [(token - 96) % 26 + 97 for token in read]
-        return 0
+        return llama.ABORTED if self.abort_flag[0] == b"\x01" else 0
+
+    def abort(self) -> None:
+        self.abort_flag[0] = b"\x01"
+
+    def computed(self, slot: Any) -> int:
+        """A decode that is aborted has read 20 tokens of a prompt."""
+        return len(slot.tokens) + 20
 
     def greedy(self, index: int) -> int:
         return self.next[index]
@@ -671,7 +678,7 @@ class ScriptedLlama:
     def trim(self, *_: Any) -> bool:
         return True
 
-    abort = copy_prefix = restore = trim
+    copy_prefix = restore = trim
     unified = True
 
 
@@ -680,9 +687,8 @@ class Ask:
 
     def __init__(self, prompt: str, **more: Any) -> None:
         self.events: queue.SimpleQueue[list[Event | HttpError]] = queue.SimpleQueue()
-        self.job = Job(
-            GenerationRequest(prompt, stop_at="none", temperature=0, **more), self.events.put
-        )
+        plain: dict[str, Any] = {"stop_at": "none", "temperature": 0}
+        self.job = Job(GenerationRequest(prompt, **plain | more), self.events.put)
 
     def outcome(self) -> tuple[str, Any]:
         """The whole text and the last event."""
@@ -757,13 +763,12 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own: boo
     """What was read of it stays, and from then on its chunks are short."""
     model, decoder = worker.model, worker.decoder
     sizes, real = list[list[int]](), model.decode
-    model.computed = lambda slot: len(slot.tokens) + 100
 
     def decode(parts: Any) -> int:
         sizes.append([len(tokens) for _, tokens, _ in parts])
-        return real(parts) or (llama.ABORTED if model.abort_flag[0] == b"\x01" else 0)
+        return real(parts)
 
-    model.decode, model.abort = decode, lambda: model.abort_flag.__setitem__(0, b"\x01")
+    model.decode = decode
     decoder.costs = Costs({1: 0.05, 16: 0.8})
     model.hold.clear()
     long = ask(worker, "l" * 1000, max_tokens=1)
@@ -993,7 +998,7 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     """The first letter and the size of each part of all decodes to come.
 
     `arrivals` has functions that are called during a decode: that of "l2" during the second one
-    that begins with l. A decode that is aborted has read 20 tokens of a prompt.
+    that begins with l.
     """
     model: Any = worker.model
     real, log = model.decode, list[str]()
@@ -1004,12 +1009,20 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
         log.append(" ".join(f"{chr(tokens[0])}{len(tokens)}" for _, tokens, _ in parts))
         letter = log[-1][0]
         arrivals.get(f"{letter}{sum(entry[0] == letter for entry in log)}", bool)()
-        return real(parts) or (llama.ABORTED if model.abort_flag[0] == b"\x01" else 0)
+        return real(parts)
 
-    model.computed = lambda slot: len(slot.tokens) + 20
-    model.abort = lambda: model.abort_flag.__setitem__(0, b"\x01")
     model.decode = decode
     return log
+
+
+def arrive(worker: Worker, prompt: str) -> Ask:
+    """A request of one token, for which others give way."""
+    asked = ask(worker, prompt, max_tokens=1)
+    worker.give_way(asked.job)
+    return asked
+
+
+ONE_SEQUENCE = pytest.mark.parametrize("worker", [1], indirect=True)
 
 
 SIZES = {
@@ -1018,7 +1031,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("worker", [1], indirect=True)
+@ONE_SEQUENCE
 @pytest.mark.parametrize("recurrent", SIZES)
 def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
     worker: Worker, recurrent: bool
@@ -1028,20 +1041,20 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
     decoder.model.recurrent = decoder.sequences.store.whole = recurrent
     asked = dict[str, Ask]()
 
-    def arrive(prompt: str, **more: Any) -> None:
-        asked[prompt[0]] = arrival = ask(worker, prompt, max_tokens=1, **more)
-        if not arrival.job.low:
-            worker.give_way(arrival.job)
+    def low(prompt: str, **more: Any) -> None:
+        asked[prompt[0]] = ask(worker, prompt, max_tokens=1, priority="low", **more)
+
+    def normal(letters: str) -> None:
+        asked.update({letter: arrive(worker, letter * 17) for letter in letters})
 
     def first() -> None:
         for letter in "kc":
-            arrive(letter * 30, priority="low")
+            low(letter * 30)
         worker.cancel(asked["c"].job)
-        for letter in "xp":
-            arrive(letter * 17)
+        normal("xp")
 
-    log = script(worker, {"l1": first, "l2": lambda: arrive("t" * 17)})
-    arrive("l" * 150, priority="low", progress=True)
+    log = script(worker, {"l1": first, "l2": lambda: normal("t")})
+    low("l" * 150, progress=True)
     stages = list[str]()
     while "done" not in (event := asked["l"].events.get(timeout=PATIENCE)[-1]):
         stages += [event["progress"]["stage"]] if "progress" in event else []
@@ -1054,17 +1067,13 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
     assert tally.ended == {"length": 5, "CANCELLED": 1}
 
 
-@pytest.mark.parametrize("worker", [1], indirect=True)
+@ONE_SEQUENCE
 def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_kept(
     worker: Worker,
 ) -> None:
     low, asked = Ask("l" * 150, max_tokens=1, priority="low"), list[Ask]()
-
-    def arrive() -> None:
-        asked.append(ask(worker, "x" * 17, max_tokens=1))
-        worker.give_way(asked[0].job)
-
-    log = script(worker, {"l1": arrive, "x1": lambda: worker.cancel(low.job)})
+    arrivals = {"l1": lambda: asked.append(arrive(worker, "x" * 17))}
+    log = script(worker, arrivals | {"x1": lambda: worker.cancel(low.job)})
     worker.submit(worker.prepare(low.job))
     wait_until(lambda: worker.tally.ended == {"length": 1, "CANCELLED": 1}, "both have ended")
     assert log == ["l53", "x17"]
@@ -1072,7 +1081,7 @@ def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_
     assert ask(worker, "l" * 150, max_tokens=1).outcome()[1]["cached_tokens"] == 20
 
 
-@pytest.mark.parametrize("worker", [1], indirect=True)
+@ONE_SEQUENCE
 @pytest.mark.parametrize(("next_prompt", "cached"), [("l" * 151, 64), ("x" * 17, 20)])
 def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
     worker: Worker, next_prompt: str, cached: int
@@ -1080,11 +1089,11 @@ def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
     """Its reading is cancelled when the next request comes, and its place is the only one."""
     ahead = Ask("l" * 150, max_tokens=0)
 
-    def arrive() -> None:
+    def leave() -> None:
         worker.cancel(ahead.job)
-        worker.give_way(ask(worker, next_prompt, max_tokens=1).job)
+        arrive(worker, next_prompt)
 
-    script(worker, {"l1": arrive})
+    script(worker, {"l1": leave})
     worker.submit(worker.prepare(ahead.job))
     wait_until(lambda: worker.tally.ended == {"length": 1, "CANCELLED": 1}, "both have ended")
     assert worker.tally.cached_tokens == cached * (next_prompt[0] == "l")
@@ -1092,23 +1101,19 @@ def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
     assert again == (149 if next_prompt[0] == "l" else cached)
 
 
-@pytest.mark.parametrize("worker", [1], indirect=True)
+@ONE_SEQUENCE
 def test_of_a_prompt_that_gives_way_as_much_is_kept_as_the_cache_holds(worker: Worker) -> None:
     """At half a megabyte a token, the whole would not fit, and all of it would be read again."""
     decoder: Any = worker.decoder
     decoder.model.state_size = lambda slot: 100 * len(slot.tokens)
     decoder.sequences.store.budget = 100 * 40
-
-    def arrive() -> None:
-        worker.give_way(ask(worker, "x" * 17, max_tokens=1).job)
-
-    log = script(worker, {"l2": arrive})
+    log = script(worker, {"l2": lambda: arrive(worker, "x" * 17)})
     assert ask(worker, "l" * 150, max_tokens=1, priority="low").outcome()[0] == "m"
     assert log[:3] == ["l53", "l53", "x17"]
     assert sum(int(step[1:]) for step in log if step[0] == "l") == 2 * 53 + 150 - 40
 
 
-@pytest.mark.parametrize("worker", [1], indirect=True)
+@ONE_SEQUENCE
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(
     worker: Worker, lost: bool
