@@ -69,8 +69,11 @@ def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
     return settings(folder, None, CREDENTIALS_DIRECTORY=str(folder / "none"), **more)
 
 
+Check = Callable[..., list[str]]
+
+
 @pytest.fixture
-def check(monkeypatch, capsys) -> Callable[..., list[str]]:
+def check(monkeypatch, capsys) -> Check:
     """Run `--check` in this process, on a machine of MEMORY: the lines about `subject`."""
 
     def check(name, environment, subject):
@@ -136,77 +139,44 @@ def test_all_is_well(vps, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before, "a check changes nothing"
 
 
-# A daemon, one of its settings, and all findings about one subject. {port} is vpsd's.
-FAULTS = [
-    (
-        "cm4d",
-        "API_KEY",
-        "another-key",
-        [f"FAIL backend vps 127.0.0.1:{{port}} CEREBRUM_API_KEY {KEYGEN}"],
-    ),
-    ("cm4d", "API_KEY", "", [CM4_KEY, IN_CLEAR, f"FAIL key CEREBRUM_API_KEY {KEYGEN}"]),
-    ("cm4d", "CM4_API_KEY", "", [CM4_KEY, OUR_KEY]),
-    (
-        "cm4d",
-        "CM4_API_KEY",
-        "0123456789abcde",
-        [f"warn key CEREBRUM_CM4_API_KEY {KEYGEN}", IN_CLEAR, OUR_KEY],
-    ),
-    ("cm4d", "CM4_KEYS_FILE", "{house}", [CM4_KEY, "ok key anna", IN_CLEAR, OUR_KEY]),
-    (
-        "cm4d",
-        "CM4_KEYS_FILE",
-        "{bad}",
-        [f"FAIL settings CEREBRUM_CM4_KEYS_FILE 1 {ENV} models.toml"],
-    ),
-    (
-        "cm4d",
-        "CM4_KEYS_FILE",
-        "anna key",
-        [f"FAIL settings CEREBRUM_CM4_KEYS_FILE {ENV} models.toml"],
-    ),
-    ("cm4d", "CM4_KEYS_FILE", "/none", [f"FAIL settings CEREBRUM_CM4_KEYS_FILE {ENV} models.toml"]),
-    (
-        "cm4d",
-        "VPS_URL",
-        f"http://vps:9000 {KEY}",
-        [f"FAIL settings CEREBRUM_VPS_URL {ENV} models.toml"],
-    ),
-    ("cm4d", "CM4_PORT", "0", ["ok address 127.0.0.1 0"]),
-    ("cm4d", "CM4_PORT", "{port}", ["FAIL address 127.0.0.1 {port} ss"]),
-    (
-        "cm4d",
-        "CM4_HOST",
-        "192.0.2.1",
-        ["FAIL address 192.0.2.1 CEREBRUM_CM4_HOST CEREBRUM_CM4_PORT"],
-    ),
-    ("cm4d", "CM4_HOST", "a..b", ["FAIL address a..b CEREBRUM_CM4_HOST CEREBRUM_CM4_PORT"]),
-    ("cm4d", "VPS_URL", "http://127.0.0.1:1", ["FAIL backend vps 127.0.0.1:1"]),
-    ("cm4d", "VPS_URL", "http://a..b:1", ["FAIL backend vps a..b:1"]),
-    ("cm4d", "CM4_PORT", "x", [f"FAIL settings CEREBRUM_CM4_PORT 0 65535 'x' {ENV} models.toml"]),
-    ("cm4d", "VPS_ULR", "x", [VALID, "warn settings CEREBRUM_VPS_ULR .env.example"]),
-    ("vpsd", "API_KEY", "", [f"FAIL key CEREBRUM_API_KEY {KEYGEN}"]),
-    ("vpsd", "MODELS_DIR", "/none", ["FAIL models /none models.toml fetch"]),
-    ("vpsd", "MIN_FREE_MB", "2900", [f"ok {NEEDS} 1,100"]),
-    (
-        "vpsd",
-        "MIN_FREE_MB",
-        "3900",
-        ["FAIL memory tiny 259 2,048 1 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE"],
-    ),
-    ("vpsd", "MIN_FREE_MB", "3338", ["ok memory tiny 262 3,072 2 662 CEREBRUM_MIN_FREE_MB"]),
-]
+# A daemon, one of its settings, its value, and all findings about one subject. {port} is vpsd's.
+SETTINGS = f"FAIL settings {ENV} models.toml"
+ADDRESS = "CEREBRUM_CM4_HOST CEREBRUM_CM4_PORT"
+FAULTS = f"""
+cm4d|API_KEY|another-key|FAIL backend vps 127.0.0.1:{{port}} CEREBRUM_API_KEY {KEYGEN}
+cm4d|API_KEY||{CM4_KEY}|{IN_CLEAR}|FAIL key CEREBRUM_API_KEY {KEYGEN}
+cm4d|CM4_API_KEY||{CM4_KEY}|{OUR_KEY}
+cm4d|CM4_API_KEY|0123456789abcde|warn key CEREBRUM_CM4_API_KEY {KEYGEN}|{IN_CLEAR}|{OUR_KEY}
+cm4d|CM4_KEYS_FILE|{{house}}|{CM4_KEY}|ok key anna|{IN_CLEAR}|{OUR_KEY}
+cm4d|CM4_KEYS_FILE|{{bad}}|{SETTINGS} CEREBRUM_CM4_KEYS_FILE 1
+cm4d|CM4_KEYS_FILE|anna key|{SETTINGS} CEREBRUM_CM4_KEYS_FILE
+cm4d|CM4_KEYS_FILE|/none|{SETTINGS} CEREBRUM_CM4_KEYS_FILE
+cm4d|VPS_URL|http://vps:9000 {KEY}|{SETTINGS} CEREBRUM_VPS_URL
+cm4d|CM4_PORT|0|ok address 127.0.0.1 0
+cm4d|CM4_PORT|{{port}}|FAIL address 127.0.0.1 {{port}} ss
+cm4d|CM4_HOST|192.0.2.1|FAIL address 192.0.2.1 {ADDRESS}
+cm4d|CM4_HOST|a..b|FAIL address a..b {ADDRESS}
+cm4d|VPS_URL|http://127.0.0.1:1|FAIL backend vps 127.0.0.1:1
+cm4d|VPS_URL|http://a..b:1|FAIL backend vps a..b:1
+cm4d|CM4_PORT|x|{SETTINGS} CEREBRUM_CM4_PORT 0 65535 'x'
+cm4d|VPS_ULR|x|{VALID}|warn settings CEREBRUM_VPS_ULR .env.example
+vpsd|API_KEY||FAIL key CEREBRUM_API_KEY {KEYGEN}
+vpsd|MODELS_DIR|/none|FAIL models /none models.toml fetch
+vpsd|MIN_FREE_MB|2900|ok {NEEDS} 1,100
+vpsd|MIN_FREE_MB|3900|FAIL memory tiny 259 2,048 1 100 CEREBRUM_N_CTX CEREBRUM_KV_TYPE
+vpsd|MIN_FREE_MB|3338|ok memory tiny 262 3,072 2 662 CEREBRUM_MIN_FREE_MB
+"""
 
 
-@pytest.mark.parametrize(("daemon", "name", "value", "found"), FAULTS)
-def test_a_fault(vps, tmp_path, check, daemon, name, value, found):
+@pytest.mark.parametrize("fault", FAULTS.strip().splitlines())
+def test_a_fault(vps: Daemon, tmp_path: Path, check: Check, fault: str) -> None:
     house, bad = tmp_path / "house", tmp_path / "bad"
     house.write_text("anna annas-key\n")
     bad.write_text(f"anna {KEY} many\n")
-    value, *found = (text.format(port=vps.port, house=house, bad=bad) for text in (value, *found))
-    own = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", f"CEREBRUM_{name}": value}
+    name, setting, value, *found = fault.format(port=vps.port, house=house, bad=bad).split("|")
+    own = {"CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}", f"CEREBRUM_{setting}": value}
     subject = found[0].split()[1]
-    assert_found(check(daemon, given(tmp_path, **own), subject), *found)
+    assert_found(check(name, given(tmp_path, **own), subject), *found)
 
 
 def test_a_damaged_model(tmp_path, check):
