@@ -255,40 +255,30 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     return path
 
 
-QUANTIZED_VOCABULARY = 2048
-QUANTIZED_WIDTH, QUANTIZED_FEED = 256, 512
-# Where blocks have fp16.
-HALVES = {"Q5_0": slice(2), "Q4_K": slice(4), "Q6_K": slice(-2, None), "Q8_0": slice(2)}
+HALVES = {"Q5_0": slice(2), "Q4_K": slice(4), "Q6_K": slice(-2, None)}  # where blocks have fp16
 
 
-def write_quantized(
-    path: Path, layers: int = 8, output: str = "Q6_K", types: Sequence[str] = ("Q4_K", "Q6_K")
-) -> Path:
-    """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` in turn of these types. Without
-    a type for the output matrix the embedding serves as one.
-    """
+def write_quantized(path: Path, layers: int = 8) -> Path:
+    """A GGUF with random weights: `attn_q` is Q5_0, and `ffn_down` Q4_K and Q6_K in turn."""
     writer = gguf.GGUFWriter(path, "qwen2")
-    width, vocabulary = QUANTIZED_WIDTH, QUANTIZED_VOCABULARY
+    width, feed_forward = 256, 512
+    vocabulary = 2048
     writer.add_block_count(layers)
     writer.add_embedding_length(width)
     writer.add_head_count(4)
-    writer.add_feed_forward_length(QUANTIZED_FEED)
+    writer.add_feed_forward_length(feed_forward)
     writer.add_token_list([f"t{i}" for i in range(vocabulary)])
     matrices: list[tuple[str, str, tuple[int, ...]]] = [
-        ("token_embd.weight", "Q6_K", (vocabulary, width))
+        (f"{name}.weight", "Q6_K", (vocabulary, width)) for name in ("token_embd", "output")
     ]
-    matrices += [("output.weight", output, (vocabulary, width))] if output else []
     for i in range(layers):
-        down_type = types[i % len(types)]
+        down_type = "Q6_K" if i % 2 else "Q4_K"
         matrices.append((f"blk.{i}.attn_q.weight", "Q5_0", (width, width)))
-        matrices.append((f"blk.{i}.ffn_down.weight", down_type, (width, QUANTIZED_FEED)))
+        matrices.append((f"blk.{i}.ffn_down.weight", down_type, (width, feed_forward)))
         matrices.append((f"blk.{i}.ffn_up_exps.weight", "Q5_0", (2, width, width)))
     rng = np.random.default_rng(1)
     for name, kind, shape in matrices:
         number = gguf.GGMLQuantizationType[kind]
-        if kind == "F16":
-            writer.add_tensor(name, rng.normal(0, 0.05, shape).astype(np.float16))
-            continue
         size, block_bytes = gguf.GGML_QUANT_SIZES[number]
         blocks = rng.integers(0, 256, (math.prod(shape) // size, block_bytes), np.uint8)
         halves = blocks[:, HALVES[kind]]
