@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine import ScriptedLlama
+from test_engine import started
 from test_vpsd import Reference, Vps, real, real_reference  # noqa: F401 (fixtures)
 
 from cerebrum.request import GenerationRequest
-from cerebrum.vps.job import Job, Run
-from cerebrum.vps.llama import Llama, Slot
+from cerebrum.vps.llama import Llama
 
 # By temperature and threshold: why a text ends that goes on after its line with an unlikely token.
 ENDS = [(0.5, None, "block"), (0.6, None, None), (0.5, 0.2, "unsure"), (0.6, 0.2, "unsure")]
@@ -29,9 +28,7 @@ def test_an_unlikely_token_at_a_high_temperature(
 ) -> None:
     asked = GenerationRequest("x = ", suffix="\ny = 2\n", mode="infill", language="python")
     asked = replace(asked, temperature=temperature, min_confidence=least)
-    job = Job(asked, lambda _: None)
-    job.prepare(ScriptedLlama())  # type: ignore[arg-type]
-    run, ends = Run(job, Slot(0), []), list[str | None]()
+    run, ends = started(asked), list[str | None]()
     for piece, run.probability in ((b"1", 0.9), (b"\n", 0.9), (b"z = 5", 0.1)):
         ends.append(run.feed(piece))
     assert ends == [None, None, reason]
@@ -39,9 +36,7 @@ def test_an_unlikely_token_at_a_high_temperature(
 
 
 def test_what_the_client_has_already_is_no_choice() -> None:
-    job = Job(GenerationRequest("pri", heal=True, min_confidence=0.5), lambda _: None)
-    job.prepare(ScriptedLlama())  # type: ignore[arg-type]
-    run = Run(job, Slot(0), [])
+    run = started(GenerationRequest("pri", heal=True, min_confidence=0.5))
     for piece, run.probability in ((b"", 0.4), (b"nt", 0.9), (b"(a", 0.9)):
         assert run.feed(piece) is None
     assert run.outbox == [{"token": "nt(", "total_tokens": 0}]
@@ -49,9 +44,7 @@ def test_what_the_client_has_already_is_no_choice() -> None:
 
 def test_the_answer_to_a_chat_is_never_cut() -> None:
     asked = GenerationRequest("x", messages=[("user", "x")], mode="instruct", min_confidence=0.9)
-    job = Job(asked, lambda _: None)
-    job.prepare(ScriptedLlama())  # type: ignore[arg-type]
-    run = Run(job, Slot(0), [])
+    run = started(asked)
     run.probability = 0.1
     assert [run.feed(piece) for piece in (b"```\n", b"x = 1", b"\n")] == [None, None, None]
 

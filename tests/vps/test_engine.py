@@ -209,12 +209,6 @@ def test_drafter_of_a_short_prompt() -> None:
         assert drafter.propose(2) == [7]  # the only token after the earlier 7 7 7
 
 
-def drafter_of(source: list[int], target: list[int]) -> Drafter:
-    """A drafter whose prompt held `source`, after it has written `target`."""
-    decode_with(drafter := Drafter([*source, 1, 2]), target)
-    return drafter
-
-
 PARTS = {name: FILE[40 * number : 40 * number + 40] for number, name in enumerate("ABCDEFGHIJ")}
 
 
@@ -232,68 +226,34 @@ def tokens_of(text: str) -> list[int]:
 
 # What the prompt holds, what has been written since, what is proposed then, the changes learned,
 # and the streak.
-ALIKE = "A 7 6 B 7 5 C 7 6 D 7 5 E 7 F"
-WITH_CHANGES: dict[str, tuple[str, str, str, Any, int]] = {
-    "one that may be repeated": ("A 7 B 7 C 7 D", "A 8 B:19", "B19: 8 C:1", {(7,): [8]}, 19),
-    "one that is not repeated": ("A 7 B 7 C 7 D", "A 8 B 7", "C 7 D:22", {(7,): [7]}, 32),
-    "one that another replaces": ("A 7 B 7 C 7 D", "A 8 B 9 C:3", "C3: 9 D:20", {(7,): [9]}, 3),
-    "an insertion": ("A 5 B 5 C D E", "A 7 5 B:2", "B2: 7 5 C:20", {(5,): [7, 5]}, 3),
-    "one that goes on otherwise": (
-        "A 7 B 7 C 7 D",
-        "A 8 9 B 8 10 C:3",
-        "C3: 8 10 D:1",
-        {(7,): [8, 10]},
-        3,
-    ),
-    "one that stops half way": ("A 7 B 7 C 7 D", "A 8 9 B 8 7", "", {(7,): [8, 9]}, 0),
-    "the old tokens are not there": (
-        "A 7 6 B 7 5 C 7 6 D",
-        "A 8 B:20",
-        "B20: 7 5",
-        {(7, 6): [8]},
-        20,
-    ),
-    "one that did not apply": ("A 7 6 B 7 5 C 7 6 D", "A 8 B 99", "", {(7, 6): [8]}, 0),
-    "two that begin alike": (ALIKE, "A 8 B 9 C:3", "C3: 8 D:22", {(7, 6): [8], (7, 5): [9]}, 3),
-    "the other of the two": (
-        ALIKE,
-        "A 8 B 9 C 8 D:22",
-        "D22: 9 E 7",
-        {(7, 6): [8], (7, 5): [9]},
-        63,
-    ),
-    "the longer of two": (
-        "A 7 5 B 7 C 7 5 D",
-        "A 9 B 8 C:8",
-        "C8: 9 D:27",
-        {(7, 5): [9], (7,): [8]},
-        8,
-    ),
-    "near the last place, not at an earlier copy": (
-        "1 2 3 11 12 13 A 1 2 3 21 22 23",
-        "A 1 2 3",
-        "21 22 23",
-        {},
-        43,
-    ),
-    "a long one": ("A B C D", "A 0 1 2 3 4 5 6 7 8 9 10 11 B1:20", "B20: C D", {}, 19),
-    "of another length, two tokens after": ("A B C", "A 7 8 9 B2:4", "", {}, 0),
-    "of another length, three tokens after": (
-        "A B C",
-        "A 7 8 9 B2:5",
-        "B5:9",
-        {(FILE[40], FILE[41]): [7, 8, 9]},
-        3,
-    ),
-}
+WITH_CHANGES = """
+one that may be repeated   | A 7 B 7 C 7 D       | A 8 B:19         | B19: 8 C:1 | 7=8      | 19
+one that is not repeated   | A 7 B 7 C 7 D       | A 8 B 7          | C 7 D:22   | 7=7      | 32
+one that another replaces  | A 7 B 7 C 7 D       | A 8 B 9 C:3      | C3: 9 D:20 | 7=9      | 3
+an insertion               | A 5 B 5 C D E       | A 7 5 B:2        | B2: 7 5 C:20 | 5=7 5  | 3
+one that goes on otherwise | A 7 B 7 C 7 D       | A 8 9 B 8 10 C:3 | C3: 8 10 D:1 | 7=8 10 | 3
+one that stops half way    | A 7 B 7 C 7 D       | A 8 9 B 8 7      |            | 7=8 9    | 0
+the old are not there      | A 7 6 B 7 5 C 7 6 D | A 8 B:20         | B20: 7 5   | 7 6=8    | 20
+one that did not apply     | A 7 6 B 7 5 C 7 6 D | A 8 B 99         |            | 7 6=8    | 0
+two alike | A 7 6 B 7 5 C 7 6 D 7 5 E 7 F        | A 8 B 9 C:3      | C3: 8 D:22 | 7 6=8,7 5=9 | 3
+the other | A 7 6 B 7 5 C 7 6 D 7 5 E 7 F        | A 8 B 9 C 8 D:22 | D22: 9 E 7 | 7 6=8,7 5=9 | 63
+the longer of two          | A 7 5 B 7 C 7 5 D   | A 9 B 8 C:8      | C8: 9 D:27 | 7 5=9,7=8   | 8
+near the last place, no copy | 1 2 3 11 12 13 A 1 2 3 21 22 23 | A 1 2 3 | 21 22 23 |       | 43
+a long one                 | A B C D | A 0 1 2 3 4 5 6 7 8 9 10 11 B1:20 | B20: C D  |          | 19
+of another length, two tokens after   | A B C    | A 7 8 9 B2:4     |            |          | 0
+of another length, three tokens after | A B C    | A 7 8 9 B2:5     | B5:9       | B:2=7 8 9 | 3
+"""
 
 
-@pytest.mark.parametrize("case", WITH_CHANGES)
+@pytest.mark.parametrize("case", WITH_CHANGES.strip().splitlines())
 def test_drafter_learns_changes(case: str) -> None:
-    source, written, proposed, changes, streak = WITH_CHANGES[case]
-    drafter, expected = drafter_of(tokens_of(source), tokens_of(written)), tokens_of(proposed)
+    _, source, written, proposed, changes, streak = case.split("|")
+    drafter, expected = Drafter([*tokens_of(source), 1, 2]), tokens_of(proposed)
+    decode_with(drafter, tokens_of(written))
     assert drafter.propose(len(expected) or 5) == expected
-    assert (drafter.changes, drafter.streak) == (changes, streak)
+    pairs = [tuple(map(tokens_of, change.split("="))) for change in changes.split(",")]
+    learned = {tuple(old): new for old, new in pairs} if changes.strip() else {}
+    assert (drafter.changes, drafter.streak) == (learned, int(streak))
 
 
 def test_drafter_stays_before_the_end_of_its_source() -> None:
@@ -435,10 +395,11 @@ def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> 
 # --------------------------------------------------------------------------------------------- text
 
 
-def started(*stops: str) -> Run:
+def started(request: GenerationRequest) -> Run:
     """A completion of which no token has come."""
-    job: Job = Ask("x", stop=stops).job
-    job.prepare(ScriptedLlama())
+    model: Any = ScriptedLlama()
+    job = Job(request, lambda _: None)
+    job.prepare(model)
     return Run(job, llama.Slot(0), [])
 
 
@@ -464,7 +425,7 @@ def test_characters_and_stop_strings_over_every_split_of_their_bytes(
     written: bytes, text: str, reason: str | None
 ) -> None:
     for pieces in splits(written):
-        run = started("→€")
+        run = started(GenerationRequest("x", stop_at="none", stop=["→€"]))
         got, ended = fed(run, pieces)
         assert (got + ("" if ended else run.ending.flush()), ended) == (text, reason)
 
