@@ -89,9 +89,9 @@ def deep(size: int) -> str:
     return "".join(f"{' ' * n}if a{n}:\n" for n in range(depth)) + "x\n" * (size // 4)
 
 
-def feed(ending: Ending, text: str, piece: int = 3) -> None:
-    for start in range(0, len(text), piece):
-        if ending.feed(text[start : start + piece])[1]:
+def feed(ending: Ending, text: str) -> None:
+    for start in range(0, len(text), 3):
+        if ending.feed(text[start : start + 3])[1]:
             return
     ending.flush()
 

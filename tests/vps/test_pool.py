@@ -204,13 +204,12 @@ def untuned(model: str, why: str) -> str:
     return f"model {model} runs untuned: {why}: `vpsd.py tune {model}` finds its fastest encoding"
 
 
-def tuned_file(folder: Path, model: str = A) -> TunedFile:
-    path, settings = folder / f"tuned-{model}", Settings(micro_batch=128)
-    return TunedFile(path, settings, tuned_passport())
+def tuned_file(house: House) -> TunedFile:
+    return TunedFile(house.folder / "tuned", Settings(micro_batch=128), tuned_passport())
 
 
 async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(house):
-    tuned, why = tuned_file(house.folder), "it was tuned for cpus 4, here it is 2"
+    tuned, why = tuned_file(house), "it was tuned for cpus 4, here it is 2"
     known = {house.file(): (tuned, ""), house.file(B): (None, why)}
     house.patch(plan, "find_tuned", lambda *given: known.get(given[0]) or find_tuned(*given))
     listed = await house.listed(A)
@@ -231,7 +230,7 @@ async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house, d
             raise ModelError("it is damaged")
         return [{"weights": 9 * MB}]
 
-    tuned = tuned_file(house.folder)
+    tuned = tuned_file(house)
     house.patch(plan, "find_tuned", lambda *_: (tuned, ""))
     house.patch(plan, "needed", needed)
     other = await house.idle(B)
@@ -523,12 +522,11 @@ def test_the_limit_of_the_service_counts(patch, tmp_path):
 # ----------------------------------------------------------------------------------------- requests
 
 
-def request_for(model: str = A) -> Any:
-    return SimpleNamespace(body=json.dumps({"model": model, "prompt": "x"}).encode(), notes={})
+REQUEST: Any = SimpleNamespace(body=json.dumps({"model": A, "prompt": "x"}).encode(), notes={})
 
 
 async def test_a_stream_sends_the_events_before_an_error_first(house):
-    error, stream = HttpError("INTERNAL_ERROR", "fault"), events_of(house.engine, request_for())
+    error, stream = HttpError("INTERNAL_ERROR", "fault"), events_of(house.engine, REQUEST)
     answer = asyncio.ensure_future(anext(stream))
     await house.begun()
     (completion,) = house.engine.admissions
@@ -557,8 +555,8 @@ async def test_a_worker_that_has_hung_is_noticed_and_left(house):
     house.patch(vpsd, "KEEPALIVE_SECONDS", 0.01)
     house.patch(vpsd, "FIRST_EVENT_SECONDS", 0.01)
     await house.idle()
-    answer = asyncio.ensure_future(vpsd.inference(house.engine, request_for()))
-    async with contextlib.aclosing(events_of(house.engine, request_for())) as stream:
+    answer = asyncio.ensure_future(vpsd.inference(house.engine, REQUEST))
+    async with contextlib.aclosing(events_of(house.engine, REQUEST)) as stream:
         assert vpsd.write_events(await anext(stream)) == SSE_COMMENT
         await until(lambda: len(house.worker().submitted) == 3)
         assert house.engine.stuck(time.monotonic()) == ""
