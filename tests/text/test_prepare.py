@@ -16,7 +16,6 @@ from cerebrum.text.prompt import (
     NEAR,
     WINDOW,
     Prepared,
-    arrange_gap,
     common_length,
     detect_mode,
     prepare,
@@ -279,10 +278,6 @@ def prepared(
     return prepare({"language": language, "prompt": text, **more}, mode, budget)
 
 
-def sent(text: str, **more: Any) -> str:
-    return str(prepared(text, **more).body["prompt"])
-
-
 def instructed(text: str, instruction: str | None = None) -> tuple[str, list[str]]:
     """The message to a model, and the parts that are kept."""
     result = prepared(text, mode="instruct", instruction=instruction)
@@ -394,7 +389,7 @@ def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
 
 def test_someone_typing_keeps_the_cache() -> None:
     lines = PYTHON_FILE.splitlines(keepends=True)
-    prompts = [sent("".join(lines[:count])) for count in range(1700, 1800)]
+    prompts = [prepared("".join(lines[:at])).body["prompt"] for at in range(1700, 1800)]
     saved = sorted(itertools.starmap(shared, itertools.pairwise(prompts)))
     assert sum(saved) / len(saved) > 0.95
     assert saved[5] > 0.9  # 95 of 100 lines; at the others the window moves
@@ -428,19 +423,6 @@ def test_odd_texts_fit(name: str, language: str) -> None:
         assert result.weight == weigh(prompt + below) <= (budget - 4) * 3.5
         assert prompt[-4:] == text[-4:]
         assert text.startswith(below)
-
-
-LAYOUTS = {
-    "psm": "<pre>a<suf>b<mid>",
-    "spm": "<suf>b<pre>a<mid>",
-    "spmv2": "<pre><suf>b<mid>a",
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layouts_of_a_gap(layout: str) -> None:
-    text = "".join(arrange_gap(layout, ("<pre>", "<suf>", "<mid>"), "a", "b"))
-    assert text == LAYOUTS[layout]
 
 
 @pytest.mark.parametrize("lines", [60, 240, 1200])
