@@ -31,8 +31,8 @@ were added in or after 2025 are used, which are newer than the models. Prints on
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
-import http.client
 import itertools
 import json
 import random
@@ -40,11 +40,10 @@ import re
 import statistics
 import sysconfig
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +51,7 @@ import psutil
 import servers
 from engines import llama_server_binary
 from gaps import new_code
-from harness import MODELS, PATIENCE, Daemon, wait_until
+from harness import MODELS, Client, Daemon, Reply, wait_until
 
 LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
@@ -80,87 +79,63 @@ LLAMA_VIM: dict[str, Any] = {
 }
 
 
-@dataclass
-class Infill:
-    """One request as llama.vim makes it. `leave` abandons it."""
+class Infill(NamedTuple):
+    """An answer to llama.vim, which came so many seconds after the request."""
 
-    port: int
-    model: str
-    before: str
-    after: str
-    more: dict[str, Any] = field(default_factory=dict)
-    lines_before: int = LINES_BEFORE
-    lines_after: int = LINES_AFTER
-    status: int = 0
-    answer: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.began = time.perf_counter()
-        self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        before = self.before.splitlines(keepends=True)[-self.lines_before :]
-        after = self.after.splitlines(keepends=True)[: self.lines_after]
-        body = {"model": self.model, "input_suffix": "".join(after), **LLAMA_VIM, **self.more}
-        body["prompt"] = before.pop() if before else ""
-        body["input_prefix"] = "".join(before)
-        self.connection.request("POST", "/infill", json.dumps(body), {"User-Agent": "llama.vim"})
-        self.thread = threading.Thread(target=self._read)
-        self.thread.start()
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException, AttributeError, ValueError):
-            response = self.connection.getresponse()
-            answer = json.loads(response.read())
-            self.seconds = time.perf_counter() - self.began
-            self.status = response.status
-            self.answer = answer
-
-    def result(self) -> Infill:
-        self.thread.join()
-        return self
-
-    def leave(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            self.connection.sock.shutdown(2)
+    reply: Reply
+    seconds: float
 
     @property
     def text(self) -> str:
-        return str(self.answer.get("content", ""))
+        return str(self.reply.json.get("content", ""))
 
-    def is_right(self, source: str) -> bool:
-        """Whether the first line of the answer is what is typed next in `source`."""
+    def is_right(self, rest: str) -> bool:
+        """Whether the first line of the answer is what is typed next."""
         first = self.text.partition("\n")[0]
-        return source.startswith(f"{first}\n", len(self.before))
+        return rest.startswith(f"{first}\n")
 
 
-def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
+async def infill(port: int, model: str, before: str, after: str, **more: Any) -> Infill:
+    """One request as llama.vim makes it. To cancel it abandons it."""
+    above = before.splitlines(keepends=True)
+    body = {"model": model, "input_suffix": after, **LLAMA_VIM, **more}
+    body |= {"prompt": above.pop(), "input_prefix": "".join(above)}
+    began = time.perf_counter()
+    reply = await Client(port=port).post("/infill", body, User_Agent="llama.vim")
+    return Infill(reply, time.perf_counter() - began)
+
+
+async def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
     source = FILE.read_text()
     position = source.index("\n    def _split(")
-    after = source[source.index("\n    def _wrap_chunks(") :]
-    more = {"suggest": options.suggest}
+    below = source[source.index("\n    def _wrap_chunks(") :].splitlines(keepends=True)
+    after = "".join(below[:LINES_AFTER])
     generator = random.Random(1)
-    end = time.monotonic() + options.seconds
     memory = pi.rss_kb()
-    requests = list[Infill]()
+    asked = list[tuple[int, asyncio.Task[Infill]]]()
     pauses = list[float]()
+    end = time.monotonic() + options.seconds
     while time.monotonic() < end and position < len(source) - 100:
         position += 1
-        last = Infill(pi.port, options.model, source[:position], after, more)
-        requests.append(last)
+        above = "".join(source[:position].splitlines(keepends=True)[-LINES_BEFORE:])
+        request = infill(pi.port, options.model, above, after, suggest=options.suggest)
+        last = asyncio.create_task(request)
+        asked.append((position, last))
         if generator.random() < 1 / PAUSES:
-            pauses.append(1000 * last.result().seconds)
-            time.sleep(PAUSE_SECONDS)
+            pauses.append(1000 * (await last).seconds)
+            await asyncio.sleep(PAUSE_SECONDS)
         else:
-            time.sleep(generator.uniform(0.5, 1.5) / options.keys)
-        last.leave()
-    answers = [request.result() for request in requests]
-    seen = [answer for answer in answers if answer.text.strip()]
+            await asyncio.sleep(generator.uniform(0.5, 1.5) / options.keys)
+        last.cancel()
+    await asyncio.wait([request for _, request in asked])
+    answers = [(at, request.result()) for at, request in asked if not request.cancelled()]
+    seen = [(at, answer) for at, answer in answers if answer.text.strip()]
     return {
-        "keys": len(answers),
+        "keys": len(asked),
         "seen": len(seen),
-        "right": sum(answer.is_right(source) for answer in seen),
-        "type_through": sum("type_through" in answer.answer for answer in seen),
-        "errors": sum(answer.status not in (0, 200) for answer in answers),
+        "right": sum(answer.is_right(source[at:]) for at, answer in seen),
+        "type_through": sum("type_through" in answer.reply.json for _, answer in seen),
+        "errors": sum(answer.reply.status != 200 for _, answer in answers),
         "after_pause_ms": round(statistics.median(pauses), 1),
         "grown_kb": pi.rss_kb() - memory,
     }
@@ -172,7 +147,7 @@ def cpu_of(daemon: Daemon) -> float:
     return float(used.user + used.system)
 
 
-def other(port: int, model: str, pairs: int, **spare: Any) -> float:
+async def other(port: int, model: str, pairs: int, **spare: Any) -> float:
     """What a request for which nobody waits costs another client while it is under way."""
     lines = FILE.read_text().splitlines(keepends=True)
     ratios = list[float]()
@@ -181,15 +156,14 @@ def other(port: int, model: str, pairs: int, **spare: Any) -> float:
         seconds = dict[bool, float]()
         for is_ahead in (pair % 2 == 0, pair % 2 == 1):
             text = f"# {pair} {is_ahead}\n" + "".join(lines[160:200])
-            if is_ahead:
-                behind = "".join(lines[: 100 + pair])
-                request = Infill(port, model, behind, "", spare, 200, 0)
-                time.sleep(0.3 + 0.1 * pair)  # it reads, or it writes
-            asked = Infill(port, model, text, "".join(lines[200:220]), more).result()
+            behind = "".join(lines[: 100 + pair])
+            async with asyncio.TaskGroup() as group:
+                if is_ahead:
+                    group.create_task(infill(port, model, behind, "", **spare))
+                    await asyncio.sleep(0.3 + 0.1 * pair)  # it reads, or it writes
+                asked = await infill(port, model, text, "".join(lines[200:220]), **more)
             seconds[is_ahead] = asked.seconds
-            if is_ahead:
-                request.result()
-            time.sleep(0.5)
+            await asyncio.sleep(0.5)
         ratios.append(seconds[True] / seconds[False])
     return round(statistics.median(ratios), 3)
 
@@ -387,15 +361,14 @@ def main() -> None:
             return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         _, pi = servers.both(stack, folder)
-        Infill(pi.port, options.model, "x", "").result()  # loads the model
+        asyncio.run(infill(pi.port, options.model, "x", ""))  # loads the model
         if options.pairs:
             pairs = pi.port, options.model, options.pairs
-            result = {"other": other(*pairs, speculative=True)}
-            result["other_reading"] = other(*pairs, n_predict=0)
-            print(json.dumps(named | result))
-            return
-        result = typing(pi, options)
-    print(json.dumps(named | {"typing": result}))
+            named["other"] = asyncio.run(other(*pairs, speculative=True))
+            named["other_reading"] = asyncio.run(other(*pairs, n_predict=0))
+        else:
+            named["typing"] = asyncio.run(typing(pi, options))
+    print(json.dumps(named))
 
 
 if __name__ == "__main__":
