@@ -533,21 +533,21 @@ def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl) ->
         assert body["max_tokens"] == int(tokens)
 
 
-GAPS = [  # file, line, text before the gap, text after it
-    ("a\n    return \nb\n", 2, "a\n    return ", "\nb\n"),
-    ("a\n\n\nb", 2, "a\n", "\n\nb"),
-    ("\nb\n", 1, "", "\nb\n"),
-    ("a\nb", 2, "a\nb", ""),
-    ("a\nb\n", 2, "a\nb", "\n"),
-    ("a\r\nx =\r\nb\r\n", 2, "a\r\nx =", "\r\nb\r\n"),
-    ("é\nü\n", 1, "é", "\nü\n"),
+GAPS = [  # line, text before the gap, text after it
+    (2, "a\n    return ", "\nb\n"),
+    (2, "a\n", "\n\nb"),
+    (1, "", "\nb\n"),
+    (2, "a\nb", ""),
+    (2, "a\nb", "\n"),
+    (2, "a\r\nx =", "\r\nb\r\n"),
+    (1, "é", "\nü\n"),
 ]
 FILL = "FI\nLL"
 
 
-@pytest.mark.parametrize(("text", "line", "before", "after"), GAPS)
-def test_a_gap_is_filled(repl: Repl, text: str, line: int, before: str, after: str) -> None:
-    path = repl.file("x.py", text)
+@pytest.mark.parametrize(("line", "before", "after"), GAPS)
+def test_a_gap_is_filled(repl: Repl, line: int, before: str, after: str) -> None:
+    path = repl.file("x.py", before + after)
     repl.answers(completion(FILL))
     shown = f"{FILL}\n{SUMMARY}\nwrote {path}\n"
     assert repl.converse(f":infill {path}:{line}", ":write") == (shown, [])
@@ -556,7 +556,7 @@ def test_a_gap_is_filled(repl: Repl, text: str, line: int, before: str, after: s
     assert body.get("suffix", "") == after
     gap = ("infill", "x.py") if after else ("complete", None)
     assert (body["mode"], body.get("filename")) == gap
-    filled = FILL.replace("\n", "\r\n") if "\r" in text else FILL
+    filled = FILL.replace("\n", "\r\n") if "\r" in after else FILL
     assert path.read_bytes() == f"{before}{filled}{after}".encode()
 
 

@@ -1756,27 +1756,29 @@ def splits(text: str) -> Iterator[list[str]]:
         yield [text[start:stop] for start, stop in cuts]
 
 
-STOPS: list[tuple[list[str], str, str]] = [
-    # stops, text, what is sent
-    ([], "hello", "hello"),
-    (["\n\n"], "a\nb\n\nc", "a\nb"),
-    (["abc"], "ababcx", "ab"),
-    (["aab"], "aaaab", "aa"),
-    (["END", "E."], "aEENDb", "aE"),
-    (["abcX", "c"], "zabcX", "zab"),  # the first to be complete
-    (["bc", "abc"], "zabcd", "z"),  # complete at the same place: the longer one
-    (["xyz"], "abxy", "abxy"),
-    (["x"], "x", ""),
-    (["é!"], "ré!a", "r"),
-    (["abab!", "babx"], "xababx", "xa"),  # what was held is a part of another one
-    (["aaab", "aab"], "aaaab", "a"),  # both at once
-]
+# Stops, text, what is sent. ⏎ stands for a line end.
+STOPS = """
+          | hello    | hello
+⏎⏎        | a⏎b⏎⏎c   | a⏎b
+abc       | ababcx   | ab
+aab       | aaaab    | aa
+END E.    | aEENDb   | aE
+abcX c    | zabcX    | zab       # the first to be complete
+bc abc    | zabcd    | z         # complete at the same place: the longer one
+xyz       | abxy     | abxy
+x         | x        |
+é!        | ré!a     | r
+abab! babx| xababx   | xa        # what was held is a part of another one
+aaab aab  | aaaab    | a         # both at once
+"""
 
 
-@pytest.mark.parametrize(("stops", "text", "sent"), STOPS)
-def test_stop_strings_over_every_split(stops: list[str], text: str, sent: str) -> None:
+@pytest.mark.parametrize("row", STOPS.strip("\n").split("\n"))
+def test_stop_strings_over_every_split(row: str) -> None:
+    cells = row.replace("⏎", "\n").partition("#")[0].split("|")
+    stops, text, sent = (cell.strip(" ") for cell in cells)
     for pieces in splits(text):
-        matcher = StopStrings(stops)
+        matcher = StopStrings(stops.split(" ") if stops else [])
         out = ""
         for piece in pieces:
             passed, found = matcher.feed(piece)

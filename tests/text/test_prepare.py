@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -229,43 +230,45 @@ def test_the_mode_of_a_prompt(prompts: str, mode: str) -> None:
         assert (text, detect_mode({"language": head.split(",")[0], "prompt": text})) == (text, mode)
 
 
-DECIDED: list[Any] = [
-    ({"prompt": "def f(", "suffix": "):\n    return 1\n"}, "infill"),
-    ({"prompt": "Write a stack", "suffix": "\nx = 1\n"}, "infill"),
-    ({"prompt": "", "suffix": "x = 1\n"}, "infill"),
-    ({"prompt": "def f(", "suffix": ""}, "complete"),
-    ({"prompt": "def f(", "suffix": "\n"}, "complete"),
-    ({"prompt": "def f(", "suffix": "", "mode": "infill"}, "infill"),
-    ({"prompt": FUNCTION, "instruction": "Make this async"}, "instruct"),
-    ({"prompt": "", "instruction": "Write a stack"}, "instruct"),
-    ({"prompt": "def f(", "instruction": ""}, "complete"),
-    ({"prompt": "def f(", "mode": "auto"}, "complete"),
-    ({"prompt": "def f(", "mode": "instruct"}, "instruct"),
-    ({"prompt": "Write a stack", "mode": "complete"}, "complete"),
-    ({"prompt": "Write a stack", "mode": None, "suffix": None, "instruction": None}, "instruct"),
-]
+DECIDED = r"""
+infill {"prompt": "def f(", "suffix": "):\n    return 1\n"}
+infill {"prompt": "Write a stack", "suffix": "\nx = 1\n"}
+infill {"prompt": "", "suffix": "x = 1\n"}
+complete {"prompt": "def f(", "suffix": ""}
+complete {"prompt": "def f(", "suffix": "\n"}
+infill {"prompt": "def f(", "suffix": "", "mode": "infill"}
+instruct {"prompt": "def get(url):\n    return url\n", "instruction": "Make this async"}
+instruct {"prompt": "", "instruction": "Write a stack"}
+complete {"prompt": "def f(", "instruction": ""}
+complete {"prompt": "def f(", "mode": "auto"}
+instruct {"prompt": "def f(", "mode": "instruct"}
+complete {"prompt": "Write a stack", "mode": "complete"}
+instruct {"prompt": "Write a stack", "mode": null, "suffix": null, "instruction": null}
+"""
 
 
-@pytest.mark.parametrize(("fields", "mode"), DECIDED)
-def test_fields_decide_before_the_prompt(fields: dict[str, Any], mode: str) -> None:
-    assert detect_mode({"language": "python", **fields}) == mode
+@pytest.mark.parametrize("row", DECIDED.strip().splitlines())
+def test_fields_decide_before_the_prompt(row: str) -> None:
+    mode, _, fields = row.partition(" ")
+    assert detect_mode({"language": "python", **json.loads(fields)}) == mode
 
 
-CONTRADICTIONS = [
-    ({"prompt": "a", "mode": "infill"}, "suffix: "),
-    ({"prompt": "a", "mode": "complete", "suffix": "b"}, "suffix: .*got 1 "),
-    ({"prompt": "a", "mode": "instruct", "suffix": "b"}, "suffix: "),
-    ({"prompt": "a", "mode": "complete", "instruction": "do"}, "instruction: "),
-    ({"prompt": "a", "suffix": "b", "instruction": "do"}, "instruction: .*got 2 "),
-    ({"prompt": "", "mode": "complete"}, "prompt: "),
-    ({"prompt": "", "mode": "instruct"}, "prompt: "),
-]
+CONTRADICTIONS = """
+suffix: {"prompt": "a", "mode": "infill"}
+suffix: .*got 1 {"prompt": "a", "mode": "complete", "suffix": "b"}
+suffix: {"prompt": "a", "mode": "instruct", "suffix": "b"}
+instruction: {"prompt": "a", "mode": "complete", "instruction": "do"}
+instruction: .*got 2 {"prompt": "a", "suffix": "b", "instruction": "do"}
+prompt: {"prompt": "", "mode": "complete"}
+prompt: {"prompt": "", "mode": "instruct"}
+"""
 
 
-@pytest.mark.parametrize(("fields", "message"), CONTRADICTIONS)
-def test_fields_that_contradict_are_named(fields: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("row", CONTRADICTIONS.strip().splitlines())
+def test_fields_that_contradict_are_named(row: str) -> None:
+    message, brace, fields = row.partition("{")
     with pytest.raises(HttpError, match=message) as caught:
-        detect_mode({"language": "python", **fields})
+        detect_mode({"language": "python", **json.loads(brace + fields)})
     assert caught.value.status == 400
 
 

@@ -157,28 +157,28 @@ def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------------------------------- config
 
 
-NO_FILE = "[Errno 2] No such file or directory: '/none.toml'"
-WRONG = [
-    ("CEREBRUM_VPS_PORT", "65536", "expected a number from 0 to 65535, got '65536'"),
-    ("CEREBRUM_THREADS", "0", "expected a number from 1 to 256, got '0'"),
-    ("CEREBRUM_N_CTX", "100", "expected a number from 256 to 131072, got '100'"),
-    ("CEREBRUM_KV_TYPE", "q4_0", "expected one of f16, q8_0, got 'q4_0'"),
-    ("CEREBRUM_CACHE_MB", "-1", "expected a number from 0 to 65536, got '-1'"),
-    ("CEREBRUM_DRAFT", "2", "expected a number from 0 to 1, got '2'"),
-    ("CEREBRUM_DRAFT", "0.5", "expected an integer, got 0.5"),
-    ("CEREBRUM_MAX_CONCURRENT", "0", "expected a number from 1 to 16, got '0'"),
-    ("CEREBRUM_MAX_CPU_PERCENT", "101", "expected a number from 1 to 100, got '101'"),
-    ("CEREBRUM_MIN_FREE_MB", "1e3", "expected a number from 0 to 1.04858e+06, got '1e3'"),
-    ("CEREBRUM_IDLE_MINUTES", "-1", "expected a number from 0 to 1.04858e+06, got '-1'"),
-    ("CEREBRUM_MODELS_FILE", "/none.toml", f"/none.toml: {NO_FILE}"),
-]
+WRONG = """
+VPS_PORT        | 65536 | expected a number from 0 to 65535, got '65536'
+THREADS         | 0     | expected a number from 1 to 256, got '0'
+N_CTX           | 100   | expected a number from 256 to 131072, got '100'
+KV_TYPE         | q4_0  | expected one of f16, q8_0, got 'q4_0'
+CACHE_MB        | -1    | expected a number from 0 to 65536, got '-1'
+DRAFT           | 2     | expected a number from 0 to 1, got '2'
+DRAFT           | 0.5   | expected an integer, got 0.5
+MAX_CONCURRENT  | 0     | expected a number from 1 to 16, got '0'
+MAX_CPU_PERCENT | 101   | expected a number from 1 to 100, got '101'
+MIN_FREE_MB     | 1e3   | expected a number from 0 to 1.04858e+06, got '1e3'
+IDLE_MINUTES    | -1    | expected a number from 0 to 1.04858e+06, got '-1'
+MODELS_FILE     | /no   | /no: [Errno 2] No such file or directory: '/no'
+"""
 
 
-@pytest.mark.parametrize(("name", "value", "message"), WRONG)
-def test_config_names_the_wrong_variable(name: str, value: str, message: str) -> None:
+@pytest.mark.parametrize("row", WRONG.strip().splitlines())
+def test_config_names_the_wrong_variable(row: str) -> None:
+    name, value, message = map(str.strip, row.split("|"))
     with pytest.raises(ConfigError) as caught:
-        config(**{name: value})
-    assert str(caught.value) == f"{name}: {message}"
+        config(**{f"CEREBRUM_{name}": value})
+    assert str(caught.value) == f"CEREBRUM_{name}: {message}"
 
 
 def test_a_user_without_a_home_needs_a_folder_for_the_state(

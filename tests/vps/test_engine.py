@@ -292,26 +292,24 @@ def kept(store: PrefixStore) -> list[list[int]]:
 # letter is a token: +ab adds a sequence, +a:50 one of 50 instead of 100 bytes, +a- one of low
 # priority; ?abx=2 finds two tokens of a prompt, and !a=1 renews one that covers a.
 STORES = {
-    "the least recently used is dropped": [
-        ("+aa", "aa"), ("+bb", "aa bb"), ("+cc", "aa bb cc"), ("?aae=2", "aa bb cc"),
-        ("+d", "bb cc d"), ("!c=1", "bb d cc"), ("+e:101", "cc e"), ("+f:301", "cc e"),
-    ],
-    "what is of low priority displaces nothing else": [
-        ("+aa", "aa"), ("+bb-", "aa bb"), ("+cc", "aa bb cc"), ("+dd-", "aa cc dd"),
-        ("+aae-", "aa cc aae"), ("+f", "aa cc f"), ("+g-", "aa cc f"),
-    ],
-    "what is extended is dropped": [
-        ("?ab=0", ""), ("+ab", "ab"), ("+ac", "ab ac"), ("+abc", "ac abc"), ("+ac:50", "abc ac"),
-        ("!ab=1", "ac abc"), ("!abcd=0", "ac abc"), ("!b=0", "ac abc"), ("+abde", "ac abc abde"),
-        ("?abcx=3", "ac abc abde"), ("?abdx=3", "ac abc abde"), ("?x=0", "ac abc abde"),
-    ],
-}  # fmt: skip
+    "the least recently used is dropped": """
+        +aa → aa | +bb → aa bb | +cc → aa bb cc | ?aae=2 → aa bb cc | +d → bb cc d
+        | !c=1 → bb d cc | +e:101 → cc e | +f:301 → cc e""",
+    "what is of low priority displaces nothing else": """
+        +aa → aa | +bb- → aa bb | +cc → aa bb cc | +dd- → aa cc dd | +aae- → aa cc aae
+        | +f → aa cc f | +g- → aa cc f""",
+    "what is extended is dropped": """
+        ?ab=0 → | +ab → ab | +ac → ab ac | +abc → ac abc | +ac:50 → abc ac | !ab=1 → ac abc
+        | !abcd=0 → ac abc | !b=0 → ac abc | +abde → ac abc abde | ?abcx=3 → ac abc abde
+        | ?abdx=3 → ac abc abde | ?x=0 → ac abc abde""",
+}
 
 
 @pytest.mark.parametrize("case", STORES)
 def test_what_a_store_keeps(case: str) -> None:
     store = PrefixStore(300)
-    for step, left in STORES[case]:
+    for row in STORES[case].split("|"):
+        step, left = map(str.strip, row.split("→"))
         what, _, number = step[1:].replace("=", ":").partition(":")
         tokens = [ord(letter) for letter in what.strip("-")]
         if step[0] == "+":
@@ -446,33 +444,33 @@ def test_the_text_that_is_left_to_healing() -> None:
 # ------------------------------------------------------------------------------------------- memory
 
 
-FITTED = [  # context, sequences, free megabytes; context and sequences that fit
-    (4096, 2, 8096, (4096, 2)),
-    (4096, 2, 8095, (3840, 2)),
-    (4096, 2, 6048, (2048, 2)),
-    (4096, 2, 6047, (3840, 1)),
-    (4096, 2, 0, (2048, 1)),  # which does not fit either
-    (3000, 1, 5300, (2560, 1)),
-    (1000, 2, 5000, (1000, 2)),  # a context that a person has set is not shortened below 2,048
-    (1000, 2, 0, (1000, 1)),
-    (1000, 1, 0, (1000, 1)),  # there is nothing shorter
-    (131_072, 1, 36_000, (57_600, 1)),  # in steps of a sixteenth
-]
+# Context, sequences, free megabytes; context and sequences that fit.
+FITTED = """
+4096 2 8096     4096 2
+4096 2 8095     3840 2
+4096 2 6048     2048 2
+4096 2 6047     3840 1
+4096 2 0        2048 1      # which does not fit either
+3000 1 5300     2560 1
+1000 2 5000     1000 2      # a context that a person has set is not shortened below 2,048
+1000 2 0        1000 1
+1000 1 0        1000 1      # there is nothing shorter
+131072 1 36000  57600 1     # in steps of a sixteenth
+"""
 
 
-@pytest.mark.parametrize(("n_ctx", "sequences", "free_mb", "fitted"), FITTED)
-def test_the_longest_context_that_fits(
-    n_ctx: int, sequences: int, free_mb: int, fitted: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("row", FITTED.strip().splitlines())
+def test_the_longest_context_that_fits(row: str) -> None:
     def need(_: Path, forms: Sequence[llama.Settings]) -> list[Parts]:
         assert forms
         return [
             {"weights": 4000 * MB, "kv": form.sequences * form.n_ctx * MB // 2} for form in forms
         ]
 
+    n_ctx, sequences, free_mb, *fitted = map(int, row.partition("#")[0].split())
     given = llama.Settings(threads=1, n_ctx=n_ctx, sequences=sequences)
     got, parts = fit(Path(), given, free_mb * MB, need)
-    assert (got.n_ctx, got.sequences) == fitted
+    assert [got.n_ctx, got.sequences] == fitted
     assert parts["kv"] == fitted[0] * fitted[1] * MB // 2
     assert replace(got, n_ctx=n_ctx, sequences=sequences) == given
 
