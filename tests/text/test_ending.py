@@ -1701,9 +1701,9 @@ CURSORS = [  # (language, prompt, whether the cursor is in code)
 ]
 
 
-@pytest.mark.parametrize(("language", "prompt", "in_code"), CURSORS)
-def test_whether_the_cursor_is_in_code(language: str, prompt: str, in_code: bool) -> None:
-    assert (ending.scan(LANGUAGES[language], prompt).closer == "") == in_code
+def test_whether_the_cursor_is_in_code() -> None:
+    for language, text, in_code in CURSORS:
+        assert (ending.scan(LANGUAGES[language], text).closer == "") == in_code
 
 
 def test_a_semicolon_ends_a_statement_without_the_line_below() -> None:

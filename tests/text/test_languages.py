@@ -698,27 +698,32 @@ fn main() {
 <!-- filename: a.html -->
 
 """
-# (the file's name, the text before the cursor, the names of other files, the language)
+# The file's name, the text before the cursor, the names of other files, the language.
+ROWS = """
+run      | #!/usr/bin/python                                |                       | python
+         | import os⏎⏎def g(x):⏎    os.c                    | a.py                  | python
+         | import os⏎os.rs                                  | a.py                  | python
+         | x = 1                                            | a.rs b.rs             | rust
+         | x = 1                                            | a.rs b.go c.go        | go
+         | x = 1                                            | README.md Makefile a.ts | typescript
+a.go     | #!/usr/bin/env python3⏎                          | a.rs                  | go
+         | #!/usr/bin/env python3⏎# language: go⏎```rust⏎   | a.c                   | python
+         | # language: go⏎```rust⏎                          | a.c                   | go
+         | ```rust⏎                                         | a.c                   | rust
+notes.md | ```rust⏎                                         | a.c                   | markdown
+         | x = 1                                            | a.json b.json c.rb    | ruby
+"""
 GUESSES: list[tuple[str, str, list[str], str]] = [
     ("", "", [], ""),
-    ("run", "#!/usr/bin/python", [], "python"),
-    ("", "import os\n\ndef g(x):\n    os.c", ["a.py"], "python"),
-    ("", "import os\nos.rs", ["a.py"], "python"),
     ("", "x\n" * 300 + "# language: python\n", [], ""),
-    ("", "x = 1", ["a.rs", "b.rs"], "rust"),
-    ("", "x = 1", ["a.rs", "b.go", "c.go"], "go"),
-    ("", "x = 1", ["README.md", "Makefile", "a.ts"], "typescript"),
     ("", "x = 1", ["README.md", "", "c"], ""),
-    ("a.go", "#!/usr/bin/env python3\n", ["a.rs"], "go"),
-    ("", "#!/usr/bin/env python3\n# language: go\n```rust\n", ["a.c"], "python"),
-    ("", "# language: go\n```rust\n", ["a.c"], "go"),
-    ("", "```rust\n", ["a.c"], "rust"),
-    ("notes.md", "```rust\n", ["a.c"], "markdown"),
-    ("", "x = 1", ["a.json", "b.json", "c.rb"], "ruby"),
     ("", "#!/usr/bin/env python3\r\nimport os\r\n", [], "python"),
     ("", "// src/sum.test.ts\r\nlet x", [], "typescript"),
     ("", "```go\r\nx := 1\r\n", [], "go"),
 ]
+for line in lines_of(ROWS.strip("\n")):
+    name, text, others, language = (cell.strip(" ") for cell in line.split("|"))
+    GUESSES.append((name, text, others.split(), language))
 for line in lines_of(FILENAMES.strip()):
     language, _, names = line.partition(":")
     GUESSES += [(name, "", [], language.replace("none", "")) for name in names.split()]

@@ -315,11 +315,9 @@ INSTRUCTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "instruction", "content"), INSTRUCTIONS)
-def test_an_instruction_is_answered_by_code(
-    prompt: str, instruction: str | None, content: str
-) -> None:
-    assert instructed(prompt, instruction)[0] == content
+def test_an_instruction_is_answered_by_code() -> None:
+    for prompt, instruction, content in INSTRUCTIONS:
+        assert instructed(prompt, instruction)[0] == content
 
 
 # A statement that fills a file.
@@ -463,36 +461,34 @@ READ = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "read", "is_whole"), READ)
-def test_what_cannot_be_read_in_time_is_left_out(
-    layout: str, read: list[str], is_whole: bool
-) -> None:
-    fields = {"prompt": FAR, "suffix": BELOW, "language": "python"}
-    whole = prepare(fields, "infill", 3000, layout=layout)
-    text = whole.up_to_cursor
-    known = {"text": text[:-60], "half": text[: len(text) // 2], "other": "another text"}
-    known["most"] = text[: len(text) * 7 // 8]
-    result = prepare(fields, "infill", 3000, 50, [known[name] for name in read], layout)
-    if is_whole:
-        assert result == whole
-    else:
-        assert result.cut
-        assert 0.6 * NEAR < result.weight <= NEAR
-    enough = int(whole.weight / 3.5) + 20  # tokens, a few of them marks
-    assert prepare(fields, "infill", 3000, enough, (), layout) == whole
-    # With little text above, the suffix fills the window.
-    short = {"prompt": FAR[:500], "suffix": PYTHON_FILE[500:9000], "language": "python"}
-    whole = prepare(short, "infill", 3000, layout=layout)
-    known["text"] = whole.up_to_cursor[:-60]
-    result = prepare(short, "infill", 3000, 50, [known[name] for name in read], layout)
-    if layout == "psm" and is_whole:  # each key reads it anew
-        assert result.up_to_cursor == whole.up_to_cursor
-        assert 0.7 * NEAR < weigh(result.body["suffix"]) <= NEAR
-        assert not result.cut
-    elif "text" in read:
-        assert result == whole
-    else:
-        assert result.cut == (layout != "psm")
+def test_what_cannot_be_read_in_time_is_left_out() -> None:
+    for layout, read, is_whole in READ:
+        fields = {"prompt": FAR, "suffix": BELOW, "language": "python"}
+        whole = prepare(fields, "infill", 3000, layout=layout)
+        text = whole.up_to_cursor
+        known = {"text": text[:-60], "half": text[: len(text) // 2], "other": "another text"}
+        known["most"] = text[: len(text) * 7 // 8]
+        result = prepare(fields, "infill", 3000, 50, [known[name] for name in read], layout)
+        if is_whole:
+            assert result == whole
+        else:
+            assert result.cut
+            assert 0.6 * NEAR < result.weight <= NEAR
+        enough = int(whole.weight / 3.5) + 20  # tokens, a few of them marks
+        assert prepare(fields, "infill", 3000, enough, (), layout) == whole
+        # With little text above, the suffix fills the window.
+        short = {"prompt": FAR[:500], "suffix": PYTHON_FILE[500:9000], "language": "python"}
+        whole = prepare(short, "infill", 3000, layout=layout)
+        known["text"] = whole.up_to_cursor[:-60]
+        result = prepare(short, "infill", 3000, 50, [known[name] for name in read], layout)
+        if layout == "psm" and is_whole:  # each key reads it anew
+            assert result.up_to_cursor == whole.up_to_cursor
+            assert 0.7 * NEAR < weigh(result.body["suffix"]) <= NEAR
+            assert not result.cut
+        elif "text" in read:
+            assert result == whole
+        else:
+            assert result.cut == (layout != "psm")
 
 
 def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:

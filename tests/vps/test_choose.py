@@ -39,9 +39,9 @@ WEIGHTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "weights"), WEIGHTS)
-def test_the_weights_that_a_token_uses(shape, weights):
-    assert {kind: count for kind, count in weights_of(shape).items() if count} == weights
+def test_the_weights_that_a_token_uses() -> None:
+    for shape, weights in WEIGHTS:
+        assert {kind: count for kind, count in weights_of(shape).items() if count} == weights
 
 
 def test_the_size_of_a_published_file_follows_from_the_weights():

@@ -22,17 +22,15 @@ from cerebrum.vps.llama import Llama
 ENDS = [(0.5, None, "block"), (0.6, None, None), (0.5, 0.2, "unsure"), (0.6, 0.2, "unsure")]
 
 
-@pytest.mark.parametrize(("temperature", "least", "reason"), ENDS)
-def test_an_unlikely_token_at_a_high_temperature(
-    temperature: float, least: float | None, reason: str | None
-) -> None:
-    asked = GenerationRequest("x = ", suffix="\ny = 2\n", mode="infill", language="python")
-    asked = replace(asked, temperature=temperature, min_confidence=least)
-    run, ends = started(asked), list[str | None]()
-    for piece, run.probability in ((b"1", 0.9), (b"\n", 0.9), (b"z = 5", 0.1)):
-        ends.append(run.feed(piece))
-    assert ends == [None, None, reason]
-    assert "".join(event["token"] for event in run.outbox) in ("1", "1\nz = 5")  # type: ignore
+def test_an_unlikely_token_at_a_high_temperature() -> None:
+    for temperature, least, reason in ENDS:
+        asked = GenerationRequest("x = ", suffix="\ny = 2\n", mode="infill", language="python")
+        asked = replace(asked, temperature=temperature, min_confidence=least)
+        run, ends = started(asked), list[str | None]()
+        for piece, run.probability in ((b"1", 0.9), (b"\n", 0.9), (b"z = 5", 0.1)):
+            ends.append(run.feed(piece))
+        assert ends == [None, None, reason]
+        assert "".join(event["token"] for event in run.outbox) in ("1", "1\nz = 5")  # type: ignore
 
 
 def test_what_the_client_has_already_is_no_choice() -> None:

@@ -83,12 +83,12 @@ SLOWDOWNS = [
 ]
 
 
-@pytest.mark.parametrize(("tokens", "seconds", "slowdown"), SLOWDOWNS)
-def test_costs_learn_the_real_time_of_chunks(tokens: int, seconds: float, slowdown: float) -> None:
-    table = Costs({1: 0.007, 16: 0.052})
-    table.learn(tokens, seconds)
-    assert table.slowdown == pytest.approx(slowdown)
-    assert (table(1), table(32)) == (0.007, pytest.approx(0.1))
+def test_costs_learn_the_real_time_of_chunks() -> None:
+    for tokens, seconds, slowdown in SLOWDOWNS:
+        table = Costs({1: 0.007, 16: 0.052})
+        table.learn(tokens, seconds)
+        assert table.slowdown == pytest.approx(slowdown)
+        assert (table(1), table(32)) == (0.007, pytest.approx(0.1))
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,11 @@ CHUNKS = [
 ]
 
 
-@pytest.mark.parametrize(("missing", "pace", "times", "slowdown", "piece", "read"), CHUNKS)
-def test_the_chunk_size_bounds_the_pause_of_a_running_stream(
-    missing: list[int], pace: float, times: dict[int, float], slowdown: float, piece: int, read: int
-) -> None:
-    costs = Costs(times)
-    costs.slowdown = slowdown
-    assert chunk_size(missing[0], missing, pace, costs, piece) == read
+def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
+    for missing, pace, times, slowdown, piece, read in CHUNKS:
+        costs = Costs(times)
+        costs.slowdown = slowdown
+        assert chunk_size(missing[0], missing, pace, costs, piece) == read
 
 
 # ------------------------------------------------------------------------------------------- drafts
@@ -418,14 +416,12 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize(("written", "text", "reason"), WRITTEN)
-def test_characters_and_stop_strings_over_every_split_of_their_bytes(
-    written: bytes, text: str, reason: str | None
-) -> None:
-    for pieces in splits(written):
-        run = started(GenerationRequest("x", stop_at="none", stop=["→€"]))
-        got, ended = fed(run, pieces)
-        assert (got + ("" if ended else run.ending.flush()), ended) == (text, reason)
+def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
+    for written, text, reason in WRITTEN:
+        for pieces in splits(written):
+            run = started(GenerationRequest("x", stop_at="none", stop=["→€"]))
+            got, ended = fed(run, pieces)
+            assert (got + ("" if ended else run.ending.flush()), ended) == (text, reason)
 
 
 HEALED = [  # what is behind the bar is left to healing

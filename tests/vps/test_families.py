@@ -175,14 +175,12 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "ends", "goes_on"), ENDS)
-def test_marks_that_end_a_completion(
-    family: str, ends: list[str], goes_on: list[str], models: Path
-) -> None:
-    tokens = families.vocabulary(families.MARKED[family])[0]
-    with opened(models / f"{family}.gguf") as model:
-        is_end = model.vocabulary.is_end
-        assert [name for name in ends + goes_on if is_end(tokens.index(name))] == ends
+def test_marks_that_end_a_completion(models: Path) -> None:
+    for family, ends, goes_on in ENDS:
+        tokens = families.vocabulary(families.MARKED[family])[0]
+        with opened(models / f"{family}.gguf") as model:
+            is_end = model.vocabulary.is_end
+            assert [name for name in ends + goes_on if is_end(tokens.index(name))] == ends
 
 
 CODESTRAL = ("[PREFIX]", "[SUFFIX]", "")
@@ -200,14 +198,12 @@ GAPS: list[tuple[str, tuple[str, ...], str, str]] = [
 GAP = GenerationRequest(ABOVE, suffix=BELOW)
 
 
-@pytest.mark.parametrize(("family", "fim", "layout", "text"), GAPS)
-def test_a_gap_by_family(
-    family: str, fim: tuple[str, ...], layout: str, text: str, models: Path
-) -> None:
-    with opened(models / f"{family}.gguf", fim=fim, layout=layout) as model:
-        tokens, heal, before = model.vocabulary.encode(GAP)
-        assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
-        assert named(model, tokens[:before]).endswith(ABOVE)
+def test_a_gap_by_family(models: Path) -> None:
+    for family, fim, layout, text in GAPS:
+        with opened(models / f"{family}.gguf", fim=fim, layout=layout) as model:
+            tokens, heal, before = model.vocabulary.encode(GAP)
+            assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
+            assert named(model, tokens[:before]).endswith(ABOVE)
 
 
 def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path) -> None:
@@ -280,14 +276,12 @@ def test_a_gap_without_marks(models: Path) -> None:
     assert refused.value.code == "INVALID_REQUEST"
 
 
-@pytest.mark.parametrize(
-    ("family", "mark"), [("qwen", "<|file_sep|>"), ("starcoder", "<file_sep>")]
-)
-def test_other_files(family: str, mark: str, models: Path) -> None:
-    request = GenerationRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
-    with opened(models / f"{family}.gguf") as model:
-        tokens = model.vocabulary.encode(request)[0]
-        assert named(model, tokens) == f"{mark}a.py\nx = 1\n{mark}b.py\ny = "
+def test_other_files(models: Path) -> None:
+    for family, mark in [("qwen", "<|file_sep|>"), ("starcoder", "<file_sep>")]:
+        request = GenerationRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
+        with opened(models / f"{family}.gguf") as model:
+            tokens = model.vocabulary.encode(request)[0]
+            assert named(model, tokens) == f"{mark}a.py\nx = 1\n{mark}b.py\ny = "
 
 
 def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
@@ -318,15 +312,13 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "messages", "text"), CHATS)
-def test_a_chat_by_family(
-    family: str, messages: list[tuple[str, str]], text: str, models: Path
-) -> None:
-    with opened(models / f"{family}.gguf") as model:
-        tokens = model.vocabulary.encode(GenerationRequest(messages=messages))[0]
-        assert named(model, tokens) == text
-        if family == "qwen":  # what a user writes is text
-            assert tokens.count(families.vocabulary(families.MARKED[family])[0].index(END)) == 2
+def test_a_chat_by_family(models: Path) -> None:
+    for family, messages, text in CHATS:
+        with opened(models / f"{family}.gguf") as model:
+            tokens = model.vocabulary.encode(GenerationRequest(messages=messages))[0]
+            assert named(model, tokens) == text
+            if family == "qwen":  # what a user writes is text
+                assert tokens.count(families.vocabulary(families.MARKED[family])[0].index(END)) == 2
 
 
 # ------------------------------------------------------------------------------------ hostile texts

@@ -75,16 +75,16 @@ def test_a_scale_that_fp16_cannot_hold_is_refused():
         transcode(blocks, "Q4_K", "Q4_1")
 
 
-@pytest.mark.parametrize(("source", "half"), [("Q5_0", slice(0, 2)), ("Q6_K", slice(-2, None))])
-def test_other_types_become_q8_0_through_floats(source, half):
-    _, width = GGML_QUANT_SIZES[GGMLQuantizationType[source]]
-    data = np.random.default_rng(5).integers(0, 256, (16, width), np.uint8)
-    data[:, half] = halves(0.01, 16, 1)
-    expected = weights(data, source)
-    got = weights(transcode(data, source, "Q8_0"), "Q8_0")
-    step = np.abs(expected).max(axis=1, keepdims=True) / 127
-    errors = np.abs(got - expected)
-    assert (errors <= 0.57 * step).all()  # half a step, and the rounding of d to fp16
+def test_other_types_become_q8_0_through_floats() -> None:
+    for source, half in [("Q5_0", slice(0, 2)), ("Q6_K", slice(-2, None))]:
+        _, width = GGML_QUANT_SIZES[GGMLQuantizationType[source]]
+        data = np.random.default_rng(5).integers(0, 256, (16, width), np.uint8)
+        data[:, half] = halves(0.01, 16, 1)
+        expected = weights(data, source)
+        got = weights(transcode(data, source, "Q8_0"), "Q8_0")
+        step = np.abs(expected).max(axis=1, keepdims=True) / 127
+        errors = np.abs(got - expected)
+        assert (errors <= 0.57 * step).all()  # half a step, and the rounding of d to fp16
 
 
 # ------------------------------------------------------------------------------------------- copies
