@@ -50,9 +50,6 @@ from cerebrum_common import VERSION
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
 TIE = 0.25  # see above
 TIE_OF_THE_STAND_IN = 0.02
-# Of one core, over IDLE_SECONDS: the event loop and the questions of the test itself.
-IDLE_PERCENT = 30.0
-IDLE_SECONDS = 0.1
 
 # --------------------------------------------------------------------------------------- the client
 
@@ -76,16 +73,10 @@ class Stream:
     def wait_for_event(self, name: str) -> dict[str, Any]:
         return next(event for event in self.events() if name in event)
 
-    def wait_for_prefill(self, done: int = 0) -> int:
-        """Wait until at least so many tokens of the prompt are known or read; their number."""
-        while True:
-            stage = self.wait_for_event("progress")["progress"]
-            if stage["stage"] == "prefill" and stage["done"] >= done:
-                return int(stage["done"])
-
-    def text(self) -> str:
-        """The text that is still to come."""
-        return "".join(event.get("token", "") for event in self.events())
+    def wait_for_prefill(self) -> None:
+        """Wait until the prompt is being read."""
+        while self.wait_for_event("progress")["progress"]["stage"] != "prefill":
+            pass
 
 
 class Vps:
@@ -140,12 +131,6 @@ class Vps:
 
     def active(self) -> int:
         return int(self.get("/v1/stats")["requests_active"])
-
-    def wait_idle(self) -> None:
-        """Wait until no request is counted and no thread computes."""
-        wait_until(lambda: self.active() == 0, "no request is active")
-        cpu = psutil.Process(self.process.process.pid)
-        wait_until(lambda: cpu.cpu_percent(IDLE_SECONDS) <= IDLE_PERCENT, "vpsd computes nothing")
 
 
 def changed(change: str = "", quicker: float = 40) -> list[str]:
@@ -290,7 +275,8 @@ def test_health_alone_needs_no_key(vps):
     assert list(body) == HEALTH
     assert (status, body["status"], body["models_loaded"]) == (200, "healthy", [SMALL])
     assert 0 <= body["cpu_percent"] <= 100
-    assert body["memory_available_mb"] > 0
+    available_mb = psutil.virtual_memory().available / vps_llama.MB
+    assert body["memory_available_mb"] == pytest.approx(available_mb, rel=0.5)
     for route, key in itertools.product(vpsd.ROUTES[1:], ({}, {"X-API-Key": KEY[:-1]})):
         status, error = vps.ask(route.method, route.path.replace("{id}", SMALL), {}, key)
         assert (status, error["code"]) == (401, "UNAUTHORIZED")
@@ -457,14 +443,6 @@ def test_greedy_text_of_the_real_model_is_that_of_a_plain_loop(real, real_refere
     check_greedy(real, real_reference, CODE, PROMPTS[4])
 
 
-def test_messages(real):
-    messages = [{"role": "user", "content": "The capital of France, in one word?"}]
-    body = real.complete(None, messages=messages, max_tokens=16)
-    assert (body["mode"], body["finish_reason"]) == ("instruct", "stop")
-    assert body["completion"].startswith("Paris")
-    assert "<|" not in body["completion"]  # the end of the text is not text
-
-
 ADD = {"prompt": "def add(a, b):\n    return ", "suffix": "\n\nprint(add(1, 2))\n"}
 WIDTH = {
     "prompt": "def area(width, height):\n    return wid",
@@ -490,14 +468,6 @@ def test_how_the_real_model_goes_on(real, real_reference, fields, start, left):
     assert body["completion"].startswith(start)
     assert body["total_tokens"] == 8
     assert raw["prompt_tokens"] - body["prompt_tokens"] == len(real_reference.tokenize(left))
-
-
-def test_other_files_alone_warm_the_cache(vps):
-    extra = [{"filename": "a.py", "text": new_prompt()}]
-    warm = vps.complete("", suffix="", extra=extra, max_tokens=0)
-    assert warm["cached_tokens"] <= len("?a.py\n?")
-    body = vps.complete("x = ", suffix="\n", extra=extra, max_tokens=1)
-    assert body["cached_tokens"] >= body["prompt_tokens"] - len("?\n???\n?x = ")
 
 
 def test_tokenize(vps, reference):
@@ -528,17 +498,6 @@ def test_a_limit_of_time_counts_from_the_first_line_end(vps):
     assert short["finish_reason"] == "length"
 
 
-def test_stop_strings(vps):
-    prompt = "1, 2, 3, 4, "
-    text = vps.complete(prompt, max_tokens=24)["completion"]
-    stop = text[10:13]
-    ended = text[: text.index(stop)]
-    body = vps.complete(prompt, max_tokens=24, stop=["nothing", stop])
-    assert (body["completion"], body["finish_reason"]) == (ended, "stop")
-    with vps.stream(prompt, max_tokens=24, stop=stop) as stream:
-        assert stream.text() == ended
-
-
 @pytest.fixture(scope="module")
 def small(models, tmp_path_factory):
     """A daemon with a short context that drafts nothing and keeps nothing for long."""
@@ -559,51 +518,7 @@ def test_the_context_is_filled_exactly(small, reference):
 # ----------------------------------------------------------------------------------------- prefixes
 
 
-def test_of_a_known_prompt_only_the_new_part_is_computed(vps, reference):
-    prompt = new_prompt()
-    warm = vps.complete(prompt, max_tokens=0)
-    assert (warm["completion"], warm["total_tokens"], warm["finish_reason"]) == ("", 0, "length")
-    assert warm["cached_tokens"] < warm["prompt_tokens"] // 2
-    for _ in range(2):
-        body = vps.complete(prompt, max_tokens=4)
-        # The last token is decoded for its logits.
-        assert body["cached_tokens"] == body["prompt_tokens"] - 1
-        reference.check(prompt, body["completion"], 4)
-        for _ in range(3):  # need its slot
-            vps.complete(new_prompt(), max_tokens=1)
-    longer = prompt + "\nand one more typed line"
-    body = vps.complete(longer, max_tokens=8)
-    assert body["cached_tokens"] >= warm["prompt_tokens"] - 1
-    reference.check(longer, body["completion"], 8)
-
-
-def test_a_short_request_and_one_that_is_cancelled_beside_a_long_one(vps, reference):
-    long, short = new_prompt(400), PROMPTS[0] + " # beside"
-    with vps.stream(long, max_tokens=32) as stream:
-        first = stream.wait_for_event("token")
-        with vps.begun():
-            pass
-        body = wait_until(lambda: vps.active() == 1 and vps.complete(short, max_tokens=16))
-        text = first["token"] + stream.text()
-    reference.check(short, body["completion"], 16)
-    reference.check(long, text, 32)
-
-
 # ------------------------------------------------------------------------------------- cancellation
-
-
-@pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_the_tokens_of_a_cancelled_completion_are_kept(vps, reference, stage):
-    prompt = new_prompt(500)
-    with vps.stream(prompt, max_tokens=0 if stage == "prefill" else 1000, progress=True) as stream:
-        done = stream.wait_for_prefill(1)
-        if stage == "decode":
-            stream.wait_for_event("token")
-    vps.wait_idle()
-    body = vps.complete(prompt, max_tokens=8)
-    last = body["prompt_tokens"] - 1
-    assert body["cached_tokens"] >= (min(done, last) if stage == "prefill" else last)
-    reference.check(prompt, body["completion"], 8)
 
 
 @pytest.mark.parametrize("leaver", [0, 1, None])
@@ -626,15 +541,6 @@ def test_a_prefill_for_two_goes_on_for_those_that_stay(vps, reference, leaver):
 
 
 # ------------------------------------------------------------------------------ sessions and limits
-
-
-def test_a_newer_request_of_a_session_replaces_the_older(vps):
-    with vps.stream(new_prompt(), max_tokens=12, session="another") as stays:
-        with vps.begun(session="editor") as older:
-            assert vps.complete(new_prompt(), max_tokens=2, session="editor")["total_tokens"] == 2
-            error = older.wait_for_event("error")
-        assert (error["error"], error["code"]) == (True, "SUPERSEDED")
-        assert list(stays.events())[-1]["total_tokens"] == 12
 
 
 def test_a_third_request_at_a_time_is_refused(vps):
@@ -738,14 +644,6 @@ def test_files_that_cannot_be_loaded(tmp_path, models, reference):
     assert vps.process.stdout().count("Traceback") == 0
     (told,) = set(vps.process.stderr().splitlines())  # by the process that read the odd one
     assert re.search(r"GGML_ASSERT\(.*\) failed$", told)
-
-
-def test_too_little_memory_to_start_work(tmp_path, models):
-    with start(tmp_path, models, CEREBRUM_MIN_FREE_MB="1000000") as vps:
-        status, code, message = vps.refusal("x")
-        assert (status, code, vps.loaded()) == (503, "RESOURCE_EXHAUSTED", [])
-        available_mb = psutil.virtual_memory().available / vps_llama.MB
-        assert float(message.split()[-2]) == pytest.approx(available_mb, rel=0.5)
 
 
 # ------------------------------------------------------------------------------------------ SIGTERM
