@@ -72,17 +72,3 @@ def test_the_confidence_is_that_of_a_plain_loop(
         assert answer["text_confidence"] == pytest.approx(mean(sure), abs=0.02)
         assert answer["chance"] == pytest.approx(math.prod(sure), rel=0.2)
     assert answer["draft_tokens"] > 0
-
-
-@pytest.mark.slow
-def test_a_text_ends_before_the_first_unsure_word(real: Vps) -> None:  # noqa: F811
-    """What a stream has sent stays, and is the beginning of the whole text."""
-    whole = real.complete(PROMPT, max_tokens=40, mode="complete")["completion"]
-    with real.stream(PROMPT, max_tokens=40, mode="complete", min_confidence=0.5) as stream:
-        *tokens, done = stream.events()
-    text = "".join(event["token"] for event in tokens)
-    assert (done["finish_reason"], text == text.rstrip()) == ("unsure", True)
-    assert whole.startswith(text)
-    assert 0 < len(text) < len(whole)
-    assert real.complete(PROMPT, max_tokens=9, min_confidence=1)["completion"] == ""
-    assert real.refusal(PROMPT, min_confidence=1.5)[:2] == (400, "INVALID_REQUEST")
