@@ -665,13 +665,14 @@ def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(tmp_p
 # --------------------------------------------------------------------------------------- slow tests
 
 
+needs_large = pytest.mark.skipif(
+    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
+)
 EAGER = [sys.executable, "-u", str(vpsd.HERE / "tests/eager.py")]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
-)
+@needs_large
 def test_the_small_model_writes_ahead_of_the_large_one(tmp_path):
     """Each text is that of the large one alone, also of two streams; both are unloaded together."""
     with (
@@ -694,9 +695,7 @@ def test_the_small_model_writes_ahead_of_the_large_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
-)
+@needs_large
 @pytest.mark.parametrize(
     ("room_mb", "drafts", "line"),
     [
