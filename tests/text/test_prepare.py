@@ -449,20 +449,22 @@ FAR = PYTHON_FILE[:8000]
 BELOW = PYTHON_FILE[8000:9000]
 # The layout, the parts that have been read ("text" is a read prompt without its last 60
 # characters), and what is sent: all of the window, or what is near the cursor.
-READ = [
-    ("psm", [], False),
-    ("psm", ["text"], True),
-    ("psm", ["other", "text"], True),
-    ("spmv2", [], False),
-    ("spmv2", ["other", "half"], False),
-    ("spmv2", ["most"], True),
-    ("spmv2", ["text"], True),
-    ("spm", ["text"], True),
-]
+READ = """
+psm   |            | near
+psm   | text       | all
+psm   | other text | all
+spmv2 |            | near
+spmv2 | other half | near
+spmv2 | most       | all
+spmv2 | text       | all
+spm   | text       | all
+"""
 
 
 def test_what_cannot_be_read_in_time_is_left_out() -> None:
-    for layout, read, is_whole in READ:
+    for row in READ.strip().splitlines():
+        layout, parts, sent = map(str.strip, row.split("|"))
+        read, is_whole = parts.split(), sent == "all"
         fields = {"prompt": FAR, "suffix": BELOW, "language": "python"}
         whole = prepare(fields, "infill", 3000, layout=layout)
         text = whole.up_to_cursor

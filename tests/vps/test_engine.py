@@ -122,32 +122,30 @@ def test_drafts_are_made_while_they_pay_and_tried_again(
     assert not gain.wants(other)
 
 
-FAST, SLOW = {1: ONE, 16: MANY}, {1: 0.5, 16: 2.0}  # a 7B
-ALONE = math.inf
-# What is missing of each prompt, the seconds of a running stream's token, the costs of a decode,
-# its slowdown, and the tokens of a piece; then how many tokens of the first prompt are read.
-CHUNKS = [
-    ([10], ALONE, FAST, 1, 256, 10),
-    ([10_000], ALONE, FAST, 1, 256, MAX_CHUNK),
-    ([10_000], ONE, FAST, 1, 256, 53),  # in PAUSE_SECONDS
-    ([10_000], ONE, FAST, 4, 256, 11),
-    ([10_000], 0.5, SLOW, 1, 256, 26),  # six of its own tokens take longer than the pause
-    # A prompt alone comes in whole pieces, at least in one.
-    ([10_000], ALONE, FAST, 4, 1, 220),
-    ([10_000], ALONE, FAST, 4, 100, 200),
-    ([10_000], ALONE, FAST, 4, 256, 256),
-    # Two prompts share a chunk unless the shorter would wait.
-    ([70, 40], ALONE, FAST, 1, 256, 70),
-    ([900, 40], ALONE, FAST, 1, 256, 80),
-    ([900, 800], ALONE, FAST, 1, 256, 443),
-]
+# What is missing of each prompt, seconds of a running stream's token (inf: there is none), a 0.5B
+# (fast) or a 7B, its slowdown, the tokens of a piece; then how many of the first prompt are read.
+CHUNKS = f"""
+10      | inf   | fast | 1 | 256 | 10
+10000   | inf   | fast | 1 | 256 | {MAX_CHUNK}
+10000   | {ONE} | fast | 1 | 256 | 53  # in PAUSE_SECONDS
+10000   | {ONE} | fast | 4 | 256 | 11
+10000   | 0.5     | slow | 1 | 256 | 26  # six of its own tokens take longer than the pause
+10000   | inf   | fast | 4 | 1   | 220 # alone it comes in whole pieces, at least in one
+10000   | inf   | fast | 4 | 100 | 200
+10000   | inf   | fast | 4 | 256 | 256
+70 40   | inf   | fast | 1 | 256 | 70  # two share a chunk unless the shorter would wait
+900 40  | inf   | fast | 1 | 256 | 80
+900 800 | inf   | fast | 1 | 256 | 443
+"""
 
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
-    for missing, pace, times, slowdown, piece, read in CHUNKS:
-        costs = Costs(times)
-        costs.slowdown = slowdown
-        assert chunk_size(missing[0], missing, pace, costs, piece) == read
+    times = {"fast": {1: ONE, 16: MANY}, "slow": {1: 0.5, 16: 2.0}}
+    for row in CHUNKS.strip().splitlines():
+        prompts, pace, speed, slowdown, piece, read = row.partition("#")[0].split("|")
+        costs, missing = Costs(times[speed.strip()]), [*map(int, prompts.split())]
+        costs.slowdown = float(slowdown)
+        assert chunk_size(missing[0], missing, float(pace), costs, int(piece)) == int(read), row
 
 
 # ------------------------------------------------------------------------------------------- drafts
