@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,14 @@ def use(port: int, peer: Peer) -> None:
     """All that a client may do, by http.client: to the server itself, or through a proxy."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
 
-    def get(path: str, method: str = "GET", **more: str) -> http.client.HTTPResponse:
-        client.request(method, path, headers={**HEADERS, "Host": "localhost", **more})
+    def ask(method: str, path: str, body: Any = None, **more: str) -> http.client.HTTPResponse:
+        client.request(method, path, body, {**HEADERS, "Host": "localhost", **more})
         return client.getresponse()
 
-    def post(path: str, body: Any) -> http.client.HTTPResponse:
-        client.request("POST", path, body, {**HEADERS, "Host": "localhost"})
-        return client.getresponse()
-
+    get, post = partial(ask, "GET"), partial(ask, "POST")
     for _ in range(10):
         assert json.load(get("/v1/models"))["path"] == "/v1/models"
-    assert get("/health", "HEAD").read() == b""
+    assert ask("HEAD", "/health").read() == b""
     assert json.load(get("/nothing"))["code"] == "NOT_FOUND"
     assert json.load(get("/v1/models", **{"X-API-Key": "wrong"}))["code"] == "UNAUTHORIZED"
     body = json.dumps({"a": "x" * 500_000}).encode()

@@ -58,15 +58,6 @@ class Tiers:
         return self.ask(f"{self.pi}/v1/complete", language="python", **body)
 
 
-def start_both(stack: ExitStack, model: str, published: bool) -> Tiers:
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    weights = servers.weights_of(model)
-    if not published and find_tuned(weights, Settings())[0]:
-        link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, weights))
-    vps, pi = (f"http://127.0.0.1:{daemon.port}" for daemon in servers.both(stack, folder))
-    return Tiers(vps, pi, model)
-
-
 def whole_program(problem: Problem, code: str) -> str:
     """The answer to an instruction, below the imports and helpers that precede the function in the
     prompt.
@@ -145,7 +136,12 @@ def main() -> None:
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
-        tiers = start_both(stack, options.model, options.published)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        weights = servers.weights_of(options.model)
+        if not options.published and find_tuned(weights, Settings())[0]:
+            link_tuned(folder / "vpsd", tuned_path(Settings().state_dir, weights))
+        vps, pi = (f"http://127.0.0.1:{daemon.port}" for daemon in servers.both(stack, folder))
+        tiers = Tiers(vps, pi, options.model)
         models = {model["id"]: model for model in servers.ask(f"{tiers.vps}/v1/models")["models"]}
         result = {"encoding": models[options.model]["encoding"]}
         for name in options.only.split(","):
