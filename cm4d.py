@@ -324,6 +324,7 @@ class Gateway:
         if config.access.needs_key:  # only whole settings may let in everybody
             self.config = config
             self.counting.configure(config.models, config.names)
+            self.dispatcher.end_reading()  # perhaps for a client who may no longer ask
 
     def reconfigure(self, config: Config) -> None:
         """Apply new settings; running requests continue. ConfigError if the settings cannot be

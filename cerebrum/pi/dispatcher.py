@@ -518,6 +518,14 @@ class Dispatcher:
         remember(self.asked, request.client, time.monotonic(), MAX_SERVED)
         self._read_soon(request)
 
+    def end_reading(self) -> None:
+        """Read nothing ahead any more of what was asked for until now."""
+        self.ahead.clear()
+        for attempt in self.state.places:
+            if attempt.request.ahead:
+                attempt.evicted = ""  # it makes no room any more, so it is not queued again
+                attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
+
     def read_rest(self, attempt: Attempt) -> None:
         """Queue all of a prompt that was cut, so that the next one of its file need not be; unless
         the client has asked for another place meanwhile.

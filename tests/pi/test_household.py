@@ -200,6 +200,25 @@ async def test_a_guests_prompt_is_read_after_those_of_others() -> None:
         assert [asked["prompt"] for asked in vps.completions] == [TOM, ANNA, TOM]
 
 
+@pytest.mark.parametrize("makes_room", [False, True])
+async def test_nothing_is_read_ahead_for_a_revoked_client(makes_room: bool, tmp_path: Path) -> None:
+    """Neither what a backend reads, even if it makes room just now, nor what waits for it."""
+    keys = tmp_path / "client-keys"
+    keys.write_text(f"ben {BEN}\n")
+    async with pi_with([HANG], clients=HOUSE) as (pi, vps):
+        own = pi.gateway.dispatcher
+        for key in (TOM, ANNA):
+            body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
+            assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
+        await until(lambda: len(vps.completions) == 2 and vps.running == len(own.ahead) == 1)
+        (reading,) = own.state.places
+        if makes_room:
+            own._supersede(reading)
+        pi.gateway.use_keys(Environment({"CEREBRUM_CM4_KEYS_FILE": str(keys)}))
+        await until(lambda: reading not in own.state.places and not vps.running, seconds=5)
+        assert (own.ahead, own.state.places, len(vps.completions)) == ({}, {}, 2)
+
+
 WHOLE = "CEREBRUM_CM4_API_KEY=c9\nKEYS"
 # .env, client-keys, what a reload says about them, and the keys that work then: those of people,
 # and the common one.
