@@ -86,12 +86,6 @@ class State:
         since = now - SHARE_OF_SECONDS
         return sum(max(0.0, left - max(begun, since)) for begun, left in spans)
 
-    def load(self, backend: Backend) -> float:
-        """How busy a backend is, as a share of its limit. Requests that are being ended still
-        count.
-        """
-        return sum(where is backend for where in self.answering.values()) / backend.limit
-
 
 class Assign(NamedTuple):
     """A place at this backend, for an answer by this model."""
@@ -156,19 +150,17 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
 
 
-def decide_spare(state: State, request: CompletionRequest) -> Assign | Wait | None:
-    """What happens now to a prompt that is to be read ahead, or to a speculative request; None if
-    no backend will do it. It must cost nothing, and nobody may wait for a place meanwhile. It goes
-    where the next request of its file will go, once that backend has nothing else to do.
+def decide_spare(state: State, request: CompletionRequest) -> Assign | None:
+    """Where a prompt is to be read ahead now, or a speculative request sent; None for nowhere. It
+    must cost nothing, and nobody may wait for a place meanwhile. It goes where the next request of
+    its file will go, once that backend has nothing else to do.
     """
     options = state.fleet.who_may(request)
     readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
-    if not readers:
-        return None
     place = best_place(state, request, options, which_admit(readers))
     if place and is_idle(state, place.backend, request) and not state.line:
         return place
-    return Wait(math.inf)
+    return None
 
 
 def untried(completion: Completion, options: Options, skips_busy: bool) -> Options:
@@ -227,9 +219,14 @@ def best_place(
     the prompt in its cache, or else at the least busy one.
     """
     last = state.served.get(request.file)
+    busy = Counter(state.answering.values())  # with requests that are being ended
+
+    def order(backend: Backend) -> tuple[bool, float]:
+        return backend.id != last, busy[backend] / backend.limit
+
     for model, having in options:
         if best := [backend for backend in free if backend in having]:
-            return Assign(model, min(best, key=lambda other: (other.id != last, state.load(other))))
+            return Assign(model, min(best, key=order))
     return None
 
 
@@ -358,8 +355,8 @@ class Dispatcher:
 
     def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
         self.state = State(fleet)
-        self.ahead: dict[str, CompletionRequest] = {}  # prompts to be read ahead, by client
-        self.asked: dict[str, float] = {}  # when each client last asked for that
+        # Prompts that are read ahead, now or later, by client.
+        self.ahead: dict[str, CompletionRequest] = {}
         self._count_work = count_work
 
     @property
@@ -379,8 +376,7 @@ class Dispatcher:
         """
         await self.state.fleet.know()
         if completion.request.speculative:
-            place = decide_spare(self.state, completion.request)
-            if isinstance(place, Assign):
+            if place := decide_spare(self.state, completion.request):
                 return self._assign(completion, place)
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
         called = self.state.line[completion] = asyncio.Future[Attempt]()
@@ -513,29 +509,8 @@ class Dispatcher:
     def read_ahead(self, request: CompletionRequest) -> None:
         """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept,
         which ends the reading of its older one. Reading stops when the backend gets a request, and
-        the prompt is queued again: the backend keeps the part that it has read.
+        begins again later: the backend keeps the part that it has read.
         """
-        remember(self.asked, request.client, time.monotonic(), MAX_SERVED)
-        self._read_soon(request)
-
-    def end_reading(self) -> None:
-        """Read nothing ahead any more of what was asked for until now."""
-        self.ahead.clear()
-        for attempt in self.state.places:
-            if attempt.request.ahead:
-                attempt.evicted = ""  # it makes no room any more, so it is not queued again
-                attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
-
-    def read_rest(self, attempt: Attempt) -> None:
-        """Queue all of a prompt that was cut, so that the next one of its file need not be; unless
-        the client has asked for another place meanwhile.
-        """
-        request = attempt.request
-        if attempt.sent.text.cut and self.asked.get(request.client, 0.0) <= attempt.begun:
-            fields = replace(request.fields, max_tokens=0, prompt_ms=0)
-            self._read_soon(replace(request, fields=fields))
-
-    def _read_soon(self, request: CompletionRequest) -> None:
         fields = replace(request.fields, progress=True)
         ahead = replace(request, fields=fields, session="", ahead=True, speculative=False)
         remember(self.ahead, ahead.client, ahead, MAX_AHEAD)
@@ -545,14 +520,27 @@ class Dispatcher:
                 self._supersede(attempt)
         self.advance()
 
+    def end_reading(self) -> None:
+        """Read nothing ahead any more of what was asked for until now."""
+        self.ahead.clear()
+        for attempt in self.state.places:
+            if attempt.request.ahead:
+                attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
+
+    def read_rest(self, attempt: Attempt) -> None:
+        """Queue all of a prompt that was cut, so that the next one of its file need not be; unless
+        the client has asked for another place meanwhile.
+        """
+        request = attempt.request
+        if attempt.sent.text.cut and request.client not in self.ahead:
+            fields = replace(request.fields, max_tokens=0, prompt_ms=0)
+            self.read_ahead(replace(request, fields=fields))
+
     def _advance_reading(self) -> None:
         """Begin to read the prompts for which a backend is idle, those of guests last."""
-        for client, request in sorted(self.ahead.items(), key=lambda item: item[1].guest > 0):
-            decision = decide_spare(self.state, request)
-            if not isinstance(decision, Wait):
-                del self.ahead[client]
-            if isinstance(decision, Assign):
-                self._begin_reading(Completion(request), decision)
+        for request in sorted(self.ahead.values(), key=lambda request: request.guest > 0):
+            if place := decide_spare(self.state, request):
+                self._begin_reading(Completion(request), place)
 
     def _begin_reading(self, completion: Completion, place: Assign) -> None:
         attempt = self._assign(completion, place)
@@ -573,11 +561,10 @@ class Dispatcher:
             internal_error(exception)
 
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
-        request = attempt.request
-        if attempt.evicted and request.client not in self.ahead:
-            remember(self.ahead, request.client, request, MAX_AHEAD)
-        if task.cancelled() and not attempt.evicted:
-            self.ahead.clear()  # the daemon stops
+        if not attempt.evicted:
+            self.ahead.pop(attempt.request.client, None)
+            if task.cancelled():
+                self.ahead.clear()  # the daemon stops, or the keys have changed
         self._leave(attempt)
         if attempt.last:
             self.read_rest(attempt)

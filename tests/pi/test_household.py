@@ -210,7 +210,7 @@ async def test_nothing_is_read_ahead_for_a_revoked_client(makes_room: bool, tmp_
         for key in (TOM, ANNA):
             body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
             assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
-        await until(lambda: len(vps.completions) == 2 and vps.running == len(own.ahead) == 1)
+        await until(lambda: (len(vps.completions), vps.running, len(own.ahead)) == (2, 1, 2))
         (reading,) = own.state.places
         if makes_room:
             own._supersede(reading)
