@@ -177,11 +177,6 @@ def sse_block(line: bytes) -> bytes:
     return b"data: %b\n\n" % line
 
 
-def error_event(error: HttpError) -> bytes:
-    """`data: {"error": true, "message", "code"}` and the error's `extra`."""
-    return sse_event({"error": True, "message": error.message, "code": error.code, **error.extra})
-
-
 def compact(data: Any) -> bytes:
     """JSON in one line without spaces. The plugin llama.vim looks for `"content":"` and drops
     everything else.

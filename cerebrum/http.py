@@ -56,8 +56,7 @@ from cerebrum_common import (
 
 # ------------------------------------------------------------------------------------------- limits
 
-MAX_TARGET_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
-MAX_LINE_BYTES = MAX_TARGET_BYTES + 32  # the target, a method and a version
+MAX_LINE_BYTES = 8192  # RFC 9112 section 3 asks for at least 8,000
 MAX_HEAD_BYTES = 32_768  # curl with a handful of cookies sends 2 KiB; the head is held in memory
 MAX_HEADERS = 100  # no known client sends 30
 MAX_BODY_BYTES = 1 << 20  # the longest source file that is sent as a prompt
@@ -183,10 +182,6 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
     if method not in METHODS:
         expected = ", ".join(sorted(METHODS))
         raise malformed(f"expected one of {expected}, got {describe(method)}", "NOT_IMPLEMENTED")
-    if len(target) > MAX_TARGET_BYTES:
-        raise malformed(
-            f"expected a request target of at most {MAX_TARGET_BYTES} bytes", "URI_TOO_LONG"
-        )
     if target == "*" and method == "OPTIONS":
         target = "/health"  # which every daemon has
     return method, *parse_target(target), version
@@ -372,13 +367,6 @@ class BodyDecoder:
             return at
         parse_head(section[:end])
         return self._end(buffer, at + end)
-
-
-def encode_head(status: int, headers: Sequence[tuple[str, str]]) -> bytes:
-    """Encode a response head. No header may contain a line end."""
-    lines = [f"{name}: {value}" for name, value in headers]
-    head = [f"HTTP/1.1 {status} {common.REASONS[status]}", *lines, "\r\n"]
-    return "\r\n".join(head).encode("latin-1")
 
 
 def chunk(data: bytes) -> bytes:
@@ -656,16 +644,14 @@ class Exchange:
         """
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        body: Any = common.error_body(error)
-        event = common.error_event(error)
+        body: Mapping[str, Any] = common.error_body(error)
         if self.route and self.route.foreign_error:
-            body = common.compact(self.route.foreign_error(error))
-            event = common.sse_block(body)
+            body = self.route.foreign_error(error)
         if self.frame is None:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        await self.connection.write(self.frame(event))
+        await self.connection.write(self.frame(common.sse_event(body)))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
@@ -694,6 +680,7 @@ class Exchange:
         self.log(response.status)
 
     def _encode_head(self, status: int, more: Sequence[tuple[str, str]]) -> bytes:
+        """Encode a response head. No header may contain a line end."""
         date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
         headers = [("Date", date), ("X-Request-ID", request_id_var.get())]
         headers += [("Cache-Control", "no-store"), *more]
@@ -707,7 +694,9 @@ class Exchange:
             ]
         if not self.keep:
             headers.append(("Connection", "close"))
-        return encode_head(status, headers)
+        lines = [f"{name}: {value}" for name, value in headers]
+        head = [f"HTTP/1.1 {status} {common.REASONS[status]}", *lines, "\r\n"]
+        return "\r\n".join(head).encode("latin-1")
 
     def log(self, status: int) -> None:
         """Log and count a request once: `POST /v1/complete 200 1.23s model=qwen_7b tokens=42
