@@ -83,16 +83,11 @@ def nearly_continues(text: str, longer: str) -> bool:
     """
     line = text[text.rfind("\n") + 1 :]
     retyped = min(MAX_RETYPED_CHARS, max(0, len(line.lstrip()) - 1))
-    for end in range(len(text), len(text) - retyped - 1, -1):
-        tail = text[max(0, end - CURSOR_CHARS) : end]
-        start = max(0, len(longer) - len(tail) - MAX_TYPED_CHARS)
-        if len(tail) == CURSOR_CHARS:
-            continues = longer.rfind(tail, start) >= 0
-        else:
-            continues = not start and longer.startswith(tail)
-        if continues:
-            return True
-    return False
+    tail = text[: len(text) - retyped][-CURSOR_CHARS:]
+    start = max(0, len(longer) - len(tail) - MAX_TYPED_CHARS)
+    if len(tail) == CURSOR_CHARS:
+        return tail in longer[start:]
+    return not start and longer.startswith(tail)
 
 
 def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
