@@ -372,7 +372,7 @@ class Backend:
         result that somebody waits for goes to the breaker that has admitted the attempt.
         """
         refused = None
-        self.requests_total += not attempt.request.is_spare
+        self.requests_total += not attempt.request.ahead
         self.answering.add(attempt)
         try:
             while True:
@@ -402,10 +402,6 @@ class Backend:
                     refused = error
         finally:
             self.answering.discard(attempt)  # with a new address, it is not in there
-
-    def promote(self, attempt: Attempt) -> None:
-        """Somebody waits for this speculative attempt from now on."""
-        self.requests_total += attempt in self.answering
 
     async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
         """Fit the prompt of an attempt, again if it was `refused`."""

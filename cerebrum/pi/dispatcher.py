@@ -469,9 +469,6 @@ class Dispatcher:
         completion.request = replace(completion.request, speculative=False)
         completion.client = client
         self._note_turn(completion)
-        attempt, places = completion.attempt, self.state.places
-        if attempt in places:
-            places[attempt].promote(attempt)
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.evicted:
