@@ -41,8 +41,7 @@ class History:
     def sample(self, now: float, totals: tuple[int, int, int]) -> None:
         """Record the totals of SERIES at `now` (seconds, monotonic)."""
         step = int(now // HISTORY_STEP_SECONDS)
-        passed = min(step - self._step, HISTORY_STEPS + 1)
-        self._totals.extend([self._totals[-1]] * passed)
+        self._totals.extend([self._totals[-1]] * (step - self._step))
         self._totals[-1] = totals
         self._step = step
 

@@ -294,7 +294,7 @@ class Translator:
         self.events = Events()
         self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
-        self.seconds = fields.get("predict_ms", 0) / 1000  # for the text; 0: any number
+        self.seconds = fields.get("predict_ms", 0) / 1000 or math.inf  # for the text
         self.progress = fields.get("progress", False)
         self.counts: JsonObject = {}  # of the last event that has any
         self.tokens = 0  # events with text; an engine may put several tokens into one
@@ -356,12 +356,13 @@ class Translator:
         if text and self.tokens == self.most:
             text, reason = "", "length"
         if text:
-            if self.seconds and not self.tokens:
-                self.deadline = now + self.seconds
+            self.deadline = min(self.deadline, now + self.seconds)  # the first one stays
             self.tokens += 1
             self.has_line |= "\n" in text
             text = self.characters.feed(text)
-        text, ended = self._feed(text, probability)
+        if probability is not None:
+            self.written.append((text, probability))
+        text, ended = self.ending.feed(text, 1.0 if probability is None else probability)
         if not ended and reason:
             text += self.ending.flush(whole=reason == "stop")
         elif not ended and self.has_line and now > self.deadline:
@@ -373,13 +374,6 @@ class Translator:
         self.engine_reason = reason
         if ended:
             yield self._done(ended)
-
-    def _feed(self, text: str, probability: float | None) -> tuple[str, str | None]:
-        """As `Ending.feed`."""
-        if probability is None:
-            return self.ending.feed(text)
-        self.written.append((text, probability))
-        return self.ending.feed(text, probability)
 
     def _done(self, reason: str) -> Pair:
         self.done = True

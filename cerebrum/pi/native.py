@@ -215,7 +215,7 @@ class Vpsd(Kind):
                     done = value
                 else:
                     yield event, value
-        if events.inside:
+        if events.rest:
             raise BackendFailure("it ended in the middle of an event")
         if done is None:
             raise BackendFailure("it ended without saying that it is done")

@@ -228,20 +228,18 @@ class Events:
     """
 
     def __init__(self) -> None:
-        self._rest = b""  # the beginning of an event
-        self.inside = False  # an event has begun and has not ended
+        self.rest = b""  # the beginning of an event that has not ended
 
     def feed(self, data: bytes) -> bytes:
         """The events that `data` completes, with LF line ends, or b"". BackendFailure for an event
         that is too long. `data` is at most one read, which is shorter than the limit. So only the
         first event of a block can be too long, and raising loses no other event.
         """
-        whole = (self._rest + data).replace(b"\r\n", b"\n")
-        events, end, self._rest = whole.rpartition(b"\n\n")
+        whole = (self.rest + data).replace(b"\r\n", b"\n")
+        events, end, self.rest = whole.rpartition(b"\n\n")
         block = events + end
-        self.inside = bool(self._rest)
         # The last two bytes of an unfinished event may belong to its line ends.
-        size = block.index(b"\n\n") if block else len(self._rest) - 2
+        size = block.index(b"\n\n") if block else len(self.rest) - 2
         if size > MAX_EVENT_BYTES:
             raise BackendFailure(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
         return block
