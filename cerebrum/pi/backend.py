@@ -239,11 +239,6 @@ class Backend:
         self.probes = 0  # completed
         self.probed = time.monotonic()  # when the last probe began
         self.response_ms: float | None = None  # of the last successful probe
-        self._forget_host()
-
-    def _forget_host(self) -> None:
-        """Know nothing about the host behind the address."""
-        # Results of requests to an earlier address go to the earlier breaker.
         self.breaker = Breaker()
         # By our id of a model: the reported fields, with `n_ctx` (None until the first list), and
         # the backend's name.
@@ -261,11 +256,7 @@ class Backend:
         self.limit = kind.config.max_concurrent
 
     def adopt(self, other: Backend) -> None:
-        """Take over the settings of another object with the same id and API. A new address is a
-        new, unknown host.
-        """
-        if other.config.endpoint != self.config.endpoint:
-            self._forget_host()
+        """Take over the settings of another object with the same id, API and address."""
         self.kind.client.close()
         self._configure(other.kind)
         self._models_until = 0.0
@@ -308,28 +299,28 @@ class Backend:
             return
         trouble = ""
         try:
-            await self._learn_state(breaker)
+            await self._learn_state()
         except HttpError as error:
             trouble = error.message
-        # If the address has changed meanwhile, the trouble is an earlier breaker's.
-        self._learn_trouble(breaker, trouble)
+        self._learn_trouble(trouble)
         self.probes += 1
 
-    async def _learn_state(self, breaker: Breaker) -> None:
+    async def _learn_state(self) -> None:
         """Ask for the backend's health, and for its list of models if it is old or may have
         changed. HttpError if it is not well.
         """
         loaded = await self.kind.ask_health()
         now = time.monotonic()
         self.response_ms = round((now - self.probed) * 1000, 1)
-        breaker.healthy(now)
+        self.breaker.healthy(now)
         has_changed = loaded not in (None, self.models_loaded)
-        if has_changed or breaker.trouble or now >= self._models_until:
+        if has_changed or self.breaker.trouble or now >= self._models_until:
             await self.learn_models()
         self.models_loaded = list(self.models or ()) if loaded is None else loaded
 
-    def _learn_trouble(self, breaker: Breaker, trouble: str) -> None:
+    def _learn_trouble(self, trouble: str) -> None:
         """Note that the backend has this trouble, or none, and log a change."""
+        breaker = self.breaker
         if trouble != breaker.trouble:
             level = logging.WARNING if trouble else logging.INFO
             log.log(level, "%s: %s", self.id, trouble or "VPS backend is available")
@@ -401,7 +392,7 @@ class Backend:
                         raise
                     refused = error
         finally:
-            self.answering.discard(attempt)  # with a new address, it is not in there
+            self.answering.remove(attempt)
 
     async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
         """Fit the prompt of an attempt, again if it was `refused`."""
@@ -432,6 +423,7 @@ class Backend:
         now = time.monotonic()
         if not attempt.tokens and tokens:
             attempt.first = now
+        attempt.last = now
         attempt.tokens += tokens
         self.tokens += tokens
         attempt.admission.succeeded(now)
@@ -439,7 +431,6 @@ class Backend:
     def _finish(self, attempt: Attempt, done: Members) -> JsonObject:
         """Learn from a whole answer, and return its result, without what no backend may set."""
         result = read_result(done)
-        attempt.last = time.monotonic()
         reason = result.get("finish_reason", "stop")
         attempt.reason = reason if reason in FINISHED else "other"
         # One event may hold several tokens.
@@ -467,12 +458,11 @@ class Backend:
 
     def _report(self, admission: Admission, error: HttpError) -> None:
         """Report an error that ended a request to this backend."""
-        breaker = admission.breaker
         if isinstance(error, Unusable):
-            self._learn_trouble(breaker, error.message)
+            self._learn_trouble(error.message)
         elif isinstance(error, BackendFailure):
             admission.failed(time.monotonic(), error.message, error.late)
-            log.warning("%s: %s; the breaker is %s", self.id, error.message, breaker.state)
+            log.warning("%s: %s; the breaker is %s", self.id, error.message, self.breaker.state)
             self.wake.set()  # probe at once to see whether the backend is gone
 
     def tokenizes(self, model: str) -> bool:

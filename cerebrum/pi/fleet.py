@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.completion import CompletionRequest
@@ -19,6 +20,8 @@ PROBE_SECONDS = 5.0  # between two probes
 PAID_PROBE_SECONDS = 120.0  # for a cloud service, which counts requests
 STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at most
 
+# What of its settings makes a backend the same one.
+identity_of = attrgetter("id", "api", "endpoint")
 # Models, best first, each with the backends that have it.
 Options = Sequence[tuple[str, Sequence[Backend]]]
 
@@ -41,15 +44,15 @@ class Fleet:
         catalog: Sequence[Model],
         prefer: Mapping[str, Sequence[str]],
     ) -> None:
-        """Replace the backends. A backend whose id and API stay keeps its state; running requests
-        continue. `prefer`: ids of models, by mode. ConfigError if the settings cannot be used; then
-        nothing has changed.
+        """Replace the backends. A backend whose id, API and address stay keeps its state; running
+        requests continue. `prefer`: ids of models, by mode. ConfigError if the settings cannot be
+        used; then nothing has changed.
         """
         wanted = [Backend(config, catalog) for config in configs]
-        known = {(backend.id, backend.config.api): backend for backend in self.backends}
+        known = {identity_of(backend.config): backend for backend in self.backends}
         self.backends = []
         for new in wanted:
-            old = known.pop((new.id, new.config.api), None)
+            old = known.pop(identity_of(new.config), None)
             if old:
                 old.adopt(new)
             self.backends.append(old or new)
