@@ -695,8 +695,8 @@ class Exchange:
         if not self.keep:
             headers.append(("Connection", "close"))
         lines = [f"{name}: {value}" for name, value in headers]
-        head = [f"HTTP/1.1 {status} {common.REASONS[status]}", *lines, "\r\n"]
-        return "\r\n".join(head).encode("latin-1")
+        start = [f"HTTP/1.1 {status} {common.REASONS[status]}", *lines, "\r\n"]
+        return "\r\n".join(start).encode("latin-1")
 
     def log(self, status: int) -> None:
         """Log and count a request once: `POST /v1/complete 200 1.23s model=qwen_7b tokens=42

@@ -158,7 +158,7 @@ class Attempt:
     tokens: int = 0
     size: int = 0  # bytes of the events with text
     first: float = 0.0  # when the first token came
-    last: float = 0.0  # when the backend reported the answer as complete
+    last: float = 0.0  # when the last token came, or the end of a whole answer
     reason: str = ""  # one of FINISHED, or "other", for a whole answer
     # SUPERSEDED or PREEMPTED: it is being ended for another request, which gets its place.
     evicted: str = ""

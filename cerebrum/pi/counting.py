@@ -196,10 +196,8 @@ class Counting:
         tally.ended[reason] += 1
         if attempt and attempt.first:
             tally.tokens += attempt.tokens
-            # The time of the last token is known only for a whole answer.
-            tokens = attempt.tokens if attempt.last else 1
-            started, last = completion.started, attempt.last or attempt.first
-            tally.spoke(attempt.first - started, last - started, tokens)
+            started = completion.started
+            tally.spoke(attempt.first - started, attempt.last - started, attempt.tokens)
 
     def _share(self, completion: Completion) -> None:
         """Count what has come of a completion for each client who waits for it; they divide the

@@ -265,7 +265,7 @@ def who_makes_room(claim: Claim) -> Attempt | None:
 
     # An attempt whose answer is whole leaves by itself.
     running = state.running(claim.usable)
-    guests = [other for other in running if other.request.guest and not other.last]
+    guests = [other for other in running if other.request.guest and not other.reason]
     return max(filter(is_enough, guests), key=order, default=None)
 
 
@@ -563,5 +563,5 @@ class Dispatcher:
             if task.cancelled():
                 self.ahead.clear()  # the daemon stops, or the keys have changed
         self._leave(attempt)
-        if attempt.last:
+        if attempt.reason:
             self.read_rest(attempt)

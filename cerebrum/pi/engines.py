@@ -392,14 +392,6 @@ ALIVE_SECONDS = 5.0  # the silence of another engine after which the client gets
 COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token counts
 
 
-async def read_piece(answer: Answer, seconds: float) -> bytes | None:
-    """The next piece of an answer, b"" at its end, None if nothing comes in these seconds."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            return await answer.read()
-    return None
-
-
 # ---------------------------------------------------------------------------------------- the kinds
 
 
@@ -496,9 +488,12 @@ class Engine(Kind):
         now = asyncio.get_running_loop().time
         begun = sent = now()  # `sent`: when the client last got something
         deadline = math.inf
-        piece = None
+        piece: bytes | None = None  # None if nothing came in time, b"" at the end
         while piece != b"" and not translator.done:
-            piece = await read_piece(answer, min(ALIVE_SECONDS, deadline - now()))
+            piece = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(ALIVE_SECONDS, deadline - now())):
+                    piece = await answer.read()
             came = now()
             if came >= deadline:
                 return
