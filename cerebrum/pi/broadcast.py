@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
@@ -156,9 +157,6 @@ class Broadcast:
     @property
     def text(self) -> str:
         return read_text(b"".join(value for event, value in self.pairs if event == "text"))
-
-
-Memory = dict[tuple[bytes, str, str], Broadcast]  # finished ones by digest, prompt and text
 
 
 def may_type_through(request: CompletionRequest) -> bool:
@@ -319,7 +317,8 @@ class Broadcasts:
     shared: int = 0
     replaced: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
-    memory: Memory = field(default_factory=dict)
+    # Finished ones, the newest last.
+    memory: deque[Broadcast] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
     # The last hint in each file: what precedes it, its text, and when it was asked for.
     hints: dict[str, tuple[str, str, float]] = field(default_factory=dict)
 
@@ -369,7 +368,7 @@ class Broadcasts:
         if not request.only or request.fields.predict_ms == FIRST_MS:
             return False
         prompt = request.fields.prompt
-        for old in self.memory.values():
+        for old in self.memory:
             if request.client in old.clients and old.digest == digest:
                 text = old.text
                 if typed_of(old.prompt, text, prompt, old.omitted) == len(text):
@@ -400,7 +399,7 @@ class Broadcasts:
         for it.
         """
         client, editor = subscriber.request.client, subscriber.editor
-        known = [(old, client in old.clients) for old in reversed(self.memory.values())]
+        known = [(old, client in old.clients) for old in reversed(self.memory)]
         for other in self.subscribers:
             running = other.broadcast
             if running and running.completion and not running.failure:
@@ -509,8 +508,6 @@ class Broadcasts:
             return
         if not broadcast.kept and (kept := to_keep(broadcast, completion)):
             broadcast.kept = kept
-            key = kept.digest, kept.prompt, kept.text
-            kept.clients = self.memory.get(key, kept).clients
-            remember(self.memory, key, kept, MAX_FINISHED)
+            self.memory.append(kept)
         if broadcast.kept:
             broadcast.kept.clients.add(request.client)
