@@ -148,6 +148,7 @@ class Broadcast:
     completion: Completion | None = None
     task: asyncio.Task[None] = field(init=False)  # computes it
     failure: HttpError | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # its readers wait for it
     kept: Broadcast | None = None  # its finished form, once a client has the whole text
     # Finished.
     asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
@@ -157,6 +158,11 @@ class Broadcast:
     @property
     def text(self) -> str:
         return read_text(b"".join(value for event, value in self.pairs if event == "text"))
+
+    def wake(self) -> None:
+        """Wake its readers."""
+        self.changed.set()
+        self.changed = asyncio.Event()
 
 
 def may_type_through(request: CompletionRequest) -> bool:
@@ -242,7 +248,6 @@ class Subscriber:
     typed: int = 0  # characters of the text that the client typed before
     skip: int = 0  # those of them that are not yet read
     waits: bool = True  # False: the request is speculative
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
     replaced: bool = False  # the user has typed on, and the editor has asked again
 
     @property
@@ -266,8 +271,7 @@ class Subscriber:
                 elif broadcast.failure:
                     raise broadcast.failure
                 else:
-                    self.woken.clear()
-                    await self.woken.wait()
+                    await broadcast.changed.wait()
                     if self.at == len(broadcast.pairs) and not (broadcast.failure or self.replaced):
                         yield "idle", None
             if not self.waits:
@@ -334,8 +338,6 @@ class Broadcasts:
         if request.fields.max_tokens == 0:
             self.dispatcher.read_ahead(request)
             return self._without_text(completion, "length")  # it replaces nothing
-        if request.kind == "infill" and not (request.guest or request.speculative):
-            self.dispatcher.saw_editor(request.client)
         if request.fields.min_confidence == NEVER:
             broadcast = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):
@@ -420,15 +422,10 @@ class Broadcasts:
                 async for event, value in pairs:
                     if event not in ("idle", "progress"):
                         broadcast.pairs.append((event, value))
-                    self._wake(broadcast)
+                    broadcast.wake()
         except Exception as error:
             broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)
-        self._wake(broadcast)
-
-    def _wake(self, broadcast: Broadcast) -> None:
-        for subscriber in self.subscribers:
-            if subscriber.broadcast is broadcast:
-                subscriber.woken.set()
+        broadcast.wake()
 
     def _replace_older(self, subscriber: Subscriber, spares_later: bool) -> None:
         """End an editor's older infills once its user has typed on, unless they are equal. With
@@ -458,7 +455,7 @@ class Broadcasts:
         """End a completion for all who read it."""
         broadcast.failure = error
         broadcast.task.cancel()
-        self._wake(broadcast)
+        broadcast.wake()
 
     def _replace(self, subscriber: Subscriber) -> None:
         """End a request. Its completion ends at once if nobody else reads it: a client may be
@@ -466,7 +463,8 @@ class Broadcasts:
         """
         subscriber.replaced = True
         self.leave(subscriber)
-        subscriber.woken.set()
+        if subscriber.broadcast:
+            subscriber.broadcast.wake()
 
     def leave(self, subscriber: Subscriber) -> None:
         """Remove a subscriber that has ended or whose client has left. The last one to leave ends

@@ -364,22 +364,21 @@ class Dispatcher:
         """Completions that hold a place."""
         return len(self.state.answering)
 
-    def saw_editor(self, client: str) -> None:
-        """A client asks for infills, so a place is kept for its next one."""
-        remember(self.state.editors, client, time.monotonic(), MAX_SERVED)
-
     # Places.
 
     async def enter(self, completion: Completion) -> Attempt:
         """Give a completion a place; it must `hold` the place at once. HttpError if there is none
         for it.
         """
-        await self.state.fleet.know()
-        if completion.request.speculative:
-            if place := decide_spare(self.state, completion.request):
+        request, state = completion.request, self.state
+        await state.fleet.know()
+        if request.speculative:
+            if place := decide_spare(state, request):
                 return self._assign(completion, place)
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
-        called = self.state.line[completion] = asyncio.Future[Attempt]()
+        if request.kind == "infill" and not request.guest:
+            remember(state.editors, request.client, time.monotonic(), MAX_SERVED)
+        called = state.line[completion] = asyncio.Future[Attempt]()
         try:
             while not called.done() and (until := self.advance().get(completion)):
                 await asyncio.wait([called], timeout=until - time.monotonic())
@@ -389,7 +388,7 @@ class Dispatcher:
                 self._leave(called.result())
             raise
         finally:
-            self.state.line.pop(completion, None)
+            state.line.pop(completion, None)
 
     @contextlib.asynccontextmanager
     async def hold(self, attempt: Attempt) -> AsyncIterator[Backend]:
