@@ -24,9 +24,7 @@ import contextlib
 import json
 import math
 import re
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, valid_members
@@ -408,14 +406,9 @@ class Engine(Kind):
 
     health_path = ""  # shows without cost that the engine is up
     tells_probabilities = False  # of the tokens of a text, so that it can end where they are low
+    key_line = "Authorization: Bearer "
+    idle_seconds = READING_SECONDS
     parse = staticmethod(parse_leniently)
-
-    @abstractmethod
-    def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
-        """The path and the body of a request."""
-
-    def key_header(self, path: str) -> str:
-        return f"Authorization: Bearer {self.config.key}" if self.config.key else ""
 
     def refusal(self, status: int, members: Members) -> HttpError:
         error = members.get("error")
@@ -454,9 +447,6 @@ class Engine(Kind):
         """
         suffix_first = [known.id for known in self.catalog if known.fim_layout == "spm"]
         return "spm" if self.marks(model) and model in suffix_first else "psm"
-
-    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
-        return self.client.send(*self.write(wanted), READING_SECONDS)
 
     async def read(self, answer: Answer, wanted: Fitted) -> Pairs:
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
@@ -501,7 +491,7 @@ class Engine(Kind):
                 sent = now()
                 yield pair
             # An engine that sends nothing but comments makes no progress.
-            if came - max(begun, translator.heard) > READING_SECONDS:
+            if came - max(begun, translator.heard) > self.idle_seconds:
                 raise BackendFailure(LATE)
             if translator.engine_reason is not None:
                 deadline = min(deadline, came + COUNTS_SECONDS)

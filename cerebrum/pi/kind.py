@@ -15,6 +15,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.pi.completion import Fitted, Pairs
@@ -42,19 +43,17 @@ class Kind(ABC):
     counts_exactly = False  # it reports the tokens that it reads, and cuts no answer
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others
+    key_line: str  # the beginning of the header that carries our key
+    idle_seconds: float  # how long an answer may be silent
 
     version = ""  # as it last said; "" if it does not
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self.config = config
         self.catalog = catalog
-        self.client = Upstream(config, self.key_header)
+        self.client = Upstream(config, self.key_line)
 
     # How a kind speaks.
-
-    @abstractmethod
-    def key_header(self, path: str) -> str:
-        """The header line that carries our key; "" to send none."""
 
     parse: Callable[[bytes], JsonObject]  # a JSON object; HttpError if it is none
 
@@ -85,8 +84,8 @@ class Kind(ABC):
     # How a kind is asked.
 
     @abstractmethod
-    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
-        """Send a request for a completion, and yield its unread answer."""
+    def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
+        """The path and the body of a request for a completion."""
 
     @abstractmethod
     def read(self, answer: Answer, wanted: Fitted) -> Pairs:
@@ -99,6 +98,10 @@ class Kind(ABC):
         return fields
 
     # What all kinds share.
+
+    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
+        """Send a request for a completion, and yield its unread answer."""
+        return self.client.send(*self.write(wanted), self.idle_seconds)
 
     async def begin(self, answer: Answer, seconds: float, media: str) -> bool:
         """Read the head of a 200 with this media type. False if no head has come after `seconds`:
@@ -120,27 +123,34 @@ class Kind(ABC):
 
     async def get(self, path: str) -> JsonObject:
         """The JSON object at `path`."""
-        body = await self._fetch(path, None, ASIDE_SECONDS, MAX_JSON_BYTES)
-        with blamed(NO_JSON):
-            return self.parse(body)
+        found: JsonObject = await self._fetch(path, None, ASIDE_SECONDS, MAX_JSON_BYTES, self.parse)
+        return found
 
     async def tokenize(self, name: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
         model first.
         """
         asked = self.tokenize_body(name, fields)
-        body = await self._fetch(self.tokenize_path, asked, LOAD_SECONDS, MAX_TOKENS_BYTES)
-        with blamed(NO_JSON):
-            return read_tokens(body)
+        tokens: bytes = await self._fetch(
+            self.tokenize_path, asked, LOAD_SECONDS, MAX_TOKENS_BYTES, read_tokens
+        )
+        return tokens
 
-    async def _fetch(self, path: str, body: Members | None, seconds: float, limit: int) -> bytes:
-        """An answer in one piece of at most `limit` bytes, whose head may take `seconds`."""
+    async def _fetch(
+        self,
+        path: str,
+        body: Members | None,
+        seconds: float,
+        limit: int,
+        parse: Callable[[bytes], Any],
+    ) -> Any:
+        """Parse an answer in one piece of at most `limit` bytes, whose head may take `seconds`."""
         async with self.client.send(path, body, LOAD_SECONDS) as answer:
             if not await self.begin(answer, seconds, JSON):
                 raise BackendFailure(LATE)
             with blamed(NO_JSON):
                 async with asyncio.timeout(ASIDE_SECONDS):
-                    return await answer.read_all(limit)
+                    return parse(await answer.read_all(limit))
 
 
 # --------------------------------------------------------------------------------- what they answer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
 
 from cerebrum.fields import (
     Field,
@@ -19,11 +18,11 @@ from cerebrum.fields import (
     parse_json,
     valid_members,
 )
-from cerebrum.pi import upstream
 from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
 from cerebrum.pi.kind import COUNT, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
+    IDLE_SECONDS,
     LATE,
     LENGTH,
     Answer,
@@ -158,11 +157,9 @@ class Vpsd(Kind):
 
     takes_our_ids = answers_aside = counts_exactly = reads_ahead = True
     tokenize_path = "/v1/tokenize"
+    key_line = "X-API-Key: "
+    idle_seconds = IDLE_SECONDS
     parse = staticmethod(parse_json)
-
-    def key_header(self, path: str) -> str:
-        key = self.config.key
-        return f"X-API-Key: {key}" if key and path != "/health" else ""
 
     def refusal(self, status: int, members: Members) -> HttpError:
         error = our_error(members, self.config.key)
@@ -184,9 +181,8 @@ class Vpsd(Kind):
     def layout(self, model: str, about: Members) -> str:
         return str(about.get("fim_layout", "psm"))
 
-    def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
-        body = {"model": wanted.name, **wanted.fields}
-        return self.client.send("/v1/inference/stream", body, upstream.IDLE_SECONDS)
+    def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
+        return "/v1/inference/stream", {"model": wanted.name, **wanted.fields}
 
     def tokenize_body(self, name: str, fields: Members) -> JsonObject:
         return {

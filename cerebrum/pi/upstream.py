@@ -20,7 +20,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members
@@ -98,7 +98,9 @@ def parse_url(text: str, name: str) -> Endpoint:
     scheme, authority, host, port, prefix = match.groups()
     tls = scheme == "https"
     usual_port = 443 if tls else 80
-    return Endpoint(host.strip("[]"), int(port or usual_port), authority, prefix.rstrip("/"), tls)
+    # The address that an engine gives its users often ends in /v1.
+    prefix = prefix.rstrip("/").removesuffix("/v1")
+    return Endpoint(host.strip("[]"), int(port or usual_port), authority, prefix, tls)
 
 
 def read_backends(
@@ -135,9 +137,6 @@ BACKEND = {
 def _read_backend(table: Any, where: str, environ: Environment) -> BackendConfig:
     given = read_table(table, where, BACKEND)
     endpoint = parse_url(given.pop("url"), f"{where}: url")
-    if given["api"] != "cerebrum":
-        # The address that another engine gives its users often ends in /v1.
-        endpoint = replace(endpoint, prefix=endpoint.prefix.removesuffix("/v1"))
     if given["ca_file"] and not endpoint.tls:
         raise ConfigError(f"{where}: ca_file: expected a url with https for {given['ca_file']!r}")
     keys = environ.keys(given["key_env"])  # of two, the new one is sent
@@ -453,14 +452,14 @@ class Answer:
 class Upstream:
     """Sends requests to one backend, each on its own connection, so that a late answer can never
     reach another request. A POST leaves a spare connection for the next one, which saves a round
-    trip, or three with TLS. An unused spare is closed after SPARE_SECONDS. `key_header` returns
-    the header line that carries our key to a path, or "". ConfigError if `ca_file` holds no
+    trip, or three with TLS. An unused spare is closed after SPARE_SECONDS. `key_line` begins the
+    header that carries our key. ConfigError if `ca_file` holds no
     certificates.
     """
 
-    def __init__(self, config: BackendConfig, key_header: Callable[[str], str]) -> None:
+    def __init__(self, config: BackendConfig, key_line: str) -> None:
         self._config = config
-        self._key_header = key_header
+        self._key_line = key_line + config.key if config.key else ""
         self._tls: ssl.SSLContext | None = None
         if config.endpoint.tls:
             try:
@@ -555,7 +554,7 @@ class Upstream:
             f"Host: {endpoint.authority}",
             "Connection: close",
             f"X-Request-ID: {request_id_var.get()}",
-            self._key_header(path),
+            self._key_line,
         ]
         if payload:
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]

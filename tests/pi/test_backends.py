@@ -720,7 +720,7 @@ SILENT = [
 @pytest.mark.parametrize(("script", "part"), SILENT)
 async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(script, part, monkeypatch):
     monkeypatch.setattr(engines, "ALIVE_SECONDS", 1.0)
-    monkeypatch.setattr(engines, "READING_SECONDS", 0.1)
+    monkeypatch.setattr(engines.Engine, "idle_seconds", 0.1)
     async with pi_before(script) as (pi, _):
         assert part in (await pi.complete()).json["message"]
 
@@ -743,7 +743,7 @@ async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
         for gate in gates:
             await reader.readuntil(b"\n\n\r\n")  # a comment
             # Less than the thoughts take together.
-            monkeypatch.setattr(engines, "READING_SECONDS", 0.2)
+            monkeypatch.setattr(engines.Engine, "idle_seconds", 0.2)
             gate.set()
         assert b'"token": "x' in await reader.read()
         writer.close()

@@ -468,7 +468,7 @@ async def test_a_head_must_come_before_the_deadline(script, part, monkeypatch):
 
 
 async def test_a_stall_ends_at_the_idle_deadline(monkeypatch):
-    monkeypatch.setattr(upstream, "IDLE_SECONDS", 0.4)
+    monkeypatch.setattr(native.Vpsd, "idle_seconds", 0.4)
     async with pi_with([CHUNKED, A, B[:9], HANG]) as (pi, backend):
         first, last = (await pi.stream()).events
         assert (first, "it stopped in the middle" in last["message"]) == (TOKEN_A, True)
