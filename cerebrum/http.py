@@ -605,14 +605,14 @@ class Exchange:
         self.connection, self.server = connection, server
         self.head: Head | None = None  # None: not read yet, or malformed
         self.keep = False
-        self.client = ""  # the name of the client's key
         self.public = True  # needs no key, or the need is not known yet
         self.route: Route | None = None  # some route of the requested path; None until matched
         # Encodes an event for sending; None until a stream begins.
         self.frame: Callable[[bytes], bytes] | None = None
         self.task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
         self.verdict: HttpError | None = None  # the error for which `end` cancelled the task
-        self.notes: dict[str, Any] = {}  # from the handler, for the log
+        # For the log: from the handler, and "client", the name of the client's key.
+        self.notes: dict[str, Any] = {}
         self.reason = ""  # code and message of an error, for the log
         self.ended = False  # the answer is complete, logged and counted
         self.started = time.perf_counter()
@@ -883,7 +883,7 @@ class Server:
         if head.expects:
             await connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = io.BytesIO()  # shares its memory with the bytes that it returns
-        client = exchange.client or connection.address
+        client = exchange.notes.get("client", connection.address)
 
         def hold(piece: bytes) -> None:
             if not has_room(self.bodies, client, self.access.guests, len(piece)):
@@ -927,7 +927,7 @@ class Server:
         exchange.route = next(iter(methods.values()), None)
         exchange.public = any(route.open for route in methods.values())
         if client := self.access.check(head, exchange.public):
-            exchange.client = exchange.notes["client"] = client
+            exchange.notes["client"] = client
         if not methods:
             got = json.dumps(head.path[:100])
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {got}")

@@ -144,7 +144,6 @@ class Counting:
         # Completions that editors' users accepted, and their length.
         self.accepted = self.accepted_characters = 0
         self.tallies = dict[str, Tally]()  # by model
-        self.running = set[Completion]()
         self.history = History(time.monotonic())
         self.people = People(path)
 
@@ -155,9 +154,8 @@ class Counting:
 
     @property
     def tokens(self) -> int:
-        """Tokens that came, also of completions that still run."""
-        ended = sum(tally.tokens for tally in self.tallies.values())
-        return ended + sum(completion.tokens for completion in self.running)
+        """Of completions that have ended."""
+        return sum(tally.tokens for tally in self.tallies.values())
 
     def accept(self, client: str, characters: int) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""
@@ -172,7 +170,6 @@ class Counting:
         client who waits, only its work counts.
         """
         self.started += bool(completion.clients)
-        self.running.add(completion)
         reason = CANCELLED
         try:
             yield
@@ -181,7 +178,6 @@ class Counting:
             self.failed += bool(completion.clients) and reason != SUPERSEDED
             raise
         finally:
-            self.running.discard(completion)
             completion.notes |= completion.figures()
             self._share(completion)
             if completion.clients or completion.tokens:

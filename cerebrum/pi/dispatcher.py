@@ -81,8 +81,7 @@ class State:
     def guest_seconds(self, client: str, now: float) -> float:
         """How long a guest has held places in the last minute; two places at a time count twice."""
         holding = [(attempt.completion.client, attempt.begun, now) for attempt in self.answering]
-        visits = self.visits + holding
-        spans = [(begun, left) for name, begun, left in visits if name == client]
+        spans = [(begun, left) for name, begun, left in self.visits + holding if name == client]
         since = now - SHARE_OF_SECONDS
         return sum(max(0.0, left - max(begun, since)) for begun, left in spans)
 
@@ -398,11 +397,11 @@ class Dispatcher:
         backend = self.state.places[attempt]
         try:
             # Those that are being ended are cut, but a client may be slow to take its last text.
-            here = [other for other, where in self.state.places.items() if where is backend]
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for other in [other for other in here if other.evicted and other != attempt]:
-                        await other.ended.wait()
+                    for other, where in [*self.state.places.items()]:
+                        if where is backend and other.evicted and other != attempt:
+                            await other.ended.wait()
             yield backend
         except HttpError as error:
             attempt.error = None if attempt.evicted else error

@@ -51,7 +51,7 @@ from cerebrum_common import HttpError
 
 # ------------------------------------------------------------------------------ what they are asked
 
-OPENAI_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
+MOST_STOPS = 4  # OpenAI refuses a fifth; the Pi looks for all of them itself
 # Counts even if we hang up, and signs of life.
 LLAMA_MORE = {"timings_per_token": True, "return_progress": True}
 # Without this list, the last event would include the whole prompt, and might be longer than we
@@ -59,7 +59,7 @@ LLAMA_MORE = {"timings_per_token": True, "return_progress": True}
 LLAMA_LAST = ["content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]
 
 
-def write_sampling(wanted: Fitted, limit: str, most_stops: int | None = None) -> JsonObject:
+def write_sampling(wanted: Fitted, limit: str) -> JsonObject:
     """The members that every request has. `limit` is the engine's name for the maximum number of
     tokens.
     """
@@ -71,14 +71,14 @@ def write_sampling(wanted: Fitted, limit: str, most_stops: int | None = None) ->
         del members["top_p"]  # 1 leaves all tokens; TGI refuses 1
     # Some engines refuse an empty list; in others it replaces the model's own stops.
     if stops := fields.get("stop"):
-        members["stop"] = stops[:most_stops]
+        members["stop"] = stops[:MOST_STOPS]
     return members
 
 
 def write_openai(wanted: Fitted) -> JsonObject:
     """The members of both of OpenAI's requests."""
     usage = {"stream_options": {"include_usage": True}}
-    return write_sampling(wanted, "max_tokens", OPENAI_STOPS) | usage
+    return write_sampling(wanted, "max_tokens") | usage
 
 
 def write_files(fields: Members) -> str:

@@ -309,22 +309,22 @@ class Reader(asyncio.Protocol):
         self.unread = b""  # bytes that have come and that nobody has read
         self._came = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, idle: float) -> None:
         """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS.
         There is one timer, rescheduled only when it fires: asyncio.timeout around each read would
         cost more than the read itself.
         """
-        if not self.end:  # otherwise no read waits
-            self._check(idle, self._loop.time() + STREAM_SECONDS)
+        self._check(idle, self._loop.time() + STREAM_SECONDS)
 
     def _check(self, idle: float, deadline: float) -> None:
+        if self.end:
+            return  # no read waits
         left = min(self._since + idle, deadline) - self._loop.time()
         if left <= 0:
             self.cut()
         else:
-            self._timer = self._loop.call_later(min(left, idle), self._check, idle, deadline)
+            self._loop.call_later(min(left, idle), self._check, idle, deadline)
 
     def cut(self) -> None:
         """Close the connection. A read returns what has come, then b""."""
@@ -343,8 +343,6 @@ class Reader(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.end = self.end or (BROKEN if exc else ENDED)
-        if self._timer:
-            self._timer.cancel()
         self._came.set()
 
     def eof_received(self) -> None:

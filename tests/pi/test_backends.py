@@ -177,7 +177,7 @@ LLAMA = {
     **COMMON,
     **LIVE,
     "n_predict": 64,
-    "stop": ASKED["stop"],
+    "stop": ASKED["stop"][:4],
     "cache_prompt": True,
     "response_fields": [
         "content",
