@@ -356,7 +356,8 @@ class Gateway:
     def sample(self) -> None:
         """Bring the last half hour's counts up to date."""
         counting = self.counting
-        totals = (self.requests, counting.failed, counting.tokens)
+        running = sum(attempt.tokens for attempt in self.dispatcher.state.places)
+        totals = (self.requests, counting.failed, counting.tokens + running)
         counting.history.sample(time.monotonic(), totals)
 
     def probed(self) -> None:

@@ -21,7 +21,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.http import (
@@ -49,8 +49,7 @@ LENGTH = Field(int, 1, MAX_N_CTX)  # of a prompt, in tokens
 N_CTX = Field(int, 128, MAX_N_CTX)
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """A backend's address. `authority` goes into the Host header, `prefix` before every path."""
 
     host: str
