@@ -546,12 +546,13 @@ class Upstream:
         endpoint = self._config.endpoint
         method = "GET" if body is None else "POST"
         payload = b"" if body is None else json.dumps(body).encode("ascii")
+        is_open = path == "/health" and self._config.api == "cerebrum"  # vpsd asks for no key there
         lines = [
             f"{method} {endpoint.prefix}{path} HTTP/1.1",
             f"Host: {endpoint.authority}",
             "Connection: close",
             f"X-Request-ID: {request_id_var.get()}",
-            self._key_line,
+            "" if is_open else self._key_line,
         ]
         if payload:
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
