@@ -63,13 +63,7 @@ if __name__ == "__main__":
 
 import psutil
 
-from cerebrum.fields import (
-    Field,
-    Members,
-    parse_json,
-    read_fields,
-    read_objects,
-)
+from cerebrum.fields import Field, Members, parse_json, read_fields, read_objects
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import COMPLETIONS, Metric, Table, metrics_of, write_stats
 from cerebrum.request import RULES, GenerationRequest
@@ -406,7 +400,7 @@ def reason_of(error: Exception) -> str:
 
 def bars(name: str) -> Progress:
     """Shows a progress bar for each label that is reported."""
-    found: dict[str, Bar] = {}
+    found = dict[str, Bar]()
 
     def report(label: str, done: int, total: int) -> None:
         if label not in found:
@@ -462,7 +456,8 @@ class Admission:
 
     def __init__(self, request: GenerationRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
-        self.model, self.session = request.model, request.session
+        self.model = request.model
+        self.session = request.session
         self.notes = notes  # for the request's line in the log
         notes["model"] = self.model
         self.events = asyncio.Queue[list[Event | HttpError]]()
@@ -511,7 +506,7 @@ class Engine:
 
     def __init__(self, config: Config) -> None:
         self.pool = Pool(config.models_dir, config.engine, f"{PYTHON} vpsd.py fetch")
-        self.admissions: dict[Admission, None] = {}  # in the order of their coming
+        self.admissions = dict[Admission, None]()  # in the order of their coming
         # For /v1/tokenize, so that no prompt waits for a thread.
         self.tokenizer = ThreadPoolExecutor(1)
         self.cpu = CpuMeter()
@@ -637,7 +632,8 @@ async def health(engine: Engine, _request: Request) -> Response:
 
 async def inference(engine: Engine, request: Request) -> Response:
     """POST /v1/inference: the completion in one piece."""
-    text, event = "", Event()
+    text = ""
+    event = Event()
     async for batch in events_of(engine, request):
         for event in batch:
             text += event.get("token", "")
@@ -668,7 +664,7 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
     patience = FIRST_EVENT_SECONDS
     try:
         while True:
-            batch: list[Event] = []
+            batch = list[Event]()
             for event in await admission.next_events(patience):
                 if isinstance(event, HttpError):
                     if batch:
@@ -703,12 +699,14 @@ async def models(engine: Engine, _request: Request) -> Response:
 async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     instance = pool.ready.get(model.id)
     available = pool.refusal(model) is None
-    path, encoding = pool.folder / model.file, "published"
+    path = pool.folder / model.file
+    encoding = "published"
     n_ctx = pool.settings.n_ctx
     draft = None
     if instance and instance.worker.model:
         loader = instance.worker.loader
-        path, encoding = loader.path, loader.encoding
+        path = loader.path
+        encoding = loader.encoding
         n_ctx = instance.worker.model.n_ctx
         draft = model.draft if instance.worker.draft else None
     elif available:
@@ -717,7 +715,8 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
             n_ctx = await asyncio.to_thread(context_length, path, plan.settings)
             draft = model.draft if plan.draft else None
             if plan.tuned:
-                path, encoding = plan.tuned.path, plan.tuned.passport.encoding
+                path = plan.tuned.path
+                encoding = plan.tuned.passport.encoding
         except (HttpError, ModelError, OSError):  # the file is damaged, or has just gone
             available = False
     entry = {

@@ -192,7 +192,8 @@ def check_backends(config: Any) -> Findings:
 
 def check_answer(backend: Backend, lacking: str) -> Findings:
     """Check what a backend answered. `lacking` is the level of a backend that serves nothing."""
-    id, config = backend.id, backend.config
+    id = backend.id
+    config = backend.config
     trouble = backend.breaker.trouble
     if trouble:
         mend = SET_KEY if "our key" in trouble else "look whether it runs and has this address"

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 # --------------------------------------------------------------------------------------------- logs
 
-MAX_LOG_BYTES, OLD_LOGS = 5_000_000, 3  # 20 MB in all: some 200,000 requests
+MAX_LOG_BYTES = 5_000_000  # 20 MB in all: some 200,000 requests
+OLD_LOGS = 3
 
 
 class LogFormatter(logging.Formatter):
@@ -83,7 +84,8 @@ def set_up_logging(level: str, file: str) -> None:
         handler.setFormatter(LogFormatter())
     old = log.handlers
     for logger in (log, logging.getLogger("asyncio")):  # asyncio logs uncaught exceptions there
-        logger.handlers, logger.propagate = handlers, False
+        logger.handlers = handlers
+        logger.propagate = False
         logger.setLevel(level)
     for handler in old:
         handler.close()
@@ -110,7 +112,8 @@ def _log_file(path: str) -> Any:
         reason = ""  # why the last line was not written
 
         def emit(self, record: logging.LogRecord) -> None:
-            before, self.reason = self.reason, ""
+            before = self.reason
+            self.reason = ""
             if self.stream and not os.fstat(self.stream.fileno()).st_nlink:
                 self.close()  # somebody has removed the file
             super().emit(record)

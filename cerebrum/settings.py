@@ -270,7 +270,8 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
     """
     try:
         table = tomllib.loads(path.read_text("utf-8"))
-        entries, backends = table.get("models"), table.get("backends", [])
+        entries = table.get("models")
+        backends = table.get("backends", [])
         if not isinstance(entries, list) or not entries:
             raise ConfigError("expected at least one [[models]]")
         models = [

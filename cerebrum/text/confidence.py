@@ -20,9 +20,11 @@ def confidence_of(tokens: Sequence[Written], start: int, text: str) -> dict[str,
     {'confidence': 0.375, 'text_confidence': 0.375, 'chance': 0.125}
     """
     line = text.lstrip().partition("\n")[0]
-    in_line, in_text = len("".join(line.split())), len("".join(text.split()))
+    in_line = len("".join(line.split()))
+    in_text = len("".join(text.split()))
     place = seen = 0  # characters before a token, and those of the text that are no white space
-    of_line, of_text = list[float](), list[float]()
+    of_line = list[float]()
+    of_text = list[float]()
     for written, probability in tokens:
         # A part of a character has no text yet, but belongs to what follows.
         if place + max(1, len(written)) > start and seen < in_text:

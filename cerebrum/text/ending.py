@@ -138,7 +138,8 @@ class Block(Stage):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
-        self.scanner, self.language = scanner, scanner.language
+        self.scanner = scanner
+        self.language = scanner.language
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = last_line(prompt).lstrip()[:LINE_CHARS]
         self.held = scanner.starting  # the line waits: it may turn out to be outside
@@ -168,10 +169,12 @@ class Block(Stage):
 
     def _end_line(self) -> bool:
         """Whether the block has ended with the line, or before it."""
-        line, self.line = self.line.rstrip(), ""
+        line = self.line.rstrip()
+        self.line = ""
         if not self.scanner.starting:  # within a literal or, by lines, within brackets
             return False
-        held, self.held = self.held, True
+        held = self.held
+        self.held = True
         if held and line and self.side_of(f"{line}\n") == OUTSIDE:
             return True
         if line:
@@ -237,7 +240,8 @@ class LineBlock(Block):
         super().__init__(scanner, prompt)
         self.scanner: LineScanner = scanner
         self.prompt = prompt
-        head, language = scanner.head.strip(), self.language
+        head = scanner.head.strip()
+        language = self.language
         if head and language.brackets:  # among those with blocks by lines: Python or Scala
             blocks = scanner.enclosing(scanner.indent)
             if not language.indented or COMPOUND.match(head):
@@ -246,15 +250,19 @@ class LineBlock(Block):
 
     def _choose(self, blocks: list[tuple[int, str]]) -> None:
         """Choose the goal among the open blocks."""
-        language, prompt = self.language, self.prompt
+        language = self.language
+        prompt = self.prompt
         chosen = [block for block in blocks if not language.containers.match(block[1])]
         is_script = last_line(prompt.rstrip()).startswith("#!")
         if not chosen and is_announced(language, prompt):
-            self.goal, self.base = "member", self.scanner.indent
+            self.goal = "member"
+            self.base = self.scanner.indent
         elif blocks:
-            self.goal, self.base = "block", (chosen or blocks[-1:])[0][0]
+            self.goal = "block"
+            self.base = (chosen or blocks[-1:])[0][0]
         elif self.scanner.indent and not is_script:  # the block's header is above the prompt
-            self.goal, self.base = "block", self.scanner.indent - 1
+            self.goal = "block"
+            self.base = self.scanner.indent - 1
         elif is_script or (language.indented and not last_line(prompt).strip()):
             self.goal = "script"
         else:
@@ -266,11 +274,13 @@ class LineBlock(Block):
             self._choose(self.scanner.enclosing(self.level))
 
     def read_line(self, line: str) -> bool:
-        language, blocks = self.language, self.scanner.blocks
+        language = self.language
+        blocks = self.scanner.blocks
         self.blank = not line
         in_python = self.goal == "script" and language.indented
         if in_python and blocks and language.defines.match(blocks[0][1]):
-            self.goal, self.base = "block", 0  # the model's first definition
+            self.goal = "block"  # the model's first definition
+            self.base = 0
         closes = side_of_words(language.closers, f"{line}\n") == INSIDE
         return closes and self.level == self.base
 
@@ -309,7 +319,8 @@ class BracketBlock(Block):
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        language, stack = self.language, scanner.stack
+        language = self.language
+        stack = scanner.stack
         braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         head = scanner.head.strip()
@@ -318,7 +329,8 @@ class BracketBlock(Block):
         if things:
             self._choose(things[0])
         elif begun or is_announced(language, prompt):
-            self.goal, self.depth = "statement", braces[-1] + 1 if braces else 0
+            self.goal = "statement"
+            self.depth = braces[-1] + 1 if braces else 0
         elif braces:
             self._choose(braces[-1])
 
@@ -328,7 +340,8 @@ class BracketBlock(Block):
         self.clauses = CONTROL.search(stack[depth].header) is not None
         while depth and stack[depth - 1].kind in "([":
             depth -= 1
-        self.goal, self.depth = "block", depth
+        self.goal = "block"
+        self.depth = depth
 
     def step(self, char: str) -> None:
         super().step(char)

@@ -12,7 +12,8 @@ from cerebrum.text.scanner import LINE_CHARS
 from cerebrum.text.stages import FENCE, Stage
 
 OPENING = re.compile(r"(`{3,}+)([^`\n]*+)")
-THINKS, THOUGHT = "<think>", "</think>"
+THINKS = "<think>"
+THOUGHT = "</think>"
 # An answer's blocks in these are not the code, unless there are no others.
 BESIDE = frozenset(
     {
@@ -59,13 +60,15 @@ class Fences(Stage):
         self.feed(begun)
         if self.reason or self.state != "code":  # `begun` has no block that is still open
             self._restart("chatter")
-            self.reason, self.fallback = None, None
+            self.reason = None
+            self.fallback = None
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
 
     def _restart(self, state: str) -> None:
         """Forget the text up to here."""
-        self.state, self.text = state, []
+        self.state = state
+        self.text = []
         self.line_start = self.safe = self.sent = 0
         self.start = self.read
 
@@ -100,7 +103,8 @@ class Fences(Stage):
     def read_chatter(self, line: str) -> None:
         """A line above the block has ended; perhaps it is the fence that opens it."""
         if match := OPENING.fullmatch(line.strip()):
-            self.fence, self.margin = match[1], len(line) - len(line.lstrip())
+            self.fence = match[1]
+            self.margin = len(line) - len(line.lstrip())
             self._restart("beside" if is_beside(match[2], self.language) else "code")
 
     def read_beside(self, line: str) -> None:

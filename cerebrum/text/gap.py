@@ -144,7 +144,8 @@ class Meeting:
             self.edge = len(text)
         elif self.line:
             self.edge = len(text) - 1 - (text[-2:-1] == ["\r"])
-        self.line, self.indent = "", 0
+        self.line = ""
+        self.indent = 0
         self.search.size = 0
         self.places = [len(text) - 1]
         return dict(self.found).get(len(self.goal))
@@ -235,11 +236,13 @@ class Gap(Stage):
     def on_leaving(self, place: int) -> None:
         """The text has left the surroundings of the cursor at a place."""
         if self.left_at is None:
-            self.left_at, self.inner = place, False
+            self.left_at = place
+            self.inner = False
             self.note_end(place)
 
     def step(self, char: str) -> None:
-        meeting, begun = self.meeting, self.meeting.line != ""
+        meeting = self.meeting
+        begun = meeting.line != ""
         self.closer_before = self.scanner.closer
         self.scanner.step(char)
         place = meeting.step(char)
@@ -260,7 +263,8 @@ class Gap(Stage):
 
     def _read(self, char: str, begun: bool) -> None:
         """`begun`: some character of the line that is not white space has come before."""
-        meeting, scanner = self.meeting, self.scanner
+        meeting = self.meeting
+        scanner = self.scanner
         if char == "\n":
             self.cost = 0.0
             if begun:
@@ -349,7 +353,8 @@ class GapOfLines(Gap):
 
     def _fits(self) -> bool:
         """Whether the suffix fits below the line that has ended."""
-        scanner, opened = self.scanner, self.scanner.opened
+        scanner = self.scanner
+        opened = scanner.opened
         is_open = scanner.closer or len(scanner.stack) > self.depth_at_cursor
         if is_open or self.cut(-2) == "\\\n":
             return False
@@ -405,7 +410,8 @@ class GapInLine(Gap):
         rest = self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self.is_suffix(lines):
-            self.enough, self.doubt = written, 0.0  # surer than any place before
+            self.enough = written  # surer than any place before
+            self.doubt = 0.0
         elif self.level <= 0 and not self.scanner.closer and rest[0] not in OPENING_OF:
             self.note_end(self.meeting.edge)  # else the rest closes what the cursor is in
 

@@ -175,9 +175,11 @@ LINE_START = re.compile(
 TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 # Weights of the text around a cursor: with more than 800 tokens a model completes no more lines,
 # and 200 are read while one looks.
-WINDOW, NEAR = 3200, 800
+WINDOW = 3200
+NEAR = 800
 # The suffix gets half of the room, or an eighth where it is read last, and each key reads it anew.
-SUFFIX_SHARE, LAST_SHARE = 2, 8
+SUFFIX_SHARE = 2
+LAST_SHARE = 8
 # While one types, the room that a short file leaves for the suffix shrinks only now and then.
 SPARE_STEPS = 16
 EXTRA_SHARE = 3  # other files' texts get a third of the room at most
@@ -306,7 +308,8 @@ def prepare(
 def prepare_instruction(fields: Fields, room: int) -> Prepared:
     """An instruction, and its code in a fence."""
     language = syntax(fields["language"])
-    prompt, given = fields.get("prompt") or "", fields.get("instruction")
+    prompt = fields.get("prompt") or ""
+    given = fields.get("instruction")
     given, code = (given, prompt) if given else (prompt, "")
     instruction = given.strip()
     instructed = fit_start(instruction, room // 2 if code else room)
@@ -393,7 +396,8 @@ def prepare_text(
             near *= 2  # in steps, so that it does not change with each measurement
         before, after = window(prompt, suffix, language, near, share)
         if read < len(files):
-            extra, files = [], ""
+            extra = []
+            files = ""
         up_to_cursor = files + read_first(after, layout) + before
     elif layout == "psm":
         after = fit_start(after, fresh_room - fresh)  # which each key reads anew
@@ -487,9 +491,11 @@ def prepare_chat(messages: Sequence[Message], room: int) -> Prepared:
     """A chat: its system message, and as many of its latest messages as fit. `messages` in `kept`
     is [sent, given].
     """
-    system, turns = messages[:1], messages[1:]
+    system = messages[:1]
+    turns = messages[1:]
     if system[0]["role"] != "system" or not turns:
-        system, turns = [], messages
+        system = []
+        turns = messages
     system = [
         {**message, "content": fit_start(message["content"], room // 2)} for message in system
     ]

@@ -107,7 +107,8 @@ class Scanner:
         """Read a text. Runs of characters that only continue a statement or a literal are read at
         once.
         """
-        literal_run, code_run = self.language.literal_run, self.language.code_run
+        literal_run = self.language.literal_run
+        code_run = self.language.code_run
         at = 0
         while at < len(text):
             run = None
@@ -146,7 +147,8 @@ class Scanner:
 
     def _enter(self, opener: str, closer: str) -> None:
         """Enter a literal or a comment after the last character."""
-        self.opener, self.closer = opener, closer
+        self.opener = opener
+        self.closer = closer
         self.since = 0
         self.escaped = self.starting = False
 
@@ -255,7 +257,8 @@ class Scanner:
 
     def _end_line(self) -> None:
         """A header may take several lines."""
-        self.starting, self.indent = True, 0
+        self.starting = True
+        self.indent = 0
         if self.head:
             self._add("\n")
 
@@ -290,7 +293,8 @@ class LineScanner(Scanner):
             self.blocks = self.enclosing(self.indent)
             if self.fresh or not self.language.indented:
                 self.blocks.append((self.indent, head))
-        self.starting, self.indent = True, 0
+        self.starting = True
+        self.indent = 0
         self.head = self.last = ""
 
 
@@ -311,7 +315,8 @@ class StatementScanner(Scanner):
 
     def _read_token(self, token: str) -> None:
         """The token behind BEGIN or END shows what that means."""
-        before, self.token = self.token, token
+        before = self.token
+        self.token = token
         if before == "begin" and not NO_BEGIN.match(token):
             self.stack.append(Bracket(before, self.indent))
         elif before == "end" and not NO_END.match(token):
@@ -321,7 +326,8 @@ class StatementScanner(Scanner):
 
     def _end_line(self) -> None:
         """A statement may take several lines."""
-        self.starting, self.indent = True, 0
+        self.starting = True
+        self.indent = 0
         if not self.head.endswith("\n"):
             self._add("\n")
 

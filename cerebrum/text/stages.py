@@ -59,7 +59,8 @@ class Stage:
 
     def end(self, reason: str, at: int) -> None:
         """End the completion at a position, though never before text that may have been sent."""
-        self.reason, self.safe = reason, max(at, self.safe)
+        self.reason = reason
+        self.safe = max(at, self.safe)
 
     def feed(self, piece: str) -> tuple[str, str | None]:
         """(text that may be sent now, why the completion is over or None)."""
@@ -68,7 +69,8 @@ class Stage:
             self.step(char)
             if self.reason:
                 break
-        out, self.sent = self.cut(self.sent, self.safe), self.safe
+        out = self.cut(self.sent, self.safe)
+        self.sent = self.safe
         return out, self.reason
 
     def flush(self, whole: bool) -> str:
@@ -216,7 +218,8 @@ class Blanks(Stage):
 
     def step(self, char: str) -> None:
         if not char.isspace():
-            self.ends, self.safe = [], len(self.text)
+            self.ends = []
+            self.safe = len(self.text)
         elif char == "\n":
             self.ends.append(len(self.text))
             if len(self.ends) == 3 and self.safe:
@@ -233,7 +236,8 @@ class Indent(Stage):
 
     def __init__(self, least: int, whole: bool) -> None:
         super().__init__()
-        self.least, self.whole = least, whole
+        self.least = least
+        self.whole = whole
 
     def step(self, char: str) -> None:
         if char == "\n":
@@ -247,7 +251,8 @@ class Indent(Stage):
         elif not char.isspace() and self.indent < self.least:
             self.end("block", self.mark)
         elif not char.isspace():
-            self.indent, self.safe = None, len(self.text)
+            self.indent = None
+            self.safe = len(self.text)
 
 
 class Repeat(Stage):
@@ -282,7 +287,8 @@ class Repeat(Stage):
             self.safe = position
 
     def _ended(self, line: str, position: int) -> None:
-        lines, runs = self.lines, self.runs
+        lines = self.lines
+        runs = self.runs
         lines.append(line)
         for period in range(1, min(PERIOD_LINES + 1, len(lines))):
             runs[period] = runs[period] + 1 if line == lines[-1 - period] else 0

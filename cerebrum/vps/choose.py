@@ -21,7 +21,8 @@ from cerebrum.vps.encoding import READ_TOKENS, Timing, faster_types
 from cerebrum.vps.gguf import SAMPLE_LAYERS, SAMPLE_WEIGHTS
 from cerebrum_common import Model
 
-HINT_READ, HINT_WRITTEN = 200, 24  # tokens
+HINT_READ = 200  # tokens
+HINT_WRITTEN = 24  # tokens
 EXPERTS_SLOWDOWN = 1.2  # of reading, since each expert gets few tokens at a time
 SMALL_BLOCKS = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # the types of rows that are no multiple of 256
 

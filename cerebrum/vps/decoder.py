@@ -15,11 +15,7 @@ from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
-from cerebrum.vps.schedule import (
-    Costs,
-    chunk_size,
-    share_seconds,
-)
+from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
 from cerebrum_common import HttpError, log
 
 # So many are read at once while nobody waits for them: a draft model's, and those of a prompt that
@@ -165,7 +161,8 @@ class Decoder:
         """Let the draft model read a piece of what it lacks, or write a draft of at most `room`
         tokens, if that should save more time than it takes.
         """
-        run, case = work.run, (streams, MODEL)
+        run = work.run
+        case = streams, MODEL
         # Empty: it cannot have this text.
         lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
         # No stream waits long for another's draft, and no request that comes for any. Nothing of
@@ -281,7 +278,8 @@ class Decoder:
     def _after_failure(self, works: list[Work], code: int) -> None:
         """Handle a decode that was aborted or that llama.cpp could not do."""
         for work in works:
-            run, slot = work.run, work.run.slot
+            run = work.run
+            slot = run.slot
             if self.model.recurrent:  # nobody knows how far the state has gone
                 self._cut(run, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
@@ -303,7 +301,8 @@ class Decoder:
         tokens = run.slot.tokens[:]
         self.model.cut(run.slot, length)
         if run.pending is not None and len(run.slot.tokens) < len(tokens):
-            run.prompt, run.pending = [*tokens, run.pending], None
+            run.prompt = [*tokens, run.pending]
+            run.pending = None
 
     @contextlib.contextmanager
     def _blamed_on(self, run: Run) -> Iterator[None]:
@@ -317,7 +316,8 @@ class Decoder:
             self.model.cut(run.slot, 0)
 
     def _after_prefill(self, work: Work, base: int) -> None:
-        run, slot = work.run, work.run.slot
+        run = work.run
+        slot = run.slot
         slot.tokens += work.tokens
         self.tally.prompt_tokens += len(work.tokens)
         run.job.progress("prefill", len(slot.tokens), len(run.prompt))
@@ -338,7 +338,8 @@ class Decoder:
 
     def _after_decode(self, work: Work, base: int) -> None:
         """Accept drafted tokens as long as each equals the model's own choice at its position."""
-        run, slot = work.run, work.run.slot
+        run = work.run
+        slot = run.slot
         drafted = len(work.tokens) - 1
         accepted = 0
         for i, token in enumerate(work.tokens):

@@ -28,7 +28,8 @@ MODEL_LENGTH = 15  # most tokens that a draft model writes ahead
 # What drafts may cost before they save anything, and what they may lose of what they have saved: as
 # many seconds as this many tokens take without drafts. A small model has to read the prompt before
 # it can write ahead of a large one, and should get that far.
-TRIAL_TOKENS, MOST_TOKENS = 18, 64
+TRIAL_TOKENS = 18
+MOST_TOKENS = 64
 AGAIN = 0.01  # of the time without drafts; it pays for the trials later
 RETRY = 64  # so many drafts in a row are compared with one decode without a draft
 # The share of a 1.5B's tokens that the 0.5B of its family expected, in new code. It stands for
@@ -65,9 +66,9 @@ class Gain:
 
     def __init__(self) -> None:
         # By the number of streams: moving average of the seconds per token without drafts.
-        self.plain: dict[int, float] = {}
+        self.plain = dict[int, float]()
         self.drafts = Counter[int]()  # by the number of streams: since the last decode without one
-        self.credits: dict[Case, float] = {}
+        self.credits = dict[Case, float]()
 
     def learn_plain(self, streams: int, tokens: int, seconds: float) -> None:
         """Count a decode without a draft that wrote `tokens`."""
@@ -114,7 +115,7 @@ class Drafter:
     def __init__(self, tokens: Sequence[int], guide: Sequence[int] = ()) -> None:
         self.tokens = [*guide, *tokens]  # the earlier sequence, then from `own` on this one
         self.own = len(guide)
-        self.index: dict[tuple[int, ...], list[int]] = {}  # positions that follow each gram
+        self.index = dict[tuple[int, ...], list[int]]()  # positions that follow each gram
         common = common_prefix(tokens, guide)
         for position in range(max(GRAM, common), self.own + 1):
             self._add(position)
@@ -123,10 +124,11 @@ class Drafter:
         self.at = -1  # position of the token expected next, -1 for none
         self.streak = 0  # number of consecutive tokens predicted correctly
         self.changed_from = 0  # position where the latest change began
-        self.changes: dict[tuple[int, ...], list[int]] = {}
+        self.changes = dict[tuple[int, ...], list[int]]()
         self.done = 0  # tokens already seen of the change expected at `at`
         if len(guide) > common == len(tokens):
-            self.at, self.streak = common, min(common, MAX_MATCH)
+            self.at = common
+            self.streak = min(common, MAX_MATCH)
         elif len(tokens) >= GRAM:
             self._search()
 
@@ -153,7 +155,8 @@ class Drafter:
         expected, at, done = next(self._ahead(), (None, 0, 0))
         if token == expected:
             self.streak += 1
-            self.at, self.done = at, done
+            self.at = at
+            self.done = done
             return
         self.streak = 0
         self.changed_from = len(self.tokens) - self.done
@@ -174,7 +177,8 @@ class Drafter:
         """The tokens expected next, up to the end of the sequence, each with `at` and `done` behind
         it.
         """
-        at, done = self.at, self.done
+        at = self.at
+        done = self.done
         while at not in (self.own, len(self.tokens)):
             # A token that is not changed counts as a change of one token into itself.
             old = self._changed(at) or (self.tokens[at],)

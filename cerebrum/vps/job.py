@@ -60,7 +60,8 @@ class Job:
         """
         request = self.request
         self.prompt, self.heal, self.before = model.vocabulary.encode(request)
-        count, n_ctx = len(self.prompt), model.n_ctx
+        count = len(self.prompt)
+        n_ctx = model.n_ctx
         if not 0 < count < n_ctx:
             raise HttpError(
                 "INVALID_REQUEST",
@@ -108,7 +109,7 @@ class Run:
         self.first_token = self.last_token = 0.0
         # Its reading was aborted for another request, so it is read in short chunks.
         self.hurried = False
-        self.outbox: list[Event | HttpError] = []
+        self.outbox = list[Event | HttpError]()
 
     @property
     def prefilling(self) -> bool:
@@ -158,7 +159,8 @@ class Run:
     def flush(self) -> None:
         """Deliver the events in the outbox."""
         if self.outbox:
-            events, self.outbox = self.outbox, []
+            events = self.outbox
+            self.outbox = []
             self.job.deliver(events)
 
     def result(self, reason: str) -> Event:

@@ -163,7 +163,8 @@ def context_params(model: Any, settings: Settings) -> Any:
     n_ctx = min(settings.n_ctx, max(256, api.llama_model_n_ctx_train(model) or settings.n_ctx))
     params = api.llama_context_default_params()
     params.n_ctx = n_ctx * settings.sequences
-    params.n_batch, params.n_ubatch = MAX_CHUNK, settings.micro_batch
+    params.n_batch = MAX_CHUNK
+    params.n_ubatch = settings.micro_batch
     params.n_seq_max = settings.sequences
     # By default the logits buffer would take 300 MB.
     params.n_outputs_max = settings.sequences * settings.outputs
@@ -230,7 +231,8 @@ class Llama:
         for i in range(MAX_CHUNK):
             self.batch.n_seq_id[i] = 1
         params = context_params(self.model, settings)
-        self.n_ctx, self.unified = int(params.n_ctx) // settings.sequences, params.kv_unified
+        self.n_ctx = int(params.n_ctx) // settings.sequences
+        self.unified = params.kv_unified
         # llama.cpp calls the abort callback for every graph node, and a Python function would take
         # the GIL each time. The C library's strlen has a matching signature, and returns 1 if a
         # string's only byte is set.
@@ -243,7 +245,8 @@ class Llama:
             self.close()
             raise
         self.memory = api.llama_get_memory(self.context)
-        self.micro_batch, self.outputs = settings.micro_batch, settings.outputs
+        self.micro_batch = settings.micro_batch
+        self.outputs = settings.outputs
         self.max_draft = int(api.llama_n_rs_seq(self.context)) if self.recurrent else MAX_DRAFT
 
     def close(self) -> None:

@@ -126,7 +126,8 @@ sys.exit(read_header(sys.argv[1]))
 """
 _asking = threading.Lock()
 
-DECODE_TOKENS, DECODE_SECONDS = 300, 0.5
+DECODE_TOKENS = 300
+DECODE_SECONDS = 0.5
 REFUSED = 3  # the status of a child process to which llama.cpp has refused a file
 
 

@@ -127,17 +127,17 @@ class Pool:
         with contextlib.suppress(OSError):  # then each start checks all files again
             (settings.state_dir / "verified").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.models: Mapping[str, Model] = {}  # of models.toml
-        self.tallies: dict[str, ModelTally] = {}  # kept when a model is unloaded
+        self.tallies = dict[str, ModelTally]()  # kept when a model is unloaded
         self.min_free_mb = self.idle_minutes = 0.0
-        self.instances: dict[str, Instance] = {}
+        self.instances = dict[str, Instance]()
         self.baton = Baton()
         self.bare_bytes = resident_bytes()  # of this process without a model
         self.loading = asyncio.Lock()  # memory is checked for one load at a time
         # Loads that have no worker yet, by model.
-        self.starting: dict[str, asyncio.Task[HttpError | None]] = {}
+        self.starting = dict[str, asyncio.Task[HttpError | None]]()
         # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of
         # the next try.
-        self.failures: dict[str, tuple[str, str, float]] = {}
+        self.failures = dict[str, tuple[str, str, float]]()
 
     def configure(self, models: Sequence[Model], min_free_mb: float, idle_minutes: float) -> None:
         """Apply models and limits. A loaded model whose entry has changed is unloaded once it is

@@ -18,7 +18,8 @@ from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
-TOKEN_BYTES, DIGEST_BYTES = 4, 32
+TOKEN_BYTES = 4
+DIGEST_BYTES = 32
 STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
 
 
@@ -43,8 +44,9 @@ class PrefixStore:
     """
 
     def __init__(self, budget: int, whole: bool = False) -> None:
-        self.budget, self.whole = budget, whole
-        self.entries: list[Parked] = []  # the most recently used last
+        self.budget = budget
+        self.whole = whole
+        self.entries = list[Parked]()  # the most recently used last
 
     @property
     def size(self) -> int:
@@ -115,7 +117,8 @@ class Sequences:
     """
 
     def __init__(self, model: Llama, count: int, budget: int) -> None:
-        self.model, self.store = model, PrefixStore(budget, model.recurrent)
+        self.model = model
+        self.store = PrefixStore(budget, model.recurrent)
         self.slots = [Slot(i) for i in range(count)]
 
     def take_slot(self, prompt: list[int], free: list[Slot], low: bool) -> tuple[Slot, list[int]]:

@@ -22,7 +22,9 @@ from cerebrum.vps.llama import MAX_CHUNK, Llama, ModelError, Slot
 MEASURED = (1, 2, 4, 8, 16)  # tokens of the decodes that are measured
 LEARN_FROM_TOKENS = 24  # the time of smaller decodes varies too much
 LEARNING_RATE = 0.3
-MIN_SLOWDOWN, MAX_SLOWDOWN = 0.5, 8.0  # limits the effect of a single odd decode
+# These limit the effect of a single odd decode.
+MIN_SLOWDOWN = 0.5
+MAX_SLOWDOWN = 8.0
 PAUSE_SECONDS = 0.25  # longest pause of a running stream while a chunk of another prompt is read
 PAUSE_TOKENS = 6  # the time of this many of its own tokens may pass too, if that is longer
 # Longest chunk when no stream is running; a longer piece is aborted when another request comes.
@@ -44,7 +46,8 @@ class Costs:
         self.sizes = list(measured)
         # Fewer tokens never take more time: another program was busy then.
         self.seconds = np.minimum.accumulate([*measured.values()][::-1])[::-1]
-        first, many = self.seconds[0], self.seconds[-1]
+        first = self.seconds[0]
+        many = self.seconds[-1]
         # Of each further token. A point that was measured on a busy machine must not make long
         # chunks cheap.
         self.further = max(many - first, first) / (self.sizes[-1] - 1)
@@ -74,11 +77,7 @@ def share_seconds(token_seconds: float) -> float:
 
 
 def chunk_size(
-    missing: int,
-    reading: Sequence[int],
-    token_seconds: float,
-    costs: Costs,
-    piece: int,
+    missing: int, reading: Sequence[int], token_seconds: float, costs: Costs, piece: int
 ) -> int:
     """How many of a prompt's `missing` tokens to read next.
 
@@ -107,7 +106,7 @@ class Baton:
     """
 
     def __init__(self) -> None:
-        self.active: dict[object, float] = {}
+        self.active = dict[object, float]()
         self._turn = threading.Condition()
         self._queue = deque[object]()  # the holder, then those that wait
 
@@ -153,7 +152,8 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Co
     """The costs of a model that was just loaded. ModelError if llama.cpp fails or `give_up` returns
     True. Another model may decode between two measurements.
     """
-    slot, least = Slot(0), dict.fromkeys(MEASURED, math.inf)
+    slot = Slot(0)
+    least = dict.fromkeys(MEASURED, math.inf)
     for size in (1, *MEASURED, 1, MEASURED[-1]):  # the first decode after a load is slow
         if give_up():
             raise ModelError("cancelled")

@@ -86,7 +86,7 @@ def merge_turns(messages: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The messages of users and assistant in turn: neighbours are one message, and the system is
     the user.
     """
-    merged: list[tuple[str, str]] = []
+    merged = list[tuple[str, str]]()
     for role, text in messages:
         role = "assistant" if role == "assistant" else "user"
         if merged and merged[-1][0] == role:

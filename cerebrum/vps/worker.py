@@ -70,7 +70,8 @@ from cerebrum_common import HttpError, log
 
 # A worker has hung after the longer of HUNG_SECONDS (a decode takes a few) and SLOWEST times the
 # decode's expected time.
-HUNG_SECONDS, SLOWEST = 120.0, 20.0
+HUNG_SECONDS = 120.0
+SLOWEST = 20.0
 MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
 RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 # Until a run whose prompt stands still, or a draft model, looks again whether another model works.
@@ -157,10 +158,10 @@ class Worker(threading.Thread):
         self.draft: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
         # Other threads append; the thread removes, and appends those that give way.
-        self.waiting: list[Job] = []
+        self.waiting = list[Job]()
         self.tally = tally
         # Bytes to drop of the parked sequences; other threads append, the thread removes.
-        self.sheds: list[tuple[int, Future[None]]] = []
+        self.sheds = list[tuple[int, Future[None]]]()
         self.due = math.inf  # deadline of what it does; monotonic; written by the thread
         self._alarm = threading.Event()  # something has changed that the thread should look at
         self._door = threading.Lock()  # guards `_closed`, after which no job begins to wait
@@ -344,7 +345,8 @@ class Worker(threading.Thread):
         return HttpError("MODEL_LOAD_FAILED", f"{name}: loading failed; see the log")
 
     def _load(self) -> Decoder:
-        loader, before = self.loader, resident_bytes()
+        loader = self.loader
+        before = resident_bytes()
         self.model = loader.open(self._beat)
         loader.set_key(self.model)
         costs = measure_costs(self.model, self.baton, self._beat)
