@@ -25,7 +25,14 @@ from collections.abc import Sequence
 from cerebrum.text.fences import Fences
 from cerebrum.text.gap import gap_of
 from cerebrum.text.languages import LANGUAGES, Language, in_style, language_named
-from cerebrum.text.scanner import LINE_CHARS, OPENING_OF, LineScanner, Scanner, scanner_of
+from cerebrum.text.scanner import (
+    LINE_CHARS,
+    OPENING_OF,
+    LineScanner,
+    Scanner,
+    StatementScanner,
+    scanner_of,
+)
 from cerebrum.text.stages import (
     FENCE,
     Blanks,
@@ -74,8 +81,10 @@ HEADERS = {
 def guess(prompt: str, suffix: str) -> Language | None:
     """The syntax of code around a gap; of code before the cursor, only if a definition shows it."""
     text = prompt[-GUESS_CHARS:] + suffix[:GUESS_CHARS]
-    name = next((name for name, header in HEADERS.items() if header.search(text)), "")
-    return LANGUAGES.get(name or "c" * (suffix != ""))
+    for name, header in HEADERS.items():
+        if header.search(text):
+            return LANGUAGES[name]
+    return LANGUAGES["c"] if suffix else None
 
 
 def is_announced(language: Language, prompt: str) -> bool:
@@ -408,11 +417,11 @@ def scan(language: Language, prompt: str) -> Scanner:
     return scanner
 
 
-# By a language's `blocks`; all others are lines.
-BLOCKS: dict[str, type[Block]] = {
-    "braces": BracketBlock,
-    "brackets": BracketBlock,
-    "statements": StatementBlock,
+# By the type of the scanner.
+BLOCKS: dict[type[Scanner], type[Block]] = {
+    Scanner: BracketBlock,
+    StatementScanner: StatementBlock,
+    LineScanner: LineBlock,
 }
 
 
@@ -424,7 +433,7 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool)
     scanner = code = scan(in_style(known, prompt, suffix), prompt)
     if scanner.closer.startswith("$"):  # SQL: `code` is the body of a function
         code = scanner_of(known, prompt.rpartition(scanner.closer)[2])
-    if code.statements and not code.head.strip():
+    if isinstance(code, StatementScanner) and not code.head.strip():
         code.last = ""  # nothing of the next statement has come
     stages = list[Stage]()
     typed = last_line(prompt)
@@ -433,8 +442,7 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool)
     if infill:
         stages.append(gap_of(code, prompt, suffix))
     else:
-        block: type[Block] = BLOCKS.get(scanner.language.blocks, LineBlock)
-        stages.append(block(scanner, prompt))
+        stages.append(BLOCKS[type(scanner)](scanner, prompt))
     return stages
 
 

@@ -74,7 +74,7 @@ class Language:
     are alternatives of a pattern.
     """
 
-    uses: str = "(?!)"  # the start of a line that imports
+    uses: str = "(?!)"  # with braces: the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
     # The same, but the definition is no completion by itself: a function usually follows.
     data: str = ""
@@ -240,7 +240,6 @@ QUOTES = {operator + mark: mark for operator, mark in product(QUOTING, "/!|#")}
 _PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
     "python": Language(
-        uses=r"import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b",
         types="class", function="def", names="type",
         also=r"(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", blocks="indent", openers=":$",
         line_comment="#", block_comment=None, texts=('"""', "'''"),
@@ -279,7 +278,7 @@ LANGUAGES: dict[str, Language] = {
         endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
     "shell": replace(
-        _PLAIN, uses=r"(?:source|\.|set)[ \t]+[^\s]",
+        _PLAIN,
         also=r"[ \t]{0,200}(?:function[ \t]+([\w:.-]{1,80})|([\w:.-]{1,80})[ \t]*\(\))"
              r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=",
         clauses="else|elif|then|do", closers="fi|done|esac",
@@ -304,7 +303,7 @@ LANGUAGES: dict[str, Language] = {
     "scala": Language(
         uses=r"(?:import|package)[ \t]",
         types="class|object|trait", function="def", names="val|var|type|enum|given",
-        strings=('"', "'"), texts=('"""',), lifetimes=True, line_ends=True,
+        texts=('"""',), lifetimes=True, line_ends=True,
         endings=(".scala", ".sc", ".sbt"),
     ),
     "dart": Language(
@@ -355,7 +354,7 @@ LANGUAGES: dict[str, Language] = {
         endings=(".json", ".jsonc", ".json5", ".geojson", ".webmanifest"),
     ),
     "ruby": replace(
-        _PLAIN, uses=r"(?:require|require_relative|load|include|using)\b", function="def",
+        _PLAIN, function="def",
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
         clauses="rescue|ensure|else|elsif|when|in", closers="end", here_document="<<[~-]?",
@@ -365,20 +364,19 @@ LANGUAGES: dict[str, Language] = {
         aliases=("rb",),
     ),
     "lua": Language(
-        uses=r"(?:local[ \t]+[\w, \t]{1,80}=[ \t]*)?require\b", function="function", names="local",
+        function="function", names="local",
         also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b",
         clauses="else|elseif", closers="end|until",
         line_comment="--", block_comment=("--[[", "]]"), texts=_LUA_RAW,
         blocks="lines", endings=(".lua",), aliases=("luajit",),
     ),
     "julia": Language(
-        uses=r"(?:using|import|include)\b", types="module|baremodule", function="function",
+        types="module|baremodule", function="function",
         names="struct|type|macro|const", clauses="else|elseif|catch|finally", closers="end",
         line_comment="#", block_comment=("#=", "=#"), texts=('"""',), blocks="lines",
         endings=(".jl",), aliases=("jl",),
     ),
     "elixir": Language(
-        uses=r"(?:import|alias|use|require)[ \t]",
         types="defmodule|defimpl|defprotocol|describe", function="def",
         also=r"[ \t]{0,200}(?:defp|defmacrop?|defguardp?)[ \t]+(\w+)",
         clauses="else|rescue|catch|after",
@@ -386,13 +384,11 @@ LANGUAGES: dict[str, Language] = {
         endings=(".ex", ".exs"), aliases=("ex", "exs"),
     ),
     "haskell": Language(
-        uses=r"(?:import|module)[ \t]",
         names="data|newtype|type|class|instance", also=r"([a-z]\w{0,80}'?)[ \t]*::",
-        line_comment="--", block_comment=("{-", "-}"), strings=('"', "'"), lifetimes=True,
+        line_comment="--", block_comment=("{-", "-}"), lifetimes=True,
         blocks="lines", endings=(".hs",), aliases=("hs",),
     ),
     "sql": Language(
-        uses=r"(?i:use|set|\\connect|\\i|attach)\b",
         also=r"(?i:create[ \t]+(?:\w+[ \t]+){0,4}"
              r"(?:table|view|function|procedure|trigger|index|type|schema)[ \t]+"
              r"(?:if[ \t]+not[ \t]+exists[ \t]+)?(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+))",
@@ -416,7 +412,7 @@ LANGUAGES: dict[str, Language] = {
                           here_document="<<[~-]?", fences=True, commands=True,
                           endings=(".dockerfile",), filenames=("dockerfile", "containerfile"),
                           aliases=("docker",)),
-    "makefile": replace(_PLAIN, uses=r"-?include\b", also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
+    "makefile": replace(_PLAIN, also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
                         clauses="else", closers="endif|endef", commands=True,
                         endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
                         aliases=("make", "makefile-gmake")),

@@ -62,7 +62,6 @@ class Scanner:
     """
 
     by_lines = False  # the blocks are lines
-    statements = False  # the blocks are statements
 
     tail = ""  # the last characters of the text
     # The two ends of the literal or comment that the text is in, or was in last; in code, `closer`
@@ -301,7 +300,6 @@ class LineScanner(Scanner):
 class StatementScanner(Scanner):
     """Follows SQL, with blocks from BEGIN or CASE to END."""
 
-    statements = True
     token = ""  # the last word, in lower case, or sign
 
     def _in_code(self, char: str) -> None:

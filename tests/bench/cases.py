@@ -41,6 +41,10 @@ CLAUSE = re.compile(
     r"(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|when|while|then|do)\b"
 )
 IGNORED = re.compile(r"#|\w+:\s*$|(?:case|default|public|private|protected)\b[^(]*:|\?>|@\w+$")
+# By lines or in SQL; the others have `Language.imports`.
+IMPORT = re.compile(
+    r"(?:import|from|using|use|require|include|load|alias|module|source|set|local\b.*\brequire)\b"
+)
 DEEP_ENDS = ("{", ":")  # the last character of a header
 # Their headers end with anything.
 WORDS = ("ruby", "lua", "julia", "elixir", "haskell", "shell", "html", "yaml")
@@ -289,6 +293,7 @@ def margins(source: Source, chance: random.Random, below: bool = False) -> Itera
     """
     lines = source.lines
     by_lines = source.syntax.blocks not in ("braces", "brackets")
+    imports = IMPORT if by_lines else source.syntax.imports
     for number in source.shuffled(chance, first=1):
         line, above = lines[number], lines[number - 1]
         if not line.code or line.indent or source.is_header(number) or not line.is_plain():
@@ -300,7 +305,7 @@ def margins(source: Source, chance: random.Random, below: bool = False) -> Itera
         inside = range(number + 1, end + 1)
         if any(lines[at].text and (lines[at].indent or not lines[at].code) for at in inside):
             continue
-        if not source.syntax.imports.match(line.text) and not CLOSER.match(lines[end].text):
+        if not imports.match(line.text) and not CLOSER.match(lines[end].text):
             start = line.start + (0 if below else chance.randrange(1, len(line.text) + 1))
             yield source.case_of("header", start, lines[end].start)
 

@@ -304,18 +304,6 @@ RUN from a as b
 """
 # Lines that import begin with «.
 IMPORTS = r"""
-=== python
-«import os
-«import a.b as c, d
-«from x import y
-«from . import z
-«from .a.b import (
-    import os
-important = 1
-from_x = 1
-from the beginning of time
-# import os
-x = imports()
 === javascript
 «import fs from 'fs'
 «import {
@@ -404,35 +392,6 @@ function () use ($a) {
 «@use 'b';
 @media print {
 a { }
-=== ruby
-«require 'a'
-«require_relative 'b'
-«include Loud
-required = 1
-  include Loud
-=== lua
-«local a = require 'b'
-«require("c")
-«local a, b = require 'd'
-local a = b
-required()
-=== shell
-«source a.sh
-«. ./b.sh
-«set -e
-sources=1
-settle
-./run.sh
-=== sql
-«USE shop;
-«set x = 1;
-«\connect a
-SELECT 1;
-users
-=== makefile
-«include a.mk
-«-include b
-included = 1
 === scala
 «import a.b.C
 «package a
@@ -453,18 +412,6 @@ libraries <- 1
 «Import-Module A
 «. ./a.ps1
 Important
-=== julia
-«using A
-«import B: c
-user()
-=== elixir
-«alias A.B
-«use C
-used = 1
-=== haskell
-«import qualified Data.Map as M
-«module A where
-imported = 1
 """
 
 
