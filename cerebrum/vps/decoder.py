@@ -16,7 +16,7 @@ from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
 from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
-from cerebrum_common import HttpError, log
+from cerebrum_common import HttpError, internal_error
 
 # So many are read at once while nobody waits for them: a draft model's, and those of a prompt that
 # is only read. A request that does not need them aborts them, and they are lost. Fewer take longer
@@ -309,9 +309,8 @@ class Decoder:
         """An exception in the work for one request ends that request alone."""
         try:
             yield
-        except Exception:
-            log.exception("request %s", run.job.request_id)
-            self.fail(run, HttpError("INTERNAL_ERROR", "internal error; see the log"))
+        except Exception as error:
+            self.fail(run, run.job.context.run(internal_error, error))
             # Its tokens and its cells may no longer agree. `DraftModel.follow` sees to its own.
             self.model.cut(run.slot, 0)
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import codecs
+import contextvars
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from cerebrum.text.ending import Ending
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Slot
 from cerebrum.vps.vocabulary import api, begun_answer
-from cerebrum_common import HttpError, request_id_var
+from cerebrum_common import HttpError
 
 # Up to this temperature an unlikely token is doubt of the model, above it chance. A request's own
 # threshold holds at every temperature.
@@ -52,7 +53,7 @@ class Job:
         self.cached: int | None = None
         self.cancelled = False
         self.started = self.submitted = time.monotonic()
-        self.request_id = request_id_var.get()
+        self.context = contextvars.copy_context()  # which has the request's id, for the log
 
     def prepare(self, model: Llama) -> None:
         """Tokenize the prompt, and read it for the completion's end. HttpError 400 with the counts

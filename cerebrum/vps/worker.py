@@ -66,7 +66,7 @@ from cerebrum.vps.llama import (
 from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
 from cerebrum.vps.schedule import Baton, measure_costs
 from cerebrum.vps.tokens import common_prefix
-from cerebrum_common import HttpError, log
+from cerebrum_common import HttpError, internal_error, log
 
 # A worker has hung after the longer of HUNG_SECONDS (a decode takes a few) and SLOWEST times the
 # decode's expected time.
@@ -460,11 +460,10 @@ class Worker(threading.Thread):
                 yielding.job.progress("queued", 0, 1)
                 self.waiting.append(yielding.job)
             decoder.start(job, slots)
-        except Exception:
-            log.exception("request %s could not be started", job.request_id)
+        except Exception as error:
             for slot in slots:  # any of them may be half prepared
                 decoder.model.cut(slot, 0)
-            job.deliver([HttpError("INTERNAL_ERROR", "internal error; see the log")])
+            job.deliver([job.context.run(internal_error, error)])
 
     def _idle(self, decoder: Decoder) -> None:
         """Wait for the alarm, once the draft model has read what it lacks. Idle sequences are
