@@ -480,9 +480,7 @@ class Admission:
         return events
 
     def annotate(self, event: Event) -> Event:
-        """Note the event's figures. A done event gets the daemon's own members, in the API
-        specification's order.
-        """
+        """Note the event's figures. A done event gets the daemon's own members."""
         tokens = event.get("total_tokens")
         if tokens is not None:
             self.notes["tokens"] = tokens
@@ -490,15 +488,8 @@ class Admission:
             self.notes["ttft"] = f"{time.monotonic() - self.job.submitted:.2f}s"
         if "done" not in event:
             return event
-        known = {
-            "done": True,
-            "language": self.job.request.language,
-            "model": self.model,
-            "total_tokens": event["total_tokens"],
-            "inference_time": event["inference_time"],
-            "timestamp": timestamp(),
-        }
-        return known | event
+        language = self.job.request.language
+        return event | {"language": language, "model": self.model, "timestamp": timestamp()}
 
 
 class Engine:
@@ -698,7 +689,7 @@ async def models(engine: Engine, _request: Request) -> Response:
 
 async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     instance = pool.ready.get(model.id)
-    available = pool.refusal(model) is None
+    available = True
     path = pool.folder / model.file
     encoding = "published"
     n_ctx = pool.settings.n_ctx
@@ -709,8 +700,9 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         encoding = loader.encoding
         n_ctx = instance.worker.model.n_ctx
         draft = model.draft if instance.worker.draft else None
-    elif available:
+    else:
         try:
+            pool.check(model.id)
             plan = await pool.plan(model)
             n_ctx = await asyncio.to_thread(context_length, path, plan.settings)
             draft = model.draft if plan.draft else None

@@ -167,29 +167,24 @@ class Pool:
             )
         return self.models[model_id]
 
-    def refusal(self, model: Model) -> HttpError | None:
-        """The error if the model cannot be used, else None: its file is missing, or loading it has
-        failed recently, and each attempt would read a large file.
+    def check(self, model_id: str) -> None:
+        """HttpError if the model is unknown or cannot be used: its file is missing, or loading it
+        has failed recently, and each attempt would read a large file.
         """
+        model = self.listed(model_id)
         path = self.folder / model.file
-        if model.id in self.ready:
-            return None  # a loaded model needs no file any more
+        if model_id in self.ready:
+            return  # a loaded model needs no file any more
         if not os.path.isfile(path):
-            return HttpError(
+            raise HttpError(
                 "MODEL_NOT_FOUND",
-                f"model {model.id}: the file {model.file} is missing; "
-                f"in the backend's folder on the VPS run: {self.fetch} {model.id}",
+                f"model {model_id}: the file {model.file} is missing; "
+                f"in the backend's folder on the VPS run: {self.fetch} {model_id}",
             )
-        message, stamp, until = self.failures.get(model.id, ("", "", 0.0))
+        message, stamp, until = self.failures.get(model_id, ("", "", 0.0))
         with contextlib.suppress(OSError):  # the file has just gone, and the next load will say so
             if time.monotonic() < until and stamp == file_stamp(path):
-                return HttpError("MODEL_LOAD_FAILED", message)
-        return None
-
-    def check(self, model_id: str) -> None:
-        """HttpError if the model is unknown or cannot be used."""
-        if refusal := self.refusal(self.listed(model_id)):
-            raise refusal
+                raise HttpError("MODEL_LOAD_FAILED", message)
 
     # Loading.
 

@@ -411,7 +411,7 @@ async def test_a_file_that_could_not_be_loaded_is_not_read_again_for_each_reques
     await fail()
     now = time.monotonic()
     house.patch(time, "monotonic", lambda: now + pool.LOAD_AGAIN_SECONDS)
-    assert not house.pool.refusal(house.pool.models[A])
+    house.pool.check(A)
 
 
 async def test_a_loaded_model_needs_no_file(house):
