@@ -370,9 +370,9 @@ def tune(
             file = folder / "tuned"
             source.write(file, types, functools.partial(report, "writing"))
             left -= growth
-        fitting = [used for used, need in zip(candidates, memory, strict=True) if need <= left]
-        tuned = [(file, used) for used in fitting]
-        variants = list(dict.fromkeys([(published, settings), *tuned]))
+        needs = zip(candidates, memory, strict=True)
+        fitting = [(file, used) for used, need in needs if need <= left]
+        variants = list(dict.fromkeys([(published, settings), *fitting]))
         timings = compare(variants, report)
         best = fastest(timings)
         file, used = variants[best]

@@ -65,11 +65,6 @@ class Settings:
     state_dir: Path = field(default_factory=lambda: Path("~/.local/state/cerebrum").expanduser())
 
     @property
-    def uses_flash_attention(self) -> bool:
-        """Whether flash attention is on. A quantized cache needs it."""
-        return self.flash_attention or self.kv_type != "f16"
-
-    @property
     def context(self) -> str:
         """In words, for messages."""
         return f"a context of {self.n_ctx:,} tokens and {self.sequences} at a time"
@@ -169,8 +164,9 @@ def context_params(model: Any, settings: Settings) -> Any:
     # By default the logits buffer would take 300 MB.
     params.n_outputs_max = settings.sequences * settings.outputs
     params.n_threads = params.n_threads_batch = settings.threads
-    # LLAMA_FLASH_ATTN_TYPE_ENABLED is 1, _DISABLED is 0; the default lets llama.cpp choose.
-    params.flash_attn_type = settings.uses_flash_attention
+    # LLAMA_FLASH_ATTN_TYPE_ENABLED is 1, _DISABLED is 0; the default lets llama.cpp choose. A
+    # quantized cache needs it.
+    params.flash_attn_type = settings.flash_attention or settings.kv_type != "f16"
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
     params.kv_unified = can_share_cells(model, settings, n_ctx)
     params.swa_full = False  # layers with a sliding window keep only the window
