@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -370,17 +370,6 @@ class Llama:
         return read == len(state)
 
 
-class Running(Protocol):
-    """What a slot knows of the completion that runs in it."""
-
-    low: bool  # whether it has low priority
-    prompt: list[int]
-
-    @property
-    def prefilling(self) -> bool:
-        """Whether its prompt is still being read."""
-
-
 @dataclass(slots=True)
 class Slot:
     """A sequence id of the context, and the tokens whose KV it holds. `used` orders idle slots by
@@ -389,7 +378,7 @@ class Slot:
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    run: Running | None = None  # None: the slot is idle
+    run: object = None  # None: the slot is idle
     used: float = 0.0
     low: bool = False  # the sequence is a request's of low priority
 

@@ -43,7 +43,7 @@ class PrefixStore:
     prompts that go on with it.
     """
 
-    def __init__(self, budget: int, whole: bool = False) -> None:
+    def __init__(self, budget: int, whole: bool) -> None:
         self.budget = budget
         self.whole = whole
         self.entries = list[Parked]()  # the most recently used last
@@ -176,24 +176,6 @@ class Sequences:
         if fits and self.model.copy_prefix(source, target, length):
             target.tokens = source.tokens[:]
 
-    def is_coming(self, prompt: list[int], low: bool) -> bool:
-        """Whether a running prefill will soon hold more of this prompt than any slot or stored
-        sequence does now. One of low priority may take long, and only another of low priority waits
-        for it.
-        """
-        if self.model.recurrent:
-            return False  # a state cannot be shared
-        _, have = self.store.best(prompt)
-        for slot in self.slots:
-            have = max(have, common_prefix(slot.tokens, prompt))
-        for slot in self.slots:
-            run = slot.run
-            if run and run.prefilling and (low or not run.low):
-                coming = self.store.reusable(run.prompt, prompt)
-                if coming > have + MIN_PREFIX:
-                    return True
-        return False
-
     def cut_to_budget(self, slot: Slot) -> None:
         """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""
         size = self.model.state_size(slot)
@@ -232,8 +214,7 @@ def decode_parked(data: bytes, key: str) -> Parked:
     rest = memoryview(data)[DIGEST_BYTES:]
     if data[:DIGEST_BYTES] != _digest(key, rest):
         raise ValueError("damaged, or made for another model, context or library")
-    count = int.from_bytes(rest[:TOKEN_BYTES], sys.byteorder)
-    end = TOKEN_BYTES * (1 + count)
+    end = TOKEN_BYTES * (1 + int.from_bytes(rest[:TOKEN_BYTES], sys.byteorder))
     return Parked(rest[TOKEN_BYTES:end].cast("i").tolist(), rest[end:])
 
 
@@ -245,7 +226,7 @@ def _digest(key: str, *parts: bytes | memoryview) -> bytes:
 
 
 def save_parked(
-    folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object] = bool
+    folder: Path, key: str, entries: Sequence[Parked], tick: Callable[[], object]
 ) -> None:
     """Write a model's parked sequences, those of low priority first and then the most recently used
     last, and remove all other files of the folder. `tick` is called before each write.

@@ -35,7 +35,6 @@ Who owns what
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import threading
 import time
@@ -92,7 +91,7 @@ class Loader:
     fim: Sequence[str] = ()
     layout: str = "psm"
     encoding: str = "published"
-    key: str = ""  # of the caches on disk
+    key: str = ""  # all that a saved state depends on
     done: float = 0.0  # the share of the file that has been read
     draft: Loader | None = None  # of the draft model
 
@@ -117,20 +116,15 @@ class Loader:
             except (ModelError, OSError) as error:
                 if beat():
                     raise
-                reason = f"its tuned file cannot be used: {error}"
-                log.warning("model %s", untuned(self.model_id, reason))
+                log.warning(
+                    "model %s", untuned(self.model_id, f"its tuned file cannot be used: {error}")
+                )
             else:
                 self.path = tuned.path
                 self.settings = tuned.settings
                 self.encoding = tuned.passport.encoding
                 return model
         return load(self.path, self.settings, self.sha256)
-
-    def set_key(self, model: Llama) -> None:
-        """`key`, of all that a saved state depends on."""
-        made = model.n_ctx, model.unified
-        parts = file_stamp(self.path), llama_cpp.__version__, made, self.settings
-        self.key = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def kv_dir(self) -> Path:
@@ -348,7 +342,8 @@ class Worker(threading.Thread):
         loader = self.loader
         before = resident_bytes()
         self.model = loader.open(self._beat)
-        loader.set_key(self.model)
+        made = self.model.n_ctx, self.model.unified
+        loader.key = repr((file_stamp(loader.path), llama_cpp.__version__, made, loader.settings))
         costs = measure_costs(self.model, self.baton, self._beat)
         settings = loader.settings
         compute = Compute(self.baton, self._beat)
@@ -408,7 +403,12 @@ class Worker(threading.Thread):
                 with self._logged("ending a request"):
                     decoder.fail(run, self._error)
             with self._logged("saving parked sequences"):
-                self._save(decoder.sequences)
+                sequences = decoder.sequences
+                for slot in sequences.slots:
+                    self._beat()
+                    sequences.park(slot)
+                entries = sequences.store.entries
+                save_parked(self.loader.kv_dir, self.loader.key, entries, self._beat)
         self.decoder = None
         if self.draft:
             with self._logged("freeing the draft model"):
@@ -416,12 +416,6 @@ class Worker(threading.Thread):
         if self.model:
             with self._logged("freeing the model"):
                 self.model.close()
-
-    def _save(self, sequences: Sequences) -> None:
-        for slot in sequences.slots:
-            self._beat()
-            sequences.park(slot)
-        save_parked(self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat)
 
     @contextlib.contextmanager
     def _logged(self, task: str) -> Iterator[None]:
@@ -446,8 +440,7 @@ class Worker(threading.Thread):
             yielding = None if slots or job.low else decoder.run_that_yields()
             if yielding:
                 slots = [yielding.slot]
-            # It waits for a running prompt that will soon have more of its beginning.
-            if slots and not decoder.sequences.is_coming(job.prompt, job.low):
+            if slots:
                 self.waiting.remove(job)
                 self._start(job, slots, yielding, decoder)
 

@@ -303,7 +303,7 @@ STORES = {
 
 @pytest.mark.parametrize("case", STORES)
 def test_what_a_store_keeps(case: str) -> None:
-    store = PrefixStore(300)
+    store = PrefixStore(300, False)
     for row in STORES[case].split("|"):
         step, left = map(str.strip, row.split("→"))
         what, _, number = step[1:].replace("=", ":").partition(":")
@@ -365,7 +365,7 @@ def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
 def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> None:
     folder = tmp_path / "kv"
     entries = [Parked([number], b"state %d" % number) for number in range(12)]
-    save_parked(folder, "key", entries)
+    save_parked(folder, "key", entries, bool)
     names = sorted(path.name for path in folder.iterdir())
     assert list(load_parked(folder, "key")) == entries
     for path in (folder, folder / names[0]):
@@ -381,7 +381,7 @@ def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> 
     assert list(load_parked(folder, "key")) == left
     assert len(list(folder.iterdir())) == len(left)
 
-    save_parked(folder, "key", entries[:1])
+    save_parked(folder, "key", entries[:1], bool)
     assert list(load_parked(folder, "key")) == entries[:1]
     assert list(load_parked(tmp_path / "none", "key")) == []
 
@@ -889,7 +889,7 @@ def test_a_prompt_of_low_priority_that_goes_on_with_another_leaves_it_in_memory(
 
 def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
     decoder: Any = worker.decoder
-    decoder.sequences.store = store = PrefixStore(1000)
+    decoder.sequences.store = store = PrefixStore(1000, False)
     for token in (1, 2, 3):
         store.add(parked(token))
     for size, left in ((0, [1, 2, 3]), (150, [3]), (150, [])):
