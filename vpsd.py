@@ -34,7 +34,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -261,8 +260,11 @@ def parse_inference(members: Members) -> GenerationRequest:
 def check_cpu(others_percent: float, most: float) -> None:
     """HttpError 503 with the figures if other programs use more of all CPUs than they may."""
     if others_percent > most:
-        wanted = f"expected other programs to use at most {most:.0f} % of the CPU"
-        raise HttpError("RESOURCE_EXHAUSTED", f"{wanted}, got {others_percent:.0f} %")
+        raise HttpError(
+            "RESOURCE_EXHAUSTED",
+            f"expected other programs to use at most {most:.0f} % of the CPU, "
+            f"got {others_percent:.0f} %",
+        )
 
 
 # --------------------------------------------------------------------------- IO: the machine's load
@@ -324,9 +326,11 @@ def fetch_model(model: Model, config: Config, again: bool = False, tune: bool = 
         try:
             tune_model(model, config, sys.stderr)
         except (TuneError, ModelError, OSError) as error:
-            failure = f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}"
-            how = f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again"
-            print(f"{failure}; {how}", file=sys.stderr)
+            print(
+                f"vpsd fetch: {model.id} was not tuned: {reason_of(error)}; "
+                f"it works as published; {PYTHON} vpsd.py tune {model.id} tries again",
+                file=sys.stderr,
+            )
     if model.draft:
         fetch_model(listed_model(model.draft, config), config, tune=tune)
 
@@ -340,16 +344,14 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     wait_for_quiet()
     room_mb = available_mb() - config.min_free_mb
 
-    def is_candidate(model: Model) -> bool:
-        if model.memory_mb > room_mb:
-            return False
-        return bool(model.sources) or is_whole(config.models_dir / model.file)
-
-    fitting = list(filter(is_candidate, config.models))
+    small = [model for model in config.models if model.memory_mb <= room_mb]
+    fitting = [
+        model for model in small if model.sources or is_whole(config.models_dir / model.file)
+    ]
     if not fitting:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
-    with alone_in(config.engine.state_dir) as folder:
-        timings = time_types(config.engine, folder, bars("choose"))
+    with alone_in(config.engine.state_dir) as temporary:
+        timings = time_types(config.engine, temporary, bars("choose"))
     speeds = [(model, predict(model.shape, timings) if model.shape else None) for model in fitting]
     best = best_of(speeds, config.hint_seconds)
     print(*table(speeds, best), sep="\n", flush=True)
@@ -373,8 +375,10 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
         return
     outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
     if not options.dry_run and outcome.pays:
-        back = f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
-        print(f"{model.id}: used from its next load on; {back}")
+        print(
+            f"{model.id}: used from its next load on; "
+            f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
+        )
 
 
 def memory_command(_options: argparse.Namespace, config: Config) -> None:
@@ -418,8 +422,9 @@ def wait_for_quiet() -> None:
         busy = psutil.cpu_percent(1.0)
         if busy <= MAX_BUSY_PERCENT:
             return
-    wanted = f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU"
-    raise TuneError(f"{wanted}, got {busy:.0f} %")
+    raise TuneError(
+        f"expected other programs to use at most {MAX_BUSY_PERCENT} % of the CPU, got {busy:.0f} %"
+    )
 
 
 def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
@@ -538,8 +543,9 @@ class Engine:
         self.admissions[admission] = None
         for old in older:
             self.finish(old)
-            superseded = HttpError("SUPERSEDED", "a newer request of this session took its place")
-            old.events.put_nowait([superseded])
+            old.events.put_nowait(
+                [HttpError("SUPERSEDED", "a newer request of this session took its place")]
+            )
         self.requests_total += 1
         admission.starter = asyncio.create_task(self._start(admission))
         return admission
@@ -549,8 +555,11 @@ class Engine:
         job = admission.job
         try:
             await self.pool.relieve(admission.model)
-            progress = functools.partial(job.progress, "loading", total=100)
-            instance = await self.pool.acquire(admission, admission.model, progress)
+            instance = await self.pool.acquire(
+                admission,
+                admission.model,
+                lambda percent: job.progress("loading", percent, 100),
+            )
             worker = instance.worker
             await asyncio.to_thread(worker.prepare, job)
             admission.worker = worker
@@ -579,11 +588,10 @@ class Engine:
         """
         user = object()
         self.pool.check(model)
-        loop = asyncio.get_running_loop()
         try:
             instance = await self.pool.acquire(user, model, lambda _percent: None)
-            tokenize = functools.partial(instance.worker.tokenize, **arguments)
-            return await loop.run_in_executor(self.tokenizer, tokenize)
+            tokens = self.tokenizer.submit(instance.worker.tokenize, **arguments)
+            return await asyncio.wrap_future(tokens)
         finally:
             self.pool.release(user, model)
 

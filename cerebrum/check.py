@@ -93,8 +93,7 @@ def find_unknown(folder: Path, environ: Environment) -> Findings:
         known = {*re.findall(r"CEREBRUM_\w+", example), "CEREBRUM_URL"}  # the REPL's
         for name in sorted(environ.values.keys() - known):
             if name.startswith("CEREBRUM_") and not name.endswith("_KEY"):
-                mend = ".env.example lists all variables"
-                yield "warn", "settings", f"nothing reads {name}: {mend}"
+                yield "warn", "settings", f"nothing reads {name}: .env.example lists all variables"
 
 
 def check_key(name: str, keys: Sequence[str], missing: str) -> Findings:
@@ -266,8 +265,11 @@ def check_model(config: Any, model: Model) -> Findings:
     if plan.note:
         yield "ok", "drafts", f"{model.id}: {plan.note}"
     if plan.tuned:
-        encoding = plan.tuned.passport.encoding
-        yield "ok", "tuned", f"{model.id} has the fastest encoding here: {encoding}"
+        yield (
+            "ok",
+            "tuned",
+            f"{model.id} has the fastest encoding here: {plan.tuned.passport.encoding}",
+        )
     else:
         yield "warn", "tuned", untuned(model.id, plan.reason)
 

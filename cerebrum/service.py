@@ -153,8 +153,8 @@ def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
     """The listening sockets that systemd has opened for us; see sd_listen_fds(3)."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return []
-    numbers = range(int(environ["LISTEN_FDS"]))
-    return [socket.socket(fileno=FIRST_SOCKET + number) for number in numbers]
+    end = FIRST_SOCKET + int(environ["LISTEN_FDS"])
+    return [socket.socket(fileno=number) for number in range(FIRST_SOCKET, end)]
 
 
 # ------------------------------------------------------------------------------------------ options

@@ -145,8 +145,9 @@ class Environment:
 
     def state_dir(self) -> Path:
         """Where a daemon keeps its state; systemd's StateDirectory= by default."""
-        default = self.text("STATE_DIRECTORY", "~/.local/state/cerebrum")
-        return self.path("CEREBRUM_STATE_DIR", default)
+        return self.path(
+            "CEREBRUM_STATE_DIR", self.text("STATE_DIRECTORY", "~/.local/state/cerebrum")
+        )
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         text = self.text(name, str(default))
@@ -188,8 +189,9 @@ def read_environment(environ: Mapping[str, str], folder: Path, strict: bool = Tr
     optional, and a `#` inside a value is part of the value. If not `strict`, wrong lines are
     skipped.
     """
-    file = _read_env(folder / ".env", strict)
-    return Environment({**file, **environ, **_read_credentials(environ)})
+    return Environment(
+        {**_read_env(folder / ".env", strict), **environ, **_read_credentials(environ)}
+    )
 
 
 def _read_credentials(environ: Mapping[str, str]) -> dict[str, str]:
@@ -299,8 +301,10 @@ def _check_drafts(models: Sequence[Model]) -> None:
     known = [model.id for model in models if model.file and not model.draft]
     for model in models:
         if model.draft and model.draft not in known:
-            expected = "expected the id of a model with a file and without a draft"
-            raise ConfigError(f"{model.id}: draft: {expected}, got {describe(model.draft)}")
+            raise ConfigError(
+                f"{model.id}: draft: expected the id of a model with a file and without a draft, "
+                f"got {describe(model.draft)}"
+            )
 
 
 def _read_model(entry: Any, where: str, known: Collection[str]) -> Model:

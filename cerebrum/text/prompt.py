@@ -67,11 +67,11 @@ ASKS_PLAINLY = re.compile(PLAIN_VERBS, re.IGNORECASE)
 COMMAND = re.compile(r"[A-Z]{2,}\b")  # in capitals, as in SQL or a Dockerfile
 
 
-def syntax(name: str) -> Language:
-    """The syntax of a language. A language that models.toml adds gets C's syntax, which most
+def syntax(fields: Fields) -> Language:
+    """The syntax of a request's language. A language that models.toml adds gets C's, which most
     languages resemble.
     """
-    return language_named(name) or LANGUAGES["c"]
+    return language_named(fields["language"]) or LANGUAGES["c"]
 
 
 def detect_mode(fields: Fields) -> str:
@@ -91,7 +91,7 @@ def detect_mode(fields: Fields) -> str:
     if mode == "auto" and suffix.strip():
         mode = "infill"
     elif mode == "auto":
-        is_asked = instruction or is_instruction(prompt, syntax(fields["language"]))
+        is_asked = instruction or is_instruction(prompt, syntax(fields))
         mode = "instruct" if is_asked else "complete"
     elif suffix and mode != "infill":
         raise invalid(f"suffix: expected nothing with mode {mode}, {given}")
@@ -307,7 +307,7 @@ def prepare(
 
 def prepare_instruction(fields: Fields, room: int) -> Prepared:
     """An instruction, and its code in a fence."""
-    language = syntax(fields["language"])
+    language = syntax(fields)
     prompt = fields.get("prompt") or ""
     given = fields.get("instruction")
     given, code = (given, prompt) if given else (prompt, "")
@@ -381,7 +381,7 @@ def prepare_text(
     if fields.get("special"):
         kept = kept_of(len(prompt), len(prompt))
         return Prepared({"mode": mode, "prompt": prompt}, kept, weigh(prompt), prompt)
-    language = syntax(fields["language"])
+    language = syntax(fields)
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     files = render_extra(extra)
     share = LAST_SHARE if layout == "psm" else SUFFIX_SHARE

@@ -174,17 +174,13 @@ class Scanner:
             self._in_code(char)
         elif self._escape(char):
             return
-        elif self._ends():
+        elif self.since >= len(self.closer) and self.tail.endswith(self.closer):
             self._leave(char)
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
             self.closer = f'){self.tail[-self.since : -1]}"'  # R"name( ends with )name"
         elif char == "\n" and not self.in_comment and self.opener not in self.language.texts:
             self.closer = ""  # an unclosed string ends with its line
             self._in_code(char)
-
-    def _ends(self) -> bool:
-        """Whether the literal or comment ends here."""
-        return self.since >= len(self.closer) and self.tail.endswith(self.closer)
 
     def _is_lifetime(self, char: str) -> bool:
         """Whether the second character behind a quote shows that it opens none of Rust's."""

@@ -30,10 +30,6 @@ def surprise(probability: float) -> float:
     return -math.log2(max(probability, LEAST_PROBABILITY))
 
 
-def is_of_word(char: str) -> bool:
-    return char < FIRST_IDEOGRAPH and (char.isalnum() or char == "_")
-
-
 class Stage:
     """Text goes in and comes out, until there is a `reason` to end. All positions count characters
     of `text`.
@@ -161,7 +157,7 @@ class Sure(Trimmed):
 
     def step(self, char: str) -> None:
         before = len(self.text) - 1
-        in_word = is_of_word(char)
+        in_word = char < FIRST_IDEOGRAPH and (char.isalnum() or char == "_")
         if self.size and not (in_word and self.size < WORD_CHARS):
             self._end_word(before)
         if char == "\n" and not self.is_blank:

@@ -55,7 +55,7 @@ class Decoder:
     compute: Compute
     tally: ModelTally
     drafting: bool
-    draft_model: DraftModel | None = None
+    draft_model: DraftModel | None
     gain: Gain = field(default_factory=Gain)
 
     @property

@@ -155,8 +155,7 @@ def find_tuned(
             return None, f"it was tuned for {name} {made_for}, here it is {here}"
     if passport.types and passport.size != file_size(path):
         return None, "its tuned file is missing or cut short"
-    flash = passport.flash_attention
-    used = replace(settings, threads=passport.threads, flash_attention=flash)
+    used = replace(settings, threads=passport.threads, flash_attention=passport.flash_attention)
     return TunedFile(path if passport.types else published, used, passport), ""
 
 
@@ -231,16 +230,15 @@ class Outcome(NamedTuple):
         passport = self.passport
         flash = "on" if passport.flash_attention else "off"
         settings = f"flash attention {flash}, threads: {passport.threads}"
-        lines = [f"{cpu_name()}; {passport.encoding}; {settings}", ""]
-        lines.append(f"{'':34}{'published':>10}{'here':>12}")
+        head = f"{cpu_name()}; {passport.encoding}; {settings}"
+        lines = [head, "", f"{'':34}{'published':>10}{'here':>12}"]
         here = self.here.rows()
         for name, old in self.published.rows().items():
             new = here[name]
             lines.append(f"{name:34}{1e3 * old:>10.1f}{1e3 * new:>12.1f}  {old / new:.2f} x")
         if not self.pays:
-            lines.append("")
             lines.append(
-                f"nothing is {MIN_GAIN:.0%} faster here than the published file, "
+                f"\nnothing is {MIN_GAIN:.0%} faster here than the published file, "
                 f"which is used as it is"
             )
         return "\n".join(lines)
@@ -356,8 +354,9 @@ def tune(
     candidates = candidates_of(settings)
     memory = [sum(parts.values()) for parts in needed(published, candidates)]
     if memory[0] > room:
-        expected = f"expected {memory[0] / MB:.0f} MB of memory beside the reserve"
-        raise TuneError(f"{expected}, got {room / MB:.0f} MB")
+        raise TuneError(
+            f"expected {memory[0] / MB:.0f} MB of memory beside the reserve, got {room / MB:.0f} MB"
+        )
     with alone_in(settings.state_dir) as folder:
         check_disk(folder, 3 * published.stat().st_size // 2)  # of a tuned file
         source = Source(published)

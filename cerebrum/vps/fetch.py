@@ -131,8 +131,7 @@ def check_download(model: Model, part: Path) -> None:
 
 
 def digest_with_bar(path: Path) -> str:
-    bar = Bar(f"checking {path.name}", path.stat().st_size)
-    return file_digest(path, bar.show)
+    return file_digest(path, Bar(f"checking {path.name}", path.stat().st_size).show)
 
 
 def fetch_url(source: Source, part: Path, size: int) -> None:

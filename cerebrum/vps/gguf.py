@@ -68,8 +68,7 @@ def transcode(rows: Rows, old: str, new: str) -> Any:
         return q4_k_to_q4_1(rows)
     kinds = pypi().GGMLQuantizationType
     quants = pypi().quants
-    weights = quants.dequantize(rows, kinds[old])
-    return quants.quantize(weights, kinds[new])
+    return quants.quantize(quants.dequantize(rows, kinds[old]), kinds[new])
 
 
 def byte_shape(shape: Sequence[int], kind: str) -> Any:

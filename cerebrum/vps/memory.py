@@ -77,8 +77,10 @@ def fit(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settin
 def check_memory(available_mb: float, least_mb: float) -> None:
     """HttpError 503 with the figures if less than the reserve of memory is available."""
     if available_mb < least_mb:
-        figures = f"expected {least_mb:.0f} MB of memory available, got {available_mb:.0f} MB"
-        raise HttpError("RESOURCE_EXHAUSTED", figures)
+        raise HttpError(
+            "RESOURCE_EXHAUSTED",
+            f"expected {least_mb:.0f} MB of memory available, got {available_mb:.0f} MB",
+        )
 
 
 # ---------------------------------------------------------------------------------- IO: the machine
@@ -197,8 +199,8 @@ def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
     compute_mb = sum(map(float, COMPUTE_SIZE_MB.findall(log)))
     if not compute_mb:
         raise ModelError("llama.cpp cannot make a context for this model")
-    outputs = settings.sequences * settings.outputs
-    logits = 2 * 4 * outputs * vocabulary  # floats, in two buffers
+    # Floats, in two buffers.
+    logits = 2 * 4 * settings.sequences * settings.outputs * vocabulary
     return {
         "kv": math.ceil(kv_mb * MB),
         "compute": math.ceil(compute_mb * MB) + logits,

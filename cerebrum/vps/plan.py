@@ -40,16 +40,14 @@ class LoadPlan(NamedTuple):
         """The tokens a second to expect, if the draft model is as much faster as it is smaller."""
         if not self.draft:
             return 1 / self.seconds[0]
-        smaller = self.draft.parts["weights"] / self.parts["weights"]
-        draft_seconds = smaller * self.seconds[0]
+        draft_seconds = self.seconds[0] * self.draft.parts["weights"] / self.parts["weights"]
         costs = Costs(dict(zip(DECODES, self.seconds, strict=True)))
         return pair_rate(costs, draft_seconds)
 
     @property
     def words(self) -> str:
         file = "tuned" if self.tuned else "published"
-        rate = f"{self.rate:.1f} tokens a second"
-        return f"{rate} by the {file} file in {self.settings.context}"
+        return f"{self.rate:.1f} tokens a second by the {file} file in {self.settings.context}"
 
 
 def plan_load(

@@ -297,7 +297,12 @@ class Pool:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
         draft = self.models.get(model.draft)  # as the plan has it: models.toml may change meanwhile
         plan = await self.plan(model)
-        self._log(model, plan)
+        if plan.settings != self.settings:
+            log.warning("model %s: memory allows only %s", model.id, plan.settings.context)
+        if plan.reason:
+            log.warning("model %s", untuned(model.id, plan.reason))
+        if plan.note:
+            log.info("model %s: %s", model.id, plan.note)
         await self._make_room(model.id, plan.parts)
         begun = time.monotonic()
         tally = self.tallies[model.id]
@@ -323,14 +328,6 @@ class Pool:
 
         ready.add_done_callback(loaded)
         self.instances[model.id] = instance
-
-    def _log(self, model: Model, plan: LoadPlan) -> None:
-        if plan.settings != self.settings:
-            log.warning("model %s: memory allows only %s", model.id, plan.settings.context)
-        if plan.reason:
-            log.warning("model %s", untuned(model.id, plan.reason))
-        if plan.note:
-            log.info("model %s: %s", model.id, plan.note)
 
     def _loader(self, model: Model, plan: LoadPlan) -> Loader:
         path = self.folder / model.file

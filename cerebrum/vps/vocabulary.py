@@ -123,8 +123,10 @@ class Vocabulary:
         self.closed = False
         self._idle = threading.Condition()
         self.kind = api.llama_vocab_type(self.vocab)
-        spaces = metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
-        self.dummy_space = spaces and self.kind == api.LLAMA_VOCAB_TYPE_SPM
+        self.dummy_space = (
+            self.kind == api.LLAMA_VOCAB_TYPE_SPM
+            and metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
+        )
         # The tokens before the prefix, before the suffix and before the middle; -1 for none.
         readers = (api.llama_vocab_fim_pre, api.llama_vocab_fim_suf, api.llama_vocab_fim_mid)
         self.fim = [read(self.vocab) for read in readers]
