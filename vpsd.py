@@ -462,7 +462,6 @@ class Admission:
     def __init__(self, request: GenerationRequest, notes: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
         self.model = request.model
-        self.session = request.session
         self.notes = notes  # for the request's line in the log
         notes["model"] = self.model
         self.events = asyncio.Queue[list[Event | HttpError]]()
@@ -530,7 +529,9 @@ class Engine:
         """
         self.pool.check(request.model)
         session = request.session
-        older = [other for other in self.admissions if session and other.session == session]
+        older = [
+            other for other in self.admissions if session and other.job.request.session == session
+        ]
         places = self.pool.settings.sequences
         if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
@@ -919,11 +920,9 @@ async def serve(environ: Environment, config: Config) -> int:
     service = Service(reload, engine.stuck)
     if not await server.start(config.host, config.port, passed_sockets(os.environ)):
         return 1
-    measuring = asyncio.create_task(engine.pool.measure())
     failed = await service.run(
         asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())
     )
-    measuring.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd restarts a failed daemon

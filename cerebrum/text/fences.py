@@ -80,7 +80,7 @@ class Fences(Stage):
             return
         self.left = 0
         if char == "\n":
-            READERS[self.state](self, self.cut(self.line_start))
+            self._read_line()
             self.line_start = len(self.text)
             self.left = self.margin
         elif self.state == "code" and not self._may_be_fence():
@@ -97,7 +97,11 @@ class Fences(Stage):
         line = self.cut(self.line_start, self.line_start + LINE_CHARS).strip()
         return self.fence.startswith(line) or line.startswith(self.fence)
 
-    def read_thought(self, line: str) -> None:
+    def _read_line(self) -> None:
+        """Read the line that has ended, by the method that is named after the state."""
+        getattr(self, f"read_{self.state}")(self.cut(self.line_start))
+
+    def read_thinking(self, line: str) -> None:
         """A line of the model's thoughts has ended."""
 
     def read_chatter(self, line: str) -> None:
@@ -136,7 +140,7 @@ class Fences(Stage):
 
     def flush(self, whole: bool) -> str:
         if self.state in ("beside", "code"):
-            READERS[self.state](self, self.cut(self.line_start))  # the last line has ended, too
+            self._read_line()  # the last line has ended, too
         if self.state == "code":
             return self.cut(self.sent, self.safe if self.reason else self.closing)
         if self.state == "thinking":
@@ -144,11 +148,3 @@ class Fences(Stage):
         # `start` is for `Ending.start`.
         text, self.start = self.fallback or (self.cut(self.sent), self.start)
         return text
-
-
-READERS = {
-    "chatter": Fences.read_chatter,
-    "thinking": Fences.read_thought,
-    "beside": Fences.read_beside,
-    "code": Fences.read_code,
-}

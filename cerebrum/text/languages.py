@@ -4,7 +4,7 @@ text's language.
     >>> from cerebrum.text.languages import LANGUAGES, guess_language
     >>> LANGUAGES["python"].line_comment, LANGUAGES["go"].endings
     ('#', ('.go',))
-    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n")
+    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n", [])
     'python'
 
 A language is a row of `LANGUAGES`. Its patterns are compiled at their first use, and search whole
@@ -467,11 +467,11 @@ def language_named(name: str) -> Language | None:
     return LANGUAGES.get(BY_NAME.get(name.lower(), ""))
 
 
-def guess_language(filename: str, text: str, others: Sequence[str] = ()) -> str:
+def guess_language(filename: str, text: str, others: Sequence[str]) -> str:
     """Guess the language of a text from its file name, its shebang or modeline, the fence open at
     its end, or the names of the other files sent with it; "" if none of them shows a language.
 
-    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n")
+    >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n", [])
     'python'
     >>> guess_language("", "x = 1", ["a.rs", "b.rs"])
     'rust'

@@ -229,9 +229,8 @@ class Outcome(NamedTuple):
     def table(self) -> str:
         passport = self.passport
         flash = "on" if passport.flash_attention else "off"
-        settings = f"flash attention {flash}, threads: {passport.threads}"
-        head = f"{cpu_name()}; {passport.encoding}; {settings}"
-        lines = [head, "", f"{'':34}{'published':>10}{'here':>12}"]
+        used = f"{passport.encoding}; flash attention {flash}, threads: {passport.threads}"
+        lines = [f"{cpu_name()}; {used}", "", f"{'':34}{'published':>10}{'here':>12}"]
         here = self.here.rows()
         for name, old in self.published.rows().items():
             new = here[name]
@@ -249,7 +248,6 @@ class Outcome(NamedTuple):
 MEASURE_SECONDS = 0.2  # spent on reading, and on each size of decode; at least one of each
 SAMPLE_READ_TOKENS = 512  # so that attention takes about as large a share as in real prompts
 OUTPUTS = MAX_DRAFT + 1  # logits that a decode may ask for
-Variant = tuple[Path, Settings]
 Progress = Callable[[str, int, int], None]  # label, done, total
 
 
@@ -281,18 +279,19 @@ def measure(model: Llama, read: int) -> Timing:
     return Timing(reading / read, times)
 
 
-def compare(variants: Sequence[Variant], report: Progress) -> list[Timing]:
+def compare(variants: Sequence[tuple[Path, Settings]], report: Progress) -> list[Timing]:
     """The best times of each variant, measured in turns, so that a slow minute affects all of them
     alike.
     """
-    found: list[list[Timing]] = [[] for _ in variants]
-    order = list(range(len(variants)))
-    order += reversed(order)
-    for done, index in enumerate(order, 1):
-        with opened(*variants[index]) as model:
-            found[index].append(measure(model, READ_TOKENS))
+    order = [*variants, *reversed(variants)]
+    timings = list[Timing]()
+    for done, variant in enumerate(order, 1):
+        with opened(*variant) as model:
+            timings.append(measure(model, READ_TOKENS))
         report("measuring files", done, len(order))
-    return [shortest(timings) for timings in found]
+    # The first and the last are of one variant, the second and the last but one of the next.
+    pairs = zip(timings, reversed(timings), strict=True)
+    return list(map(shortest, pairs))[: len(variants)]
 
 
 def shortest(timings: Sequence[Timing]) -> Timing:
@@ -376,11 +375,16 @@ def tune(
         best = fastest(timings)
         file, used = variants[best]
         in_words = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))
-        found = {"threads": used.threads, "flash_attention": used.flash_attention, **machine()}
-        found["types"] = {} if file == published else in_words
-        found["published"] = list(timings[0].decode.values())
-        found["here"] = list(timings[best].decode.values())
-        passport = Passport(source=sha256, file=stamp, size=file.stat().st_size, **found)
+        here = {
+            **machine(),
+            "threads": used.threads,
+            "flash_attention": used.flash_attention,
+            "size": file.stat().st_size,
+            "here": list(timings[best].decode.values()),
+        }
+        here["published"] = list(timings[0].decode.values())
+        here["types"] = {} if file == published else in_words
+        passport = Passport(source=sha256, file=stamp, **here)
         outcome = Outcome(passport, timings[0], timings[best])
         print(outcome.table(), file=output, flush=True)
         if not dry_run:

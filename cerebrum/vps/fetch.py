@@ -117,8 +117,9 @@ def download(model: Model, part: Path) -> None:
             return
         except (OSError, http.client.HTTPException, FetchError, KeyError, ValueError) as error:
             problems.append(f"{source.get('url') or source.get('packages')}: {error}")
-    reasons = "; ".join(problems or ["none is listed"])
-    raise FetchError(f"model {model.id}: no source worked: {reasons}")
+    raise FetchError(
+        f"model {model.id}: no source worked: {'; '.join(problems) or 'none is listed'}"
+    )
 
 
 def check_download(model: Model, part: Path) -> None:

@@ -39,6 +39,7 @@ class Job:
     prompt: list[int]
     heal: bytes  # the completion's first bytes, which the client already has
     before: int  # tokens of the prompt up to the cursor
+    max_tokens: int  # of the completion
     ending: Ending  # of the completion
 
     def __init__(
@@ -48,7 +49,6 @@ class Job:
         self.deliver = deliver
         self.unread = unread
         self.low = request.priority == "low"
-        self.max_tokens = request.max_tokens
         # Tokens of the prompt that the cache had when the job first got a slot.
         self.cached: int | None = None
         self.cancelled = False

@@ -131,12 +131,10 @@ def best_plan(alone: LoadPlan, pair: LoadPlan, draft_id: str) -> LoadPlan:
     def worth(plan: LoadPlan) -> float:
         return plan.rate * plan.settings.n_ctx * plan.settings.sequences
 
-    with_it = pair.words
-    without = alone.words
     if worth(pair) > MIN_PAIR_GAIN * worth(alone):
         return pair._replace(
-            note=f"{draft_id} writes drafts: expected {with_it}; without it {without}"
+            note=f"{draft_id} writes drafts: expected {pair.words}; without it {alone.words}"
         )
     return alone._replace(
-        note=f"{draft_id} writes no drafts: expected {without}; with it {with_it}"
+        note=f"{draft_id} writes no drafts: expected {alone.words}; with it {pair.words}"
     )

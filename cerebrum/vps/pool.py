@@ -128,7 +128,6 @@ class Pool:
             (settings.state_dir / "verified").mkdir(parents=True, exist_ok=True, mode=0o700)
         self.models: Mapping[str, Model] = {}  # of models.toml
         self.tallies = dict[str, ModelTally]()  # kept when a model is unloaded
-        self.min_free_mb = self.idle_minutes = 0.0
         self.instances = dict[str, Instance]()
         self.baton = Baton()
         self.bare_bytes = resident_bytes()  # of this process without a model
@@ -161,9 +160,9 @@ class Pool:
         known ids.
         """
         if model_id not in self.models:
-            known = ", ".join(self.models)
             raise HttpError(
-                "MODEL_NOT_FOUND", f"model: expected one of {known}, got {describe(model_id)}"
+                "MODEL_NOT_FOUND",
+                f"model: expected one of {', '.join(self.models)}, got {describe(model_id)}",
             )
         return self.models[model_id]
 
@@ -284,14 +283,6 @@ class Pool:
             raise HttpError("MODEL_LOAD_FAILED", reason) from None
         except OSError:
             raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
-
-    async def measure(self) -> None:
-        """Let llama.cpp say what each model takes, half a second for a file, before a request has
-        to wait for it.
-        """
-        for model in self.models.values():
-            with contextlib.suppress(HttpError):  # the file is missing or damaged
-                await self.plan(model)
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""

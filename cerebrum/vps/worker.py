@@ -357,7 +357,6 @@ class Worker(threading.Thread):
         self.decoder = Decoder(
             self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
-        decode_ms = f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}"
         drafts = f", drafts by {loader.draft.model_id}" if loader.draft and self.draft else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
@@ -365,7 +364,7 @@ class Worker(threading.Thread):
             loader.encoding,
             drafts,
             self.memory_bytes // MB,
-            decode_ms,
+            f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}",
             len(store.entries),
         )
         return self.decoder
