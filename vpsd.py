@@ -369,8 +369,9 @@ QUIET_SECONDS = 20  # how long to wait for other programs to leave the CPU
 def tune_command(options: argparse.Namespace, config: Config) -> None:
     model = listed_model(options.model, config)
     if options.remove:
-        found = remove_tuned(config.models_dir / model.file, config.engine)
-        result = "the published file is used again" if found else "no tuned file, nothing to remove"
+        result = "no tuned file, nothing to remove"
+        if remove_tuned(config.models_dir / model.file, config.engine):
+            result = "the published file is used again"
         print(f"{model.id}: {result}")
         return
     outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
@@ -638,8 +639,9 @@ async def inference(engine: Engine, request: Request) -> Response:
         for event in batch:
             text += event.get("token", "")
     if "done" not in event:
-        reason = engine.stuck(time.monotonic()) or "the worker made no progress"
-        raise HttpError("INTERNAL_ERROR", reason)
+        raise HttpError(
+            "INTERNAL_ERROR", engine.stuck(time.monotonic()) or "the worker made no progress"
+        )
     del event["done"], event["language"]
     return Response({"completion": text, **event})
 
@@ -920,9 +922,11 @@ async def serve(environ: Environment, config: Config) -> int:
     service = Service(reload, engine.stuck)
     if not await server.start(config.host, config.port, passed_sockets(os.environ)):
         return 1
+    measuring = asyncio.create_task(engine.pool.measure())
     failed = await service.run(
         asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())
     )
+    measuring.cancel()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd restarts a failed daemon

@@ -290,8 +290,9 @@ class LineBlock(Block):
         if in_python and blocks and language.defines.match(blocks[0][1]):
             self.goal = "block"  # the model's first definition
             self.base = 0
-        closes = side_of_words(language.closers, f"{line}\n") == INSIDE
-        return closes and self.level == self.base
+        if self.level != self.base:
+            return False
+        return side_of_words(language.closers, f"{line}\n") == INSIDE
 
     def side_of(self, word: str) -> str:
         """By the indentation, and at the block's own by the word."""

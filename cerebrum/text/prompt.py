@@ -112,8 +112,8 @@ def is_instruction(prompt: str, language: Language) -> bool:
     """Whether the prompt is plainly an instruction, such as `Write a stack`."""
     text = prompt.strip()
     first = text.partition("\n")[0].rstrip()
-    is_prose = language is LANGUAGES["markdown"]  # of several lines, it may begin with such a line
-    return asks(first, language) and (first == text or not is_prose)
+    # Prose of several lines may begin with such a line.
+    return asks(first, language) and (first == text or language is not LANGUAGES["markdown"])
 
 
 def asks(line: str, language: Language) -> bool:

@@ -155,15 +155,13 @@ class Scanner:
         """(opener, closer) completed by the last character, in code or by extending a shorter
         opener (" to \"\"\").
         """
+        begins_regex = self.last in REGEX_BEFORE or self.head.endswith("return ")
         for opener, closer in self.language.delimiters:
             extends = self.since < len(opener) and opener[: -self.since].endswith(self.opener)
-            opens = extends or (not self.closer and (opener != "/" or self._may_be_regex()))
+            opens = extends or (not self.closer and (opener != "/" or begins_regex))
             if self.tail.endswith(opener) and opens:
                 return opener, closer
         return None
-
-    def _may_be_regex(self) -> bool:
-        return self.last in REGEX_BEFORE or self.head.endswith("return ")
 
     def _in_literal(self, char: str) -> None:
         if self.opener == "<<":

@@ -291,6 +291,5 @@ class Repeat(Stage):
         periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
         self.hold = (self.hold or position) if periods else None
         for period in periods:
-            most = max(REPEATED_LINES, REPEATED_COPIES * period)
-            if runs[period] + period >= most:
+            if runs[period] + period >= max(REPEATED_LINES, REPEATED_COPIES * period):
                 self.end("repeat", self.hold or position)

@@ -166,8 +166,7 @@ class Drafter:
         """The tokens at `position` that are expected to be changed; the most if several changes
         begin alike.
         """
-        lengths = range(MAX_CHANGE, 0, -1) if self.changes else ()
-        for length in lengths:
+        for length in range(MAX_CHANGE, 0, -1) if self.changes else ():
             old = tuple(self.tokens[position : position + length])
             if old in self.changes:
                 return old

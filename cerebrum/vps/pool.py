@@ -230,8 +230,7 @@ class Pool:
         load it.
         """
         listed = self.models.get(instance.model.id)
-        is_same = listed and how_loaded(listed) == how_loaded(instance.model)
-        if instance.idle and not is_same:
+        if instance.idle and not (listed and how_loaded(listed) == how_loaded(instance.model)):
             log.info("model %s: unloaded, models.toml has changed", instance.model.id)
             instance.worker.stop()
 
@@ -283,6 +282,14 @@ class Pool:
             raise HttpError("MODEL_LOAD_FAILED", reason) from None
         except OSError:
             raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
+
+    async def measure(self) -> None:
+        """Let llama.cpp say what each model takes, half a second for a file, before a request has
+        to wait for it.
+        """
+        for model in self.models.values():
+            with contextlib.suppress(HttpError):  # the file is missing or damaged
+                await self.plan(model)
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""

@@ -406,8 +406,9 @@ class Worker(threading.Thread):
                 for slot in sequences.slots:
                     self._beat()
                     sequences.park(slot)
-                entries = sequences.store.entries
-                save_parked(self.loader.kv_dir, self.loader.key, entries, self._beat)
+                save_parked(
+                    self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat
+                )
         self.decoder = None
         if self.draft:
             with self._logged("freeing the draft model"):
