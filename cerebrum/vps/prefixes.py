@@ -145,8 +145,7 @@ class Sequences:
         slot = nearest if can_stay else min(free, key=lambda slot: slot.used)
         stays = slot is nearest and not entry
         # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
-        idle = free if self.model.unified else [slot]
-        for other in idle:
+        for other in free if self.model.unified else [slot]:
             if not (stays and other is slot):
                 self.park(other)
             elif loses or low:  # what will be cut is stored first
