@@ -184,6 +184,12 @@ def compact(data: Any) -> bytes:
     return json.dumps(data, separators=(",", ":")).encode("ascii")
 
 
+def json_line(data: Any) -> bytes:
+    return compact(data) + b"\n"
+
+
+# The media types of streams: SSE, and a JSON object in each line.
+EVENTS, LINES = "text/event-stream; charset=utf-8", "application/x-ndjson"
 # Not ": ping", which ends the stream in the editor plugin Continue.
 SSE_COMMENT = b": keep-alive\n\n"
 
@@ -220,6 +226,7 @@ class Route:
     json: bool = False
     # Writes errors in the form of another API; the JSON body may then have any Content-Type.
     foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
+    streams: str = EVENTS  # the media type of a stream
 
 
 Routes = Mapping[str, Mapping[str, Route]]  # by path, then by method

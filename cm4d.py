@@ -54,6 +54,7 @@ from collections import Counter
 from collections.abc import (
     Callable,
     Collection,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -111,6 +112,7 @@ from cerebrum.text.languages import (
 )
 from cerebrum.text.prompt import detect_mode
 from cerebrum_common import (
+    LINES,
     SSE_COMMENT,
     VERSION,
     Headers,
@@ -247,13 +249,18 @@ def read_completion(members: Members, models: Collection[Model]) -> GenerationRe
         fields["language"] = BY_NAME.get(given)
     if fields["language"] not in languages:
         raise wrong("language", f"one of {', '.join(languages)}", given)
-    ids = [model.id for model in models]
-    asked = fields["model"]
-    if asked and asked not in ids:
-        raise HttpError(
-            "MODEL_NOT_FOUND", f"model: expected one of {', '.join(ids)}, got {describe(asked)}"
-        )
+    if fields["model"]:
+        fields["model"] = find_model(fields["model"], models).id
     return GenerationRequest(**fields | {"mode": detect_mode(fields)})
+
+
+def find_model(name: Any, models: Iterable[Model]) -> Model:
+    """The model with this id or alias. HttpError 404 if there is none."""
+    for model in models:
+        if name in (model.id, *model.aliases):
+            return model
+    ids = ", ".join(model.id for model in models)
+    raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {ids}, got {describe(name)}")
 
 
 def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> GenerationRequest:
@@ -342,6 +349,12 @@ class Gateway:
         """The fields of a CompletionRequest that say who asks."""
         named = self.config.names.get(request.client)
         return {"client": request.client, "guest": named.places if named else 0}
+
+    @property
+    def models_here(self) -> list[Model]:
+        """The models that some backend has, or all while no backend has listed any."""
+        models, here = self.config.models, self.fleet.models or ()
+        return [model for model in models if model.id in here or not here]
 
     @property
     def uptime(self) -> float:
@@ -559,13 +572,10 @@ async def models(gateway: Gateway, request: Request) -> Response:
     """GET /v1/models: the models of models.toml. `available`: a backend that has the model can be
     reached; the entry then also has the members that the first such backend reports, and `backends`
     names all such backends. `languages` lists the languages that models.toml names (`served`) and
-    those with a known syntax. `data` is OpenAI's list: the models that some backend has, or all
-    models while no backend has listed any.
+    those with a known syntax. `data` is OpenAI's list.
     """
     catalog = gateway.config.models
     fleet = gateway.fleet
-    ids = [model.id for model in catalog]
-    here = fleet.models or ids
     entries = [describe_model(model, fleet.backends) for model in catalog]
     listed = {
         "models": entries,
@@ -573,7 +583,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
         "languages": describe_languages(catalog),
         "prefer": gateway.config.prefer,
         "object": "list",
-        "data": [dialects.write_model(id, gateway.created) for id in ids if id in here],
+        "data": [dialects.write_model(model.id, gateway.created) for model in gateway.models_here],
     }
     return Response(compact(listed))
 
@@ -605,11 +615,30 @@ def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
 
 async def model(gateway: Gateway, request: Request) -> Response:
     """GET /v1/models/{id}: one model, as OpenAI lists it."""
-    ids = [model.id for model in gateway.config.models]
-    id = request.parameter
-    if id not in ids:
-        raise HttpError("MODEL_NOT_FOUND", f"expected one of {', '.join(ids)}, got {describe(id)}")
-    return Response(compact(dialects.write_model(id, gateway.created)))
+    found = find_model(request.parameter, gateway.config.models)
+    return Response(compact(dialects.write_model(found.id, gateway.created)))
+
+
+async def ollama_version(gateway: Gateway, request: Request) -> Response:
+    """GET /api/version."""
+    return Response({"version": dialects.OLLAMA_VERSION})
+
+
+async def tags(gateway: Gateway, request: Request) -> Response:
+    """GET /api/tags: Ollama's list of the models that some backend has."""
+    return Response({"models": [in_ollama(gateway, model) for model in gateway.models_here]})
+
+
+async def show(gateway: Gateway, request: Request) -> Response:
+    """POST /api/show: one model, as Ollama lists it."""
+    members = parse_json(request.body)
+    asked = members.get("model") or members.get("name")  # older clients say `name`
+    return Response(in_ollama(gateway, find_model(asked, gateway.config.models)))
+
+
+def in_ollama(gateway: Gateway, model: Model) -> JsonObject:
+    n_ctx = gateway.fleet.n_ctx(model.id)
+    return dialects.write_ollama_model(model, n_ctx, gateway.created)
 
 
 ANY = CompletionRequest("", GenerationRequest(mode=""))  # without model and language
@@ -660,14 +689,14 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
 
 
 def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
-    """A completion as SSE in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
+    """A completion as a stream in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
     response = Response(events=pairs)
     replies = list[dialects.Reply]()  # one of each backend that has begun
 
     def begin(begun: Members) -> bytes:
         reply = reply_to(begun)
         response.headers = kept_headers(begun["kept"])
-        events.update(text=reply.text, done=reply.end)
+        events.update(text=reply.text, done=reply.end, idle=lambda _: reply.idle)
         replies.append(reply)
         return b"" if replies[1:] else reply.begin()
 
@@ -847,16 +876,19 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 # ------------------------------------------------------------------------------------------- routes
 
 
-# A route of another API.
+# Routes of other APIs.
 foreign = functools.partial(Route, foreign_error=dialects.write_error)
+ollama = functools.partial(Route, foreign_error=dialects.write_ollama_error, streams=LINES)
 
 
-def dialect_routes() -> Iterator[Route]:
-    """The routes of completions in the dialects."""
-    for dialect in dialects.DIALECTS:
+def dialect_routes(
+    route: Callable[..., Route], spoken: Sequence[dialects.Dialect]
+) -> Iterator[Route]:
+    """The routes of completions in these dialects."""
+    for dialect in spoken:
         handler = functools.partial(speak, dialect)
         for path in dialect.paths:
-            yield foreign("POST", path, handler, json=True)
+            yield route("POST", path, handler, json=True)
 
 
 ROUTES = (
@@ -871,7 +903,11 @@ ROUTES = (
     Route("GET", "/v1/stats", stats),
     Route("GET", "/v1/activity", activity, quiet=True),
     Route("GET", "/metrics", metrics, quiet=True),
-    *dialect_routes(),
+    *dialect_routes(foreign, dialects.DIALECTS),
+    *dialect_routes(ollama, dialects.OLLAMA),
+    ollama("GET", "/api/version", ollama_version),
+    ollama("GET", "/api/tags", tags),
+    ollama("POST", "/api/show", show, json=True),
     foreign("GET", "/v1/models/{id}", model),
     foreign("GET", "/models/{id}", model),
     Route("GET", "/models", models),

@@ -645,13 +645,16 @@ class Exchange:
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
         body: Mapping[str, Any] = common.error_body(error)
-        if self.route and self.route.foreign_error:
-            body = self.route.foreign_error(error)
+        route = self.route
+        if route and route.foreign_error:
+            body = route.foreign_error(error)
         if self.frame is None:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        await self.connection.write(self.frame(common.sse_event(body)))
+        in_lines = route and route.streams == common.LINES
+        event = common.json_line(body) if in_lines else common.sse_event(body)
+        await self.connection.write(self.frame(event))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
             await asyncio.sleep(PAGE_SECONDS)
@@ -662,13 +665,14 @@ class Exchange:
         the generator has started, so its `finally` always releases the generator's resources.
         """
         assert response.events is not None
+        assert self.route is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
         connection, render = self.connection, response.render
         async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
             block = render(await anext(events, b""))
             headers = [
                 *response.headers,
-                ("Content-Type", "text/event-stream; charset=utf-8"),
+                ("Content-Type", self.route.streams),
                 ("X-Accel-Buffering", "no"),  # an nginx in front would buffer the tokens
             ]
             headers += [("Transfer-Encoding", "chunked")] if chunked else []

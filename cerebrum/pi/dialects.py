@@ -1,4 +1,5 @@
-"""Other people's dialects: OpenAI's API and llama.cpp's, as editors and tools speak them.
+"""Other people's dialects: the APIs of OpenAI, llama.cpp and Ollama, as editors and tools speak
+them.
 
 A `Dialect` reads a client's request into a `CompletionRequest`, with fields like those of our own
 API, and writes the answer in the client's format (`Reply`), whole or as a stream.
@@ -16,14 +17,15 @@ limit above ours is lowered, and of several completions the first is returned. H
 field that cannot be served.
 
 Pure: no socket, no clock, no state. Standard library only. The formats come from the clients'
-sources (llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the openai packages),
-and from the documentation of OpenAI, llama-server and Ollama.
+sources (llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the packages
+openai and ollama), and from the documentation of OpenAI, llama-server and Ollama.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ from cerebrum.fields import (
 )
 from cerebrum.pi.completion import CUT, NEVER, SURENESS, CompletionRequest
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
-from cerebrum_common import HttpError, compact, sse_block
+from cerebrum_common import SSE_COMMENT, HttpError, Model, compact, json_line, sse_block
 
 # ----------------------------------------------------------------------------------------- requests
 
@@ -58,6 +60,8 @@ TEXT = Field(str, default="")
 FLAG = Field(bool, default=False)
 INTEGER = Field(int, -math.inf)
 LIMIT = Field(int, -math.inf, default=0)  # milliseconds
+# Of an answer in tokens. llama.vim sends n_predict to /v1/chat/completions, too.
+LIMITS = ("max_completion_tokens", "max_tokens", "n_predict", "num_predict")
 NAME = RULES["filename"]  # of a file or a language
 CHAT_FIELDS = {
     "model": TEXT,
@@ -65,9 +69,7 @@ CHAT_FIELDS = {
     "top_p": Field(float, 0, 1),
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
-    "max_completion_tokens": INTEGER,
-    "max_tokens": INTEGER,
-    "n_predict": INTEGER,  # llama.vim sends it to /v1/chat/completions, too
+    **dict.fromkeys(LIMITS, INTEGER),
     "min_confidence": RULES["min_confidence"],
 }
 CODE_FIELDS = {
@@ -118,7 +120,7 @@ def read_texts(members: Members, name: str) -> list[str]:
 
 def read_sampling(read: Members, stops: list[str], limit: int = DEFAULT_TOKENS) -> JsonObject:
     """The fields of our API that every request has. `limit` (tokens) is the default."""
-    limits = [read[name] for name in ("max_completion_tokens", "max_tokens", "n_predict")]
+    limits = [read[name] for name in LIMITS]
     limit = next((given for given in limits if given is not None), limit)
     top_p, seed = read["top_p"], read["seed"]
     if top_p is not None:
@@ -163,8 +165,9 @@ def read_messages(value: Any) -> list[dict[str, str]]:
     messages = []
     for number, entry in enumerate(value):
         where = f"messages[{number}]"
-        if entry.get("tool_calls", []) != []:
-            raise wrong(f"{where}.tool_calls", "nothing", entry["tool_calls"])
+        for name in ("tool_calls", "images"):
+            if entry.get(name, []) != []:
+                raise wrong(f"{where}.{name}", "nothing", entry[name])
         content = read_content(entry.get("content", ""), f"{where}.content")
         messages.append({"role": ROLES[entry["role"]], "content": content})
     return messages
@@ -368,6 +371,28 @@ def read_chat(members: Members) -> CompletionRequest:
     return CompletionRequest("chat", fields, read["stream"], wants_usage(members))
 
 
+def read_ollama(members: Members) -> CompletionRequest:
+    """POST /api/generate and /api/chat: Ollama's completion of a text, and its chat. Its `options`
+    are read like the other members. Without a suffix, FIM tokens or `raw`, a prompt is a chat's
+    message; without any text, the model is loaded.
+    """
+    members = {"stream": True, **present(members)}
+    options = members.pop("options", {})
+    if not isinstance(options, dict):
+        raise wrong("options", "an object", options)
+    members = options | members
+    prompt = read_prompt(members)
+    if members.get("suffix") or members.get("raw") is True or split_fim(prompt):
+        return read_completion(members)
+    if prompt:
+        texts = {"system": members.get("system", ""), "user": prompt}
+        messages = [{"role": role, "content": text} for role, text in texts.items() if text]
+        members |= {"messages": messages}
+    if members.get("messages"):
+        return read_chat(members)
+    return read_completion(members | {"prompt": "\n", "num_predict": 0})
+
+
 # ------------------------------------------------------------------------------------------ replies
 
 # A native token event, as cm4d relays it. Its JSON string goes into other events unchanged.
@@ -407,10 +432,12 @@ class Reply:
 
     prefix, whole_object = "cmpl", "text_completion"
     chunk_object = whole_object
+    block = staticmethod(sse)  # of a stream
+    idle = SSE_COMMENT  # shows that the connection is alive
 
     def __post_init__(self) -> None:
         # For `TOKEN_TEXT.sub`.
-        self.template = sse(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
+        self.template = self.block(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
 
     def begin(self) -> bytes:
         """The events before the first text."""
@@ -508,6 +535,44 @@ class LlamaReply(Reply):
         return compact({name: answer[name] for name in names if name in answer})
 
 
+class OllamaReply(Reply):
+    """Ollama's completion of a text, in lines of JSON: {"model", "created_at", "response", …}."""
+
+    block = staticmethod(json_line)
+    idle = b""
+
+    def part(self, text: str, whole: bool = False) -> JsonObject:
+        return {"response": text}
+
+    def frame(self, part: JsonObject, reason: str | None = None) -> JsonObject:
+        about = {"model": self.begun["model"], "created_at": time_of(self.created)}
+        return about | part | {"done": reason is not None}
+
+    def end(self, result: Members) -> bytes:
+        return self.whole("", result)
+
+    def whole(self, text: str, result: Members) -> bytes:
+        """The answer's members. Durations are in nanoseconds."""
+        reason, spent = finish_reason(result), timings(result)
+        answer = self.frame(self.part(text), reason) | {
+            "done_reason": reason,
+            "total_duration": round(1e9 * (result.get("inference_time") or 0.0)),
+            "load_duration": round(1e9 * (result.get("load_time") or 0.0)),
+            "prompt_eval_count": result.get("prompt_tokens", 0),
+            "prompt_eval_duration": round(1e6 * spent["prompt_ms"]),
+            "eval_count": result.get("total_tokens", 0),
+            "eval_duration": round(1e6 * spent["predicted_ms"]),
+        }
+        return json_line(answer | own_members(result))
+
+
+class OllamaChatReply(OllamaReply):
+    """Ollama's chat: the same with a `message`."""
+
+    def part(self, text: str, whole: bool = False) -> JsonObject:
+        return {"message": {"role": "assistant", "content": text}}
+
+
 def own_members(result: Members) -> JsonObject:
     """Members that other servers do not have: `type_through` if an earlier completion answered,
     `replaced` if a newer request took over, `preempted` if a guest made room, `unsure` if the text
@@ -560,6 +625,35 @@ def write_error(error: HttpError) -> JsonObject:
     return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
 
 
+def write_ollama_error(error: HttpError) -> JsonObject:
+    return {"error": error.message}
+
+
+OLLAMA_VERSION = "0.12.0"  # whose API this is; clients refuse old ones
+FAMILY = "cerebrum"  # clients use a family's name alone to find the context's length
+
+
+def time_of(seconds: float) -> str:
+    """A Unix time in Ollama's form."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def write_ollama_model(model: Model, n_ctx: int, created: int) -> JsonObject:
+    """A model in Ollama's list, and by itself. One with fill-in-the-middle tokens can `insert`."""
+    details = {"format": "gguf", "family": FAMILY, "parameter_size": model.parameters}
+    details["quantization_level"] = model.quantization
+    return {
+        "name": model.id,
+        "model": model.id,
+        "modified_at": time_of(created),
+        "size": model.size,
+        "digest": model.sha256,
+        "details": details,
+        "model_info": {"general.architecture": FAMILY, f"{FAMILY}.context_length": n_ctx},
+        "capabilities": ["completion", "insert"] if model.fim else ["completion"],
+    }
+
+
 def write_model(model_id: str, created: int) -> JsonObject:
     """An entry of OpenAI's list of models. llama.vscode concludes from `owned_by` that /props
     exists.
@@ -599,3 +693,7 @@ OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, 
 COMPLETION = Dialect(("/completion",), read_completion, LlamaReply)
 INFILL = Dialect(("/infill",), read_infill, LlamaReply)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
+OLLAMA = (
+    Dialect(("/api/generate",), read_ollama, OllamaReply),
+    Dialect(("/api/chat",), read_ollama, OllamaChatReply),
+)
