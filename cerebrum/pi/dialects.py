@@ -549,7 +549,7 @@ class OllamaReply(Reply):
         return about | part | {"done": reason is not None}
 
     def end(self, result: Members) -> bytes:
-        return self.whole("", result)
+        return self.whole("", result) + b"\n"
 
     def whole(self, text: str, result: Members) -> bytes:
         """The answer's members. Durations are in nanoseconds."""
@@ -563,7 +563,7 @@ class OllamaReply(Reply):
             "eval_count": result.get("total_tokens", 0),
             "eval_duration": round(1e6 * spent["predicted_ms"]),
         }
-        return json_line(answer | own_members(result))
+        return compact(answer | own_members(result))
 
 
 class OllamaChatReply(OllamaReply):

@@ -23,7 +23,7 @@ from cm4d import FIELDS, ROUTES
 Schema = dict[str, Any]
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 STRING = {"type": "string"}
-JSON, STREAM = "application/json", "text/event-stream"
+JSON = "application/json"
 
 
 def schema_of(field: Field, nullable: bool = False) -> Schema:
@@ -70,11 +70,19 @@ USAGE = object_of(dialects.STREAM_OPTIONS, True) | {"type": ["object", "null"]}
 SAID = object_of(dialects.MESSAGE, content=TEXTS | {"items": object_of(dialects.PART, True)})
 MESSAGES = {"type": "array", "items": SAID, "minItems": 1, "maxItems": dialects.MAX_MESSAGES}
 CHAT = object_of(dialects.CHAT_FIELDS, True, messages=MESSAGES, stop=TEXTS, stream_options=USAGE)
+OLLAMA = object_of(
+    {"model": dialects.TEXT, "suffix": dialects.TEXT, "stream": Field(bool, default=True)},
+    True,
+    prompt=TEXTS,
+    messages=MESSAGES | {"minItems": 0},
+    options=object_of(dialects.CHAT_FIELDS, True, stop=TEXTS),
+)
 REQUESTS = {
     dialects.OPENAI_TEXT: object_of(dialects.TEXT_FIELDS, True, **PROMPT, stream_options=USAGE),
     dialects.OPENAI_CHAT: CHAT | {"required": ["messages"]},
     dialects.COMPLETION: object_of(dialects.TEXT_FIELDS, True, **LLAMA),
     dialects.INFILL: object_of(dialects.INFILL_FIELDS, True, **LLAMA, input_extra=EXTRA),
+    **dict.fromkeys(dialects.OLLAMA, OLLAMA),
 }
 
 TEXT_FILES = {
@@ -97,6 +105,7 @@ NATIVE = object_of(
 BODIES = {
     "/v1/accepted": object_of(ACCEPTED, True),
     "/tokenize": object_of(dialects.TOKENIZE, True),
+    "/api/show": object_of({"model": dialects.TEXT}, True),
 }
 for dialect, schema in REQUESTS.items():
     BODIES |= dict.fromkeys(dialect.paths, schema)
@@ -106,10 +115,11 @@ def media_of(route: Route) -> list[str]:
     """The media types of a route's response with status 200."""
     if route.path in TEXT_FILES:
         return [TEXT_FILES[route.path]]
+    stream = route.streams.partition(";")[0]
     if route.path.endswith("/stream"):
-        return [STREAM]
+        return [stream]
     asked = BODIES.get(route.path, NATIVE)["properties"]
-    return [JSON, STREAM] if "stream" in asked else [JSON]
+    return [JSON, stream] if "stream" in asked else [JSON]
 
 
 def operation_of(route: Route) -> Schema:

@@ -1,4 +1,4 @@
-"""Other people's clients against the Pi: openai (Python and node), llm, curl.
+"""Other people's clients against the Pi: openai (Python and node), ollama, llm, curl.
 
 `make test-clients` installs them. Where a test asserts an exact text, a script stands for the VPS;
 the tests with `weights` in their name ask both daemons and the 0.5B.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -148,6 +149,41 @@ def test_openai_lists_models_without_a_vps(openai: Any, tmp_path: Path) -> None:
             client = client_of(openai, f"http://127.0.0.1:{started.port}/v1")
             client = client.with_options(timeout=kind.ASIDE_SECONDS)  # as asking the VPS takes
             assert "qwen_0_5b" in [model.id for model in client.models.list()]
+
+
+def test_ollama(pi: Pi) -> None:
+    ollama = pytest.importorskip("ollama", reason=INSTALL)
+    client = ollama.Client(host=pi.url, trust_env=False, timeout=PATIENCE)
+    (listed,) = client.list().models
+    shown = client.show(listed.model)
+    assert (listed.model, shown.capabilities) == ("qwen_0_5b", ["completion", "insert"])
+    assert shown.modelinfo[f"{shown.details.family}.context_length"] == 4096
+    filled = client.generate("qwen_0_5b", PREFIX + LINE, suffix=SUFFIX, options={"num_predict": 9})
+    assert (filled.response, filled.done_reason, filled.prompt_eval_count) == (TEXT, "stop", 7)
+    asked = {"mode": "infill", "suffix": SUFFIX, "max_tokens": 9}
+    assert pi.backend.completions[-1].items() >= asked.items()
+    parts = client.generate("m", PREFIX, raw=True, stream=True)
+    assert [part.response for part in parts] == [*PIECES, ""]
+    chat = CHAT_SENT[:3]
+    assert client.chat("m", chat).message.content == TEXT
+    assert [part.message.content for part in client.chat("m", chat, stream=True)] == [*PIECES, ""]
+    with pytest.raises(ollama.ResponseError, match="model: expected one of") as wrong:
+        client.show("gpt")
+    assert wrong.value.status_code == 404
+    pi.backend.scripts = [[CHUNKED, chunk(token("a", 1))]]  # then the VPS closes the connection
+    with pytest.raises(ollama.ResponseError, match=re.escape(BROKEN)):
+        list(client.generate("m", "x", raw=True, stream=True))
+
+
+def test_ollama_and_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ollama = pytest.importorskip("ollama", reason=INSTALL)
+    with start_pi(tmp_path, [WHOLE], CEREBRUM_CM4_API_KEY=KEY) as pi:
+        with pytest.raises(ollama.ResponseError, match="API key") as refused:
+            ollama.Client(host=pi.url, trust_env=False).list()
+        assert refused.value.status_code == 401
+        monkeypatch.setenv("OLLAMA_API_KEY", KEY)
+        client = ollama.Client(host=pi.url, trust_env=False)
+        assert client.generate("m", PREFIX, raw=True).response == TEXT
 
 
 def test_llm(pi: Pi, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
-"""OpenAI's and llama-server's dialects, without a socket: what a request asks for, and each answer
-byte for byte.
+"""The dialects of OpenAI, llama-server and Ollama, without a socket: what a request asks for, and
+each answer byte for byte.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from harness import SHIPPED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,11 +20,14 @@ from cerebrum.pi.dialects import (
     COMPLETION,
     FIM,
     INFILL,
+    OLLAMA,
     OPENAI_CHAT,
     OPENAI_TEXT,
     split_fim,
     timings,
     write_error,
+    write_ollama_error,
+    write_ollama_model,
 )
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError
@@ -294,6 +299,69 @@ def test_what_cannot_be_served_is_named(name: str, members: Any, where: str):
     assert refused.value.message.startswith(f"{where}: expected ")
 
 
+GENERATE, CHATS = OLLAMA
+OPTIONS = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "seed": 7,
+    "num_predict": 9,
+    "num_ctx": 8192,
+    "stop": "b",
+}
+CHOSEN_BY_OPTIONS = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "seed": 7,
+    "max_tokens": 9,
+    "stop": ["b"],
+}
+GAP = {"prompt": "a", "suffix": "b"} | FILLS
+CHAT = DEFAULTS["chat"][1]
+SYSTEM = {"role": "system", "content": "s"}
+LOADS = ("completion", replace(CODE, prompt="\n", max_tokens=0))
+# What Ollama's requests ask for: (members, kind, fields).
+OF_OLLAMA = [
+    ({"prompt": "x", "raw": True}, "completion", CODE),
+    ({"prompt": "a", "suffix": "b"}, "infill", replace(CODE, **GAP)),
+    ({"prompt": MARKED}, "infill", replace(CODE, extra=[], **GAP)),
+    ({"prompt": "hi"}, "chat", CHAT),
+    ({"prompt": "hi", "suffix": "", "raw": False}, "chat", CHAT),
+    ({"prompt": "hi", "system": "s"}, "chat", replace(CHAT, messages=[SYSTEM, *SAID])),
+    ({"messages": SAID, "options": None, "keep_alive": "5m", "think": False}, "chat", CHAT),
+    ({"messages": SAID, "options": OPTIONS}, "chat", replace(CHAT, **CHOSEN_BY_OPTIONS)),
+    ({"prompt": "x", "raw": True, "options": {"num_predict": -2}}, "completion",
+     replace(CODE, max_tokens=2048)),
+    ({}, *LOADS),
+    ({"prompt": "", "keep_alive": -1}, *LOADS),
+    ({"messages": []}, *LOADS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("members", "kind", "fields"), OF_OLLAMA, ids=str)
+def test_what_is_asked_of_ollama(members: Any, kind: str, fields: Any) -> None:
+    asked = GENERATE.read(members)
+    assert (asked.kind, asked.fields, asked.stream) == (kind, fields, True)
+    assert not CHATS.read(members | {"stream": False}).stream
+
+
+PICTURE = [{"role": "user", "content": "hi", "images": ["iVBORw0KGgo="]}]
+REFUSED_AS_OLLAMA = [
+    ({"prompt": "x", "options": []}, "options"),
+    ({"prompt": "x", "options": {"temperature": "warm"}}, "temperature"),
+    ({"prompt": 5}, "prompt"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": PICTURE}, "messages[0].images"),
+    ({"messages": SAID, "tools": [{}]}, "tools"),
+]
+
+
+@pytest.mark.parametrize(("members", "where"), REFUSED_AS_OLLAMA, ids=str)
+def test_what_ollama_could_serve_is_named(members: Any, where: str) -> None:
+    with pytest.raises(HttpError, match=rf"^{re.escape(where)}: expected ") as refused:
+        GENERATE.read(members)
+    assert write_ollama_error(refused.value) == {"error": refused.value.message}
+
+
 # ------------------------------------------------------------------------------- fill-in-the-middle
 
 
@@ -474,6 +542,43 @@ def test_llama(name: str):
     assert reply.end(RESULT) == sse(answer % (b"", TIMINGS))
     empty = json.loads(reply.whole("", {}))
     assert (empty["tokens_cached"], empty["timings"]["cache_n"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "said"),
+    [(GENERATE, b'"response":%b'), (CHATS, b'"message":{"role":"assistant","content":%b}')],
+)
+def test_ollama(dialect: Any, said: bytes) -> None:
+    reply = dialect.reply(dialect.read({"prompt": "x", "raw": True}), "42", 7, BEGUN)
+    piece = b'{"model":"m","created_at":"1970-01-01T00:00:07Z",%b,"done":%b%b}'
+    counts = (
+        b',"done_reason":"stop","total_duration":1750000000,"load_duration":500000000,'
+        b'"prompt_eval_count":10,"prompt_eval_duration":250000000,'
+        b'"eval_count":4,"eval_duration":1000000000'
+    )
+    assert reply.whole("x\n", RESULT) == piece % (said % rb'"x\n"', b"true", counts)
+    assert reply.begin() == b""
+    part = piece % (said % rb'"\ud83d\ude00\/"', b"false", b"")
+    assert reply.text(SURROGATES * 2) == 2 * (part + b"\n")
+    assert reply.end(RESULT) == piece % (said % b'""', b"true", counts) + b"\n"
+    cut = json.loads(reply.end(REPLACED))
+    assert (cut["done_reason"], cut["replaced"], cut["load_duration"]) == ("length", True, 0)
+
+
+def test_a_model_in_ollamas_list() -> None:
+    (model,) = (model for model in SHIPPED if model.id == "qwen_0_5b")
+    details = {"format": "gguf", "family": "cerebrum", "parameter_size": "0.5B"}
+    assert write_ollama_model(model, 4096, 7) == {
+        "name": "qwen_0_5b",
+        "model": "qwen_0_5b",
+        "modified_at": "1970-01-01T00:00:07Z",
+        "size": model.size,
+        "digest": model.sha256,
+        "details": details | {"quantization_level": "Q4"},
+        "model_info": {"general.architecture": "cerebrum", "cerebrum.context_length": 4096},
+        "capabilities": ["completion", "insert"],
+    }
+    assert write_ollama_model(replace(model, fim=()), 4096, 7)["capabilities"] == ["completion"]
 
 
 ONLY = [

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from harness import KEY, ROOT, Client, daemon
 from jsonschema import Draft202012Validator
-from openapi import JSON, STREAM, schema_of, write_openapi
+from openapi import JSON, schema_of, write_openapi
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import Backend, answer, in_a_thread, pi_for
 
@@ -83,6 +83,9 @@ MORE = {  # examples of the members that no `Field` checks
     "/v1/chat/completions": {"messages": SAID, "stop": ["b"], "stream_options": None},
     "/completion": {"prompt": "a", "response_fields": ["content"]},
     "/infill": {"prompt": "", "stop": None, "input_extra": [{"filename": "a.py", "text": "b"}]},
+    "/api/generate": {"prompt": "a", "suffix": "b", "options": {"stop": ["b"], "seed": 1}},
+    "/api/chat": {"messages": SAID},
+    "/api/show": {"model": "qwen_0_5b"},
     "/v1/accepted": {"characters": 12},
     "/tokenize": {"content": "a + b"},
 }
@@ -103,7 +106,8 @@ async def check_post(pi: Client, path: str, stream: bool) -> None:
     reply = await pi.ask("POST", path, asked, X_API_Key=KEY)
     streams = path.endswith("/stream") or asked.get("stream", False)
     kind = reply.one("Content-Type").partition(";")[0]
-    assert (reply.status, kind) == (200, STREAM if streams else JSON)
+    stream = "application/x-ndjson" if path.startswith("/api/") else "text/event-stream"
+    assert (reply.status, kind) == (200, stream if streams else JSON)
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])

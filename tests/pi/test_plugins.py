@@ -1,7 +1,8 @@
 """Editors' plugins, replayed: each sends the fields that the plugin sends, and reads the answer as
 the plugin does.
 
-The plugins are llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby and Twinny.
+The plugins are llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, Twinny,
+Jupyter's notebook-intelligence, and VS Code's own completions with a model of one's own.
 What they send and read comes from their sources. The Pi is a process, and a script stands for the
 VPS, so every text is exact. tests/pi/test_clients.py sends the same requests to real weights.
 """
@@ -57,9 +58,11 @@ class Pi:
 
     def events(self, path: str, body: Any) -> list[Any]:
         """The members of each event of a stream, and "[DONE]", as plugins read them that look for
-        "data: ".
+        "data: "; or of each line in Ollama's dialect.
         """
         response = self.post(path, body)
+        if response.headers["content-type"] == "application/x-ndjson":
+            return [json.loads(line) for line in response.text.splitlines()]
         kind = response.headers["content-type"].split(";")[0]
         assert (response.status_code, kind) == (200, "text/event-stream"), response.text
         assert "\n: ping" not in response.text, "Continue takes it for the end"
@@ -198,6 +201,42 @@ TWINNY = {
     "max_tokens": 512,
     "stop": ["<|endoftext|>", "\n\n"],
 }
+JUPYTER_STOPS = ["<|end\u2581of\u2581sentence|>", "<|EOT|>", "<EOT>", "\\n", "</s>", "<|eot_id|>"]
+JUPYTER = {
+    "model": "qwen2.5-coder",
+    "prompt": FIM.replace(SUFFIX, SUFFIX.strip()),
+    "raw": True,
+    "stream": False,
+    "options": {"num_predict": 128, "temperature": 0, "stop": JUPYTER_STOPS},
+}
+CONTINUE_OLLAMA = {
+    "model": "qwen2.5-coder:1.5b-base",
+    "raw": True,
+    "keep_alive": 1800,
+    "prompt": CONTINUE["prompt"],
+    "options": {"num_predict": 256, "num_ctx": 4096, "temperature": 0.01, "stop": CONTINUE["stop"]},
+}
+VS_CODE = {
+    "prompt": PREFIX + LINE,
+    "suffix": SUFFIX,
+    "max_tokens": 500,
+    "temperature": 0,
+    "top_p": 1,
+    "n": 1,
+    "stop": ["\n\n\n", "\n```"],
+    "stream": True,
+    "extra": {
+        "language": "python",
+        "languages": {"python": 1},
+        "next_indent": 0,
+        "trim_by_indentation": True,
+        "prompt_tokens": 9,
+        "suffix_tokens": 7,
+        "nwo": "someone/sums",
+    },
+    "nwo": "someone/sums",
+    "code_annotations": False,
+}
 
 GAP = {"mode": "infill", "prompt": PREFIX + LINE, "suffix": SUFFIX}
 LLAMA_GAP = {
@@ -217,6 +256,8 @@ CONTINUE_GAP = {
     "stop": ["/src/", "#- coding: utf-8", "```"],
 }
 MINUET_GAP = GAP | {"prompt": MINUET_PREFIX, "language": "python", "max_tokens": 512}
+JUPYTER_GAP = GAP | {"suffix": SUFFIX.strip(), "max_tokens": 128, "temperature": 0.0}
+VS_CODE_GAP = GAP | {"max_tokens": 500, "temperature": 0.0, "top_p": 1.0, "stop": VS_CODE["stop"]}
 CODECOMPANION_CHAT = {"messages": TURNS, "max_tokens": 2048, "stop": []}
 # The path and the body of a request, and what the VPS is asked for it.
 REQUESTS = {
@@ -228,14 +269,18 @@ REQUESTS = {
     "minuet": ("/v1/completions", MINUET, MINUET_GAP),
     "codecompanion": ("/v1/chat/completions", CODECOMPANION, CODECOMPANION_CHAT),
     "tabby": ("/completion", TABBY, GAP | {"max_tokens": 64, "seed": 7, "temperature": 0.1}),
+    "jupyter": ("/api/generate", JUPYTER, JUPYTER_GAP | {"stop": [JUPYTER_STOPS[0], "\\n"]}),
+    "continue, ollama": ("/api/generate", CONTINUE_OLLAMA, CONTINUE_GAP),
+    "vs code": ("/v1/completions", VS_CODE, VS_CODE_GAP),
     "twinny": ("/completion", TWINNY, GAP | {"max_tokens": 512, "stop": ["\n\n"]}),
 }
 
 
 def text_of(members: Any) -> str:
     """The text in an answer or an event of any dialect."""
-    if "content" in members:
-        return str(members["content"])
+    for name in ("content", "response"):
+        if name in members:
+            return str(members[name])
     choices = [choice.get("delta", choice.get("message", choice)) for choice in members["choices"]]
     return "".join(choice.get("text", choice.get("content", "")) for choice in choices)
 
@@ -243,7 +288,7 @@ def text_of(members: Any) -> str:
 def completed(pi: Pi, name: str) -> str:
     """What a plugin gets for its request."""
     path, body, _ = REQUESTS[name]
-    if not body.get("stream"):
+    if not body.get("stream", path == "/api/generate"):
         return text_of(pi.asked(path, body))
     events = pi.events(path, body)
     assert ("[DONE]" in events[-1:]) == path.startswith("/v1/")
@@ -259,7 +304,8 @@ def test_a_plugin(pi: Pi, name: str) -> None:
     assert sent == sent | wanted | {"model": "qwen_0_5b"}
     pi.backend.scripts = [[error(503, "RESOURCE_EXHAUSTED", "too little memory")]]
     response = pi.post(path, {**body, "temperature": 0.6})
-    assert (response.status_code, response.json()) == (503, {"error": WRONG})
+    wrong = WRONG["message"] if path == "/api/generate" else WRONG
+    assert (response.status_code, response.json()) == (503, {"error": wrong})
 
 
 WRONG = {
@@ -290,6 +336,20 @@ def test_llama_vscode_looks_around(pi: Pi) -> None:
     assert pi.asked("/tokenize", text) == {"tokens": [1, 2, 3]}
     asked = {"text": "def add", "first": False, "special": True, "model": "qwen_0_5b"}
     assert pi.backend.completions == [asked]
+
+
+def test_what_ollamas_clients_ask_for_first(pi: Pi) -> None:
+    assert pi.get("/api/version").json() == {"version": "0.12.0"}
+    (listed,) = pi.get("/api/tags").json()["models"]
+    assert (listed["name"], listed["model_info"]["cerebrum.context_length"]) == ("qwen_0_5b", 4096)
+    for name in ("qwen_0_5b", "qwen2.5-coder:0.5b"):
+        assert pi.post("/api/show", {"name": name}).json() == listed
+    wrong = pi.post("/api/show", {"model": "gpt"})
+    assert (wrong.status_code, list(wrong.json())) == (404, ["error"])
+    *parts, last = pi.events("/api/chat", {"model": "", "messages": TURNS})
+    said = [part["message"] for part in parts]
+    assert said == [{"role": "assistant", "content": piece} for piece in PIECES]
+    assert [part["done"] for part in (*parts, last)] == [False, False, False, True]
 
 
 # ------------------------------------------------------------------------------ the language server
