@@ -381,6 +381,8 @@ def read_ollama(members: Members) -> CompletionRequest:
     if not isinstance(options, dict):
         raise wrong("options", "an object", options)
     members = options | members
+    if members.get("images"):
+        raise wrong("images", "nothing", members["images"])
     prompt = read_prompt(members)
     if members.get("suffix") or members.get("raw") is True or split_fim(prompt):
         return read_completion(members)

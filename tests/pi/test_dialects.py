@@ -351,6 +351,7 @@ REFUSED_AS_OLLAMA = [
     ({"prompt": 5}, "prompt"),
     ({"messages": "hi"}, "messages"),
     ({"messages": PICTURE}, "messages[0].images"),
+    ({"prompt": "hi", "images": [""]}, "images"),
     ({"messages": SAID, "tools": [{}]}, "tools"),
 ]
 
