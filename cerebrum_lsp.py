@@ -264,15 +264,15 @@ NOWHERE = Gap("", "", "")
 Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
 
 
+@dataclass
 class Document:
     """An open text, as lines with their ends."""
 
-    def __init__(self, uri: str, language: str, version: int, text: str) -> None:
-        self.uri = uri
-        self.language = language
-        self.version = version
-        self.deleted = -1  # the line of the latest edit, if that only removed text
-        self.lines: list[str] = LINE.findall(text)
+    uri: str
+    language: str
+    version: int
+    lines: list[str]
+    deleted: int = -1  # the line of the latest edit, if that only removed text
 
     def line(self, number: int) -> str:
         """A line with its end; "" behind the last one."""
@@ -282,13 +282,10 @@ class Document:
         """The line, and the code points before the position. A position behind an end means that
         end.
         """
-        if line >= len(self.lines):
-            return len(self.lines), 0
-        before = self.lines[line].rstrip("\r\n")[:units]
-        over = utf16_units(before) - units
-        while over > 0:  # inside a character counts as before it
+        line = min(line, len(self.lines))
+        before = self.line(line).rstrip("\r\n")[:units]
+        while (over := utf16_units(before) - units) > 0:  # inside a character counts as before it
             before = before[: -over // 2]  # the last ones, each of one unit or two
-            over = utf16_units(before) - units
         return line, len(before)
 
     def between(self, start: Position, end: Position) -> str:
@@ -310,13 +307,12 @@ class Document:
         return found[0] if found else "\n"
 
     def edit(self, start: Position, end: Position, text: str) -> None:
-        """Replace the text between two positions. The line before is read again, since \\r and \\n
-        may meet.
+        """Replace the text between two positions, which are in order. The line before is read again,
+        since \\r and \\n may meet.
         """
         self.deleted = -1 if text else start[0]
-        first, column = self.locate(*start)
-        last, after = max(self.locate(*end), (first, column))
-        before = max(0, first - 1)
+        last, after = self.locate(*end)
+        before = max(0, self.locate(*start)[0] - 1)
         head = self.between((before, 0), start)
         tail = self.line(last)[after:]
         self.lines[before : last + 1] = LINE.findall(head + text + tail)
@@ -389,28 +385,26 @@ def clip(gap: Gap) -> tuple[str, str]:
     cache stays valid.
     """
     step = MAX_BODY_TEXT // 4
-    over = len(gap.before) - MAX_BODY_TEXT
-    cut = -(-over // step) * step if over > 0 else 0
-    return gap.before[cut:], gap.after[:MAX_BODY_TEXT]
+    over = max(0, len(gap.before) - MAX_BODY_TEXT)
+    return gap.before[-(-over // step) * step :], gap.after[:MAX_BODY_TEXT]
 
 
 # --------------------------------------------------------------------------------------- IO: the Pi
 
 TIMEOUT_SECONDS = 600.0  # a model may have to be loaded, and the Pi itself gives up in time
 CONNECT_SECONDS = 5.0
+BUSY = (409, 429)  # statuses
 AWAY_SECONDS = 5.0  # between two automatic requests to a Pi that does not answer
 
 
 class PiError(Exception):
-    """The Pi did not answer as hoped: `status` of HTTP (0: no connection), and a message for the
-    user.
-    """
+    """The Pi did not answer as hoped. The message is for the user."""
 
     code = -32803  # RequestFailed
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+
+class Busy(PiError):
+    """The Pi refuses, which passes by itself."""
 
 
 class Ended(Exception):
@@ -485,7 +479,7 @@ class Pi:
                 call.check()
             reason = getattr(error, "strerror", None) or type(error).__name__
             hint = "" if settings.url else NO_URL
-            raise PiError(0, f"the Pi at {host} does not answer ({reason}){hint}") from None
+            raise PiError(f"the Pi at {host} does not answer ({reason}){hint}") from None
         finally:
             connection.close()
         answer = read_answer(host, response.status, content)
@@ -508,11 +502,12 @@ def read_answer(host: str, status: int, content: bytes) -> Object:
     except ValueError:
         answer = None
     if not isinstance(answer, dict):
-        raise PiError(status, f"expected the Pi at {host}, got an answer that is not JSON")
+        raise PiError(f"expected the Pi at {host}, got an answer that is not JSON")
     if status != 200:
         nested = answer.get("error")  # the dialects' form of an error
         message = (nested if isinstance(nested, dict) else answer).get("message")
-        raise PiError(status, f"the Pi answers {status}: {message}")
+        kind = Busy if status in BUSY else PiError
+        raise kind(f"the Pi answers {status}: {message}")
     return answer
 
 
@@ -660,17 +655,20 @@ Answer with the changed code alone, in one fenced block.
 ```"""
 
 
+LACKING = {  # by the reason why an answer ended; any other broke it off
+    "length": f"the answer is longer than {MAX_TOKENS} tokens",
+    "repeat": "the model began to repeat itself",
+    "stop": "",
+    "block": "",
+}
+
+
 def lacks(answer: Any) -> str:
     """Why the answer to an instruction may lack code that it would replace; "" if it is whole."""
     if get(answer, "kept.parts", list, []) != ["all"]:
         return "the text is too long for the model"
-    reason = answer.get("finish_reason", "stop")
-    if reason == "length":
-        return f"the answer is longer than {MAX_TOKENS} tokens"
-    if reason == "repeat":
-        return "the model began to repeat itself"
-    if reason not in ("stop", "block"):
-        return "the answer broke off"
+    if lacking := LACKING.get(answer.get("finish_reason", "stop"), "the answer broke off"):
+        return lacking
     if not get(answer, "completion", str).strip():
         return "the answer is not one block of code"
     return ""
@@ -709,9 +707,8 @@ def positions(holder: Any) -> tuple[Position, Position]:
 
 def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
     """A range from one position to another, as LSP writes it."""
-    first = {"line": start[0], "character": start[1]}
-    last = {"line": end[0], "character": end[1]}
-    return {"start": first, "end": last}
+    names = ("line", "character")
+    return {"start": dict(zip(names, start)), "end": dict(zip(names, end))}
 
 
 # ------------------------------------------------------------------------------- state: the session
@@ -719,7 +716,6 @@ def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
 READING = "reading"  # a lane
 READ_DELAY_SECONDS = 0.3  # the cursor has not moved for so long when the Pi reads there
 PREDICT_MS = 1500  # a completion that has a line ends after this time
-BUSY = (409, 429)  # statuses that pass by themselves
 NO_COMPLETION = "expected a completion, got another answer: the url is perhaps not the Pi's"
 TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
 WORD = re.compile(r"\w*\Z")
@@ -740,7 +736,7 @@ class Documents(dict[str, Document]):
         text = get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str)
         version = get(params, "textDocument.version", int)
-        self[uri] = Document(uri, language, version, text)
+        self[uri] = Document(uri, language, version, LINE.findall(text))
 
     def change(self, params: Any) -> None:
         document = self.find(params)
@@ -914,9 +910,9 @@ class Completions:
             answer = self.pi.ask(call, "/infill", body)
             text = answer.get("content")
             if not isinstance(text, str):
-                raise PiError(200, NO_COMPLETION)
+                raise PiError(NO_COMPLETION)
         except PiError as error:
-            if error.status not in BUSY:
+            if not isinstance(error, Busy):
                 self.pi.note_failure(error, call)
             return Suggestion()
         self.pi.away_until = 0.0
@@ -958,9 +954,7 @@ class Commands:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
         document = self.documents.find({"textDocument": argument})
         if self.pi.settings.excludes(document.uri):
-            raise PiError(
-                200, "this text is never sent; the setting exclude has the names of files"
-            )
+            raise PiError("this text is never sent; the setting exclude has the names of files")
         start, end = positions(argument)
         version = document.version
         selection = document.between(start, end)
@@ -977,10 +971,10 @@ class Commands:
         def work() -> None:
             answer = self.ask(call, body)
             if lacking := lacks(answer):
-                raise PiError(200, f"{lacking}; nothing was changed")
+                raise PiError(f"{lacking}; nothing was changed")
             is_open = self.documents.get(document.uri) is document
             if document.version != version or not is_open:
-                raise PiError(200, "the text has changed meanwhile; nothing was changed")
+                raise PiError("the text has changed meanwhile; nothing was changed")
             text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
             self.apply(document.uri, version, {"range": span(start, end), "newText": text})
