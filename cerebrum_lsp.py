@@ -38,7 +38,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 VERSION = "1.1.0"  # of Cerebrum
 
@@ -253,13 +253,6 @@ class Gap:
         return typed if self == replace(old, before=old.before + typed) else None
 
 
-class Suggestion(NamedTuple):
-    """A completion."""
-
-    text: str = ""
-    unsure: bool = False  # it ends where the model becomes unsure
-
-
 NOWHERE = Gap("", "", "")
 Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
 
@@ -325,14 +318,14 @@ class Suggestions:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # of `show`
-        self.latest = NOWHERE, Suggestion()
+        self.latest = NOWHERE, ""
         self.seconds = deque([0.4], maxlen=8)  # a guess, until there are answers
         self.asked = NOWHERE  # the latest gap that the Pi was asked for, so it has read this
         self.shown = NOWHERE, "", 0  # the latest ghost text: its gap, itself, its place
         self.typed_over = deque[int](maxlen=64)  # the place of each text that was
 
-    def add(self, gap: Gap, found: Suggestion, seconds: float) -> None:
-        self.latest = gap, found
+    def add(self, gap: Gap, text: str, seconds: float) -> None:
+        self.latest = gap, text
         self.seconds.append(seconds)
 
     def show(self, gap: Gap, text: str) -> int:
@@ -350,23 +343,23 @@ class Suggestions:
             self.shown = gap, text, place
             return self.typed_over.count(place)
 
-    def rest(self, gap: Gap) -> Suggestion | None:
+    def rest(self, gap: Gap) -> str | None:
         """The rest of the latest suggestion, whose beginning has been typed or accepted; None if
         there is none. The Pi knows it, too, but the ghost text would flicker until the Pi answers.
         """
-        old, found = self.latest
+        old, text = self.latest
         typed = gap.typed_since(old)
-        is_whole = typed and typed == found.text
-        if typed is None or is_whole or not found.text.startswith(typed):
+        is_whole = typed and typed == text
+        if typed is None or is_whole or not text.startswith(typed):
             return None
-        return found._replace(text=found.text[len(typed) :])
+        return text[len(typed) :]
 
     def pause(self, gap: Gap) -> float:
         """Seconds without a key before an automatic request: longer for a slow Pi, next to none if
         the latest suggestion was taken.
         """
-        old, found = self.latest
-        if gap.typed_since(old) == found.text:
+        old, text = self.latest
+        if gap.typed_since(old) == text:
             return NO_PAUSE_SECONDS
         return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS)
 
@@ -418,7 +411,7 @@ class Call:
 
     def __init__(self, request_id: Any, lane: Any = None, pause: float = 0.0) -> None:
         self.request_id = request_id  # None: nobody is told how it went
-        self.lane = lane  # the method and the document of a completion, or READING
+        self.lane = lane  # the kind of a completion, or READING
         self.pause = pause  # seconds
         self.is_automatic = pause > 0  # else the user asked for a completion now
         self.is_waiting = self.is_automatic  # a newer request of its lane may end it
@@ -687,16 +680,15 @@ def block_of(answer: Any) -> Object:
     return {**answer, "completion": parts[2] if is_one else "", "finish_reason": reason}
 
 
-def accepted(found: Suggestion) -> Object:
+def accepted(text: str) -> Object:
     """The command that the client runs when its user has accepted this completion."""
-    count = {"characters": len(found.text)}
+    count = {"characters": len(text)}
     return {"title": "accepted", "command": ACCEPTED, "arguments": [count]}
 
 
 def position(holder: Any, path: str) -> Position:
     """The line and the character of the position at a dotted path."""
-    value = get(holder, path, dict)
-    return get(value, "line", int), get(value, "character", int)
+    return get(holder, f"{path}.line", int), get(holder, f"{path}.character", int)
 
 
 def positions(holder: Any) -> tuple[Position, Position]:
@@ -806,19 +798,19 @@ class Completions:
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
 
         # Unasked, nothing is shown that was typed over twice. After a deletion nothing is asked.
-        def items(found: Suggestion) -> Object:
+        def items(text: str) -> Object:
             # What a menu would insert is not typed.
-            times = 0 if inserted else self.suggestions.show(gap, found.text)
+            times = 0 if inserted else self.suggestions.show(gap, text)
             is_unwanted = times > 1 and is_automatic
             item = {
-                "insertText": inserted + found.text,
+                "insertText": inserted + text,
                 "range": span(start, end),
-                "command": accepted(found),
+                "command": accepted(text),
             }
-            return {"items": [item] if found.text and not is_unwanted else []}
+            return {"items": [item] if text and not is_unwanted else []}
 
         pause = self.suggestions.pause(gap) if is_automatic else 0.0
-        call = Call(request_id, ("inline", document.uri), pause)
+        call = Call(request_id, "inline", pause)
         return self.complete(call, gap, items, is_automatic and document.deleted == start[0])
 
     def menu(self, params: Any, request_id: Any) -> Any:
@@ -835,8 +827,8 @@ class Completions:
         units = utf16_units(gap.before.rpartition("\n")[2])
         start, end = (line, units - utf16_units(word)), (line, units)
 
-        def items(found: Suggestion) -> Object:
-            text = word + found.text
+        def items(rest: str) -> Object:
+            text = word + rest
             label = text.strip().partition("\n")[0]
             block = f"```{document.language}\n{text}\n```"
             new_text = LINE_END.sub(document.line_end(), text)
@@ -849,18 +841,18 @@ class Completions:
                 "sortText": "\0",
                 "preselect": True,
                 "textEdit": edit,
-                "command": accepted(found),
+                "command": accepted(rest),
             }
-            return {"isIncomplete": True, "items": [entry] if found.text.strip() else []}
+            return {"isIncomplete": True, "items": [entry] if rest.strip() else []}
 
-        call = Call(request_id, ("menu", document.uri), self.suggestions.pause(gap))
+        call = Call(request_id, "menu", self.suggestions.pause(gap))
         return self.complete(call, gap, items)
 
     def complete(
-        self, call: Call, gap: Gap, items: Callable[[Suggestion], Any], is_quiet: bool = False
+        self, call: Call, gap: Gap, items: Callable[[str], Any], is_quiet: bool = False
     ) -> Any:
         """Respond with the items of a suggestion, at once or in a thread."""
-        nothing = items(Suggestion())
+        nothing = items("")
         # The Pi itself ends a computation that is of no use any more.
         self.client.end_calls(
             lambda old: old.is_waiting and old.lane in (call.lane, READING), {"result": nothing}
@@ -868,8 +860,8 @@ class Completions:
         if is_quiet or self.is_off(gap):
             return nothing
         rest = self.suggestions.rest(gap)
-        # Who asks gets no empty or shortened one, but what the Pi has.
-        if rest and (call.is_automatic or (rest.text and not rest.unsure)):
+        # Who asks gets what the Pi has: the one that is known may end where the model is unsure.
+        if rest is not None and call.is_automatic:
             return items(rest)
         if call.is_automatic and time.monotonic() < self.pi.away_until:
             return nothing
@@ -889,8 +881,10 @@ class Completions:
         settings = self.pi.settings
         before, after = clip(gap)
         name = os.path.basename(urllib.parse.unquote(gap.uri))
-        text = {"input_prefix": before, "input_suffix": after, "filename": name}
-        return text | {
+        return {
+            "input_prefix": before,
+            "input_suffix": after,
+            "filename": name,
             "language": gap.language,
             "n_predict": settings.tokens,
             "t_max_prompt_ms": settings.read_ms if is_automatic else 0,
@@ -900,7 +894,7 @@ class Completions:
             **more,
         }
 
-    def infill(self, call: Call, gap: Gap) -> Suggestion:
+    def infill(self, call: Call, gap: Gap) -> str:
         """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
         suggestions = self.suggestions  # of the settings before they are read
         suggestions.asked = gap
@@ -914,12 +908,11 @@ class Completions:
         except PiError as error:
             if not isinstance(error, Busy):
                 self.pi.note_failure(error, call)
-            return Suggestion()
+            return ""
         self.pi.away_until = 0.0
-        found = Suggestion(text, answer.get("unsure", False))
         if not (answer.get("replaced") or answer.get("preempted")):
-            suggestions.add(gap, found, time.monotonic() - began)
-        return found
+            suggestions.add(gap, text, time.monotonic() - began)
+        return text
 
 
 @dataclass
@@ -977,7 +970,12 @@ class Commands:
                 raise PiError("the text has changed meanwhile; nothing was changed")
             text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
-            self.apply(document.uri, version, {"range": span(start, end), "newText": text})
+            changes = {
+                "textDocument": {"uri": document.uri, "version": version},
+                "edits": [{"range": span(start, end), "newText": text}],
+            }
+            params = {"label": "Cerebrum", "edit": {"documentChanges": [changes]}}
+            self.client.request("workspace/applyEdit", params, self.applied)
 
         return self.client.start(call, work)
 
@@ -990,12 +988,6 @@ class Commands:
                 raise
         messages = [{"role": "user", "content": ASK_FOR_CODE.format_map(body)}]
         return block_of(self.pi.ask(call, "/v1/chat/completions", {**body, "messages": messages}))
-
-    def apply(self, uri: str, version: int, change: Object) -> None:
-        """Have the client change a document."""
-        changes = {"textDocument": {"uri": uri, "version": version}, "edits": [change]}
-        params = {"label": "Cerebrum", "edit": {"documentChanges": [changes]}}
-        self.client.request("workspace/applyEdit", params, self.applied)
 
     def applied(self, result: Any) -> None:
         if not get(result, "applied", bool, False):
