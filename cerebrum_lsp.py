@@ -300,8 +300,8 @@ class Document:
         return found[0] if found else "\n"
 
     def edit(self, start: Position, end: Position, text: str) -> None:
-        """Replace the text between two positions, which are in order. The line before is read again,
-        since \\r and \\n may meet.
+        """Replace the text between two positions, which are in order. The line before is read
+        again, since \\r and \\n may meet.
         """
         self.deleted = -1 if text else start[0]
         last, after = self.locate(*end)
@@ -583,10 +583,9 @@ class Client:
         self.reactions[request_id] = react
         self.send(id=request_id, method=method, params=params)
 
-    def show(self, level: int, message: str) -> None:
+    def show(self, level: int, message: str, method: str = "window/showMessage") -> None:
         """Show a message to the user: 1 is an error, 2 a warning, 3 information."""
-        params = {"type": level, "message": f"Cerebrum: {message}"}
-        self.send(method="window/showMessage", params=params)
+        self.send(method=method, params={"type": level, "message": f"Cerebrum: {message}"})
 
     def start(self, call: Call, work: Callable[[], Any]) -> Any:
         """Respond with the result of `work` in a thread."""
@@ -723,16 +722,33 @@ class Documents(dict[str, Document]):
             raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
         return document
 
+    def close(self, params: Any) -> None:
+        self.pop(get(params, "textDocument.uri", str), None)
+
+
+@dataclass
+class Completions:
+    """Text for a cursor in what the client opens and changes: what is left of a suggestion, or else
+    the Pi's answer.
+    """
+
+    client: Client
+    documents: Documents
+    pi: Pi
+    suggestions: Suggestions = field(default_factory=Suggestions)
+
     def open(self, params: Any) -> None:
         uri = get(params, "textDocument.uri", str)
         text = get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str)
         version = get(params, "textDocument.version", int)
-        self[uri] = Document(uri, language, version, LINE.findall(text))
+        self.documents[uri] = Document(uri, language, version, LINE.findall(text))
+        self.read(params)
 
     def change(self, params: Any) -> None:
-        document = self.find(params)
-        del self[document.uri]  # until all is done: after a bad change the text is unknown
+        document = self.documents.find(params)
+        # Until all is done: after a bad change the text is unknown.
+        del self.documents[document.uri]
         for change in get(params, "contentChanges", list):
             text = get(change, "text", str)
             if get(change, "range", dict, None) is None:
@@ -741,24 +757,7 @@ class Documents(dict[str, Document]):
             else:
                 document.edit(*positions(change), text)
         document.version = get(params, "textDocument.version", int)
-        self[document.uri] = document
-
-    def close(self, params: Any) -> None:
-        self.pop(get(params, "textDocument.uri", str), None)
-
-
-@dataclass
-class Completions:
-    """Text for a cursor: what is left of a suggestion, or else the Pi's answer."""
-
-    client: Client
-    documents: Documents
-    pi: Pi
-    suggestions: Suggestions = field(default_factory=Suggestions)
-
-    def open(self, params: Any) -> None:
-        self.documents.open(params)
-        self.read(params)
+        self.documents[document.uri] = document
 
     def read(self, params: Any, _request_id: Any = None) -> None:
         """Have the Pi read where the cursor stays. No message says so, but clients ask for
@@ -774,8 +773,8 @@ class Completions:
             call.wait()
             if self.may_read(gap):
                 self.suggestions.asked = gap
-                body = self.body(gap, is_automatic=True, n_predict=0)
-                self.pi.ask(call, "/infill", body)
+                body = self.body(gap, is_automatic=True)
+                self.pi.ask(call, "/infill", {**body, "n_predict": 0})
 
         self.client.start(call, work)
 
@@ -821,11 +820,11 @@ class Completions:
         document = self.documents.find(params)
         cursor = position(params, "position")
         gap = document.gap(cursor, cursor)
-        word = WORD.search(gap.before[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
         # The cursor may be behind the end of its line, or of the text.
-        line = gap.before.count("\n")
-        units = utf16_units(gap.before.rpartition("\n")[2])
-        start, end = (line, units - utf16_units(word)), (line, units)
+        *above, line = gap.before.split("\n")
+        word = WORD.search(line[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
+        end = len(above), utf16_units(line)
+        start = len(above), end[1] - utf16_units(word)
 
         def items(rest: str) -> Object:
             text = word + rest
@@ -876,7 +875,7 @@ class Completions:
         settings = self.pi.settings
         return gap.language in settings.off or settings.excludes(gap.uri)
 
-    def body(self, gap: Gap, is_automatic: bool, **more: Any) -> Object:
+    def body(self, gap: Gap, is_automatic: bool) -> Object:
         """The fields of a request for a gap."""
         settings = self.pi.settings
         before, after = clip(gap)
@@ -891,7 +890,6 @@ class Completions:
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
             "suggest": settings.suggest if is_automatic else "always",
-            **more,
         }
 
     def infill(self, call: Call, gap: Gap) -> str:
@@ -1017,7 +1015,7 @@ class Server:
             "$/cancelRequest": self.cancel,
             "workspace/didChangeConfiguration": self.change_configuration,
             "textDocument/didOpen": completions.open,
-            "textDocument/didChange": documents.change,
+            "textDocument/didChange": completions.change,
             "textDocument/didClose": documents.close,
         }
 
@@ -1046,8 +1044,7 @@ class Server:
         if request_id is not None and response.get("result") is not LATER:
             self.client.send(id=request_id, **response)
         elif "error" in response:  # of a notification
-            message = f"Cerebrum: {method}: {response['error']['message']}"
-            self.client.send(method="window/logMessage", params={"type": 4, "message": message})
+            self.client.show(4, f"{method}: {response['error']['message']}", "window/logMessage")
 
     def run(self, method: str, params: Any, request_id: Any) -> Any:
         if request_id is None:
