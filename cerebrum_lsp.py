@@ -266,6 +266,7 @@ class Document:
     version: int
     lines: list[str]
     deleted: int = -1  # the line of the latest edit, if that only removed text
+    is_changed: bool = False  # since the latest request for ghost text in a JetBrains IDE
 
     def line(self, number: int) -> str:
         """A line with its end; "" behind the last one."""
@@ -479,6 +480,16 @@ class Pi:
         # The answer of a chat lacks this member.
         answer.setdefault("kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]})
         return answer
+
+    def count(self, request_id: Any, characters: int) -> Any:
+        """Have the Pi count what the user accepted."""
+        call = Call(request_id)
+
+        def work() -> None:
+            with contextlib.suppress(PiError):  # only a count
+                self.ask(call, "/v1/accepted", {"characters": characters})
+
+        return self.client.start(call, work)
 
     def note_failure(self, error: PiError, call: Call) -> None:
         """The Pi is away. Tell the user, unless she knows and did not ask for a completion now."""
@@ -736,6 +747,7 @@ class Completions:
     documents: Documents
     pi: Pi
     suggestions: Suggestions = field(default_factory=Suggestions)
+    is_jetbrains: bool = False  # the client is LSP4IJ
 
     def open(self, params: Any) -> None:
         uri = get(params, "textDocument.uri", str)
@@ -755,8 +767,16 @@ class Completions:
                 document.lines = LINE.findall(text)
                 document.deleted = -1
             else:
-                document.edit(*positions(change), text)
+                start, end = positions(change)
+                # A JetBrains IDE does not report what its user accepts, but inserts it in one
+                # piece. A key inserts one character, and perhaps an indentation.
+                if self.is_jetbrains and len(text.strip()) > 1:
+                    rest = self.suggestions.rest(document.gap(start, end)) or ""
+                    if rest.startswith(text):
+                        self.pi.count(None, len(text))
+                document.edit(start, end, text)
         document.version = get(params, "textDocument.version", int)
+        document.is_changed = True
         self.documents[document.uri] = document
 
     def read(self, params: Any, _request_id: Any = None) -> None:
@@ -795,6 +815,12 @@ class Completions:
             start, end = positions(chosen)
         gap = document.gap(start, end, inserted)
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
+        pause = self.suggestions.pause(gap)
+        if self.is_jetbrains:
+            # It calls every request automatic, and has paused before those that are. Where
+            # nothing has changed since the last one, its user asks.
+            is_automatic, pause = document.is_changed, NO_PAUSE_SECONDS
+            document.is_changed = False
 
         # Unasked, nothing is shown that was typed over twice. After a deletion nothing is asked.
         def items(text: str) -> Object:
@@ -808,8 +834,7 @@ class Completions:
             }
             return {"items": [item] if text and not is_unwanted else []}
 
-        pause = self.suggestions.pause(gap) if is_automatic else 0.0
-        call = Call(request_id, "inline", pause)
+        call = Call(request_id, "inline", pause if is_automatic else 0.0)
         return self.complete(call, gap, items, is_automatic and document.deleted == start[0])
 
     def menu(self, params: Any, request_id: Any) -> Any:
@@ -925,21 +950,10 @@ class Commands:
         command = get(params, "command", str)
         argument = get(params, "arguments", list)[0]
         if command == ACCEPTED:
-            return self.report(argument, request_id)
+            return self.pi.count(request_id, get(argument, "characters", int))
         if command == INSTRUCT:
             return self.instruct(argument, request_id)
         raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
-
-    def report(self, argument: Any, request_id: Any) -> Any:
-        """Have the Pi count what the user accepted: {"characters"}."""
-        body = {"characters": get(argument, "characters", int)}
-        call = Call(request_id)
-
-        def work() -> None:
-            with contextlib.suppress(PiError):  # only a count
-                self.pi.ask(call, "/v1/accepted", body)
-
-        return self.client.start(call, work)
 
     def instruct(self, argument: Any, request_id: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
@@ -990,6 +1004,9 @@ class Commands:
     def applied(self, result: Any) -> None:
         if not get(result, "applied", bool, False):
             self.client.show(2, "the editor did not apply the change")
+
+
+JETBRAINS = re.compile(r"\(build [A-Z]+-\d")  # in the version of a JetBrains IDE, by LSP4IJ
 
 
 class Server:
@@ -1060,6 +1077,9 @@ class Server:
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
+        with contextlib.suppress(ProtocolError):
+            version = get(params, "clientInfo.version", str)
+            self.completions.is_jetbrains = JETBRAINS.search(version) is not None
         capabilities = {
             "textDocumentSync": {"openClose": True, "change": 2},
             "inlineCompletionProvider": {},

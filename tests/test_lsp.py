@@ -77,6 +77,8 @@ def cursor(line: Any, character: int, uri: Any = URI) -> dict[str, Any]:
 class Editor:
     """A client: sends messages to a server in a process of its own, and sorts what comes back."""
 
+    client: Any = None  # its name and its version
+
     def __init__(self, environment: dict[str, str], setup: str = "pass") -> None:
         """`setup` is run by the server before it starts."""
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cerebrum_lsp; {setup}; "
@@ -142,7 +144,7 @@ class Editor:
 
     def start(self, options: Any = None, text: str | None = None) -> Any:
         options = {"read_ahead": False, **(options or {})}
-        params = {"capabilities": {}, "initializationOptions": options}
+        params = {"capabilities": {}, "initializationOptions": options, "clientInfo": self.client}
         found = self.ask("initialize", params)
         self.tell("initialized", {})
         if text is not None:
@@ -459,14 +461,20 @@ class Desk(Editor):
     test says so.
     """
 
-    def __init__(self, pi: Pi, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-        self.pi = pi
+    def __init__(
+        self, pi: Pi, monkeypatch: pytest.MonkeyPatch, client: Any = None, **settings: Any
+    ) -> None:
+        self.pi, self.client = pi, client
+        self.pauses = list[float]()  # before requests, since the Pi's were last looked at
         self.rested = threading.Event()
         self.others = {*threading.enumerate()}
         wait = cerebrum_lsp.Call.wait
 
         def wait_too(call: cerebrum_lsp.Call) -> None:
-            assert call.lane != cerebrum_lsp.READING or self.rested.wait(PATIENCE)
+            if call.lane != cerebrum_lsp.READING:
+                self.pauses.append(call.pause)
+            else:
+                assert self.rested.wait(PATIENCE)
             wait(call)
 
         monkeypatch.setattr(cerebrum_lsp.Call, "wait", wait_too)
@@ -490,21 +498,29 @@ class Desk(Editor):
         place = cursor(line, character, uri)
         assert self.ask("textDocument/documentHighlight", place) is None
 
-    def rest(self) -> list[tuple[int, str]]:
-        """Rest; the tokens that the Pi was asked for since the last time, and behind which texts.
-        No thread is left that could ask for more.
-        """
+    def asked(self) -> list[dict[str, Any]]:
+        """Rest; what the Pi was asked since the last time. No thread is left that could ask."""
         self.rested.set()
         wait_until(lambda: {*threading.enumerate()} <= self.others, "all threads have ended")
         self.rested.clear()
-        asked = [(body["n_predict"], body["input_prefix"]) for body in self.pi.completions]
+        asked = self.pi.completions
         self.pi.asked.clear()
+        self.pauses.clear()
         return asked
+
+    def rest(self) -> list[tuple[int, str]]:
+        """The same: how many tokens, and behind which texts."""
+        return [(body["n_predict"], body["input_prefix"]) for body in self.asked()]
 
 
 @pytest.fixture
 def desk(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(pi, monkeypatch)
+
+
+@pytest.fixture
+def ide(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(pi, monkeypatch, IDE, read_ahead=False)
 
 
 def test_the_newest_place_is_read_and_once(desk: Desk) -> None:
@@ -561,6 +577,75 @@ def test_nobody_hears_that_a_text_could_not_be_read(desk: Desk, pi: Pi) -> None:
     desk.server.pi.away_until = 0.0
     desk.move(0, 0)
     assert desk.rest() == [(0, "")]
+
+
+# -------------------------------------------------------------------------------- JetBrains' IDEs
+
+# The messages are written after the source of LSP4IJ 0.20. No IDE was run.
+IDE = {"name": "IntelliJ IDEA 2026.1", "version": "2026.1 (build IU-261.22158.277)"}
+CLIENTS: list[tuple[Any, str, float]] = [  # how the first request is meant, and the pause before it
+    (IDE, "always", 0.0),
+    ({"version": "Panda | 2026.1.1 Patch 2 (build AI-261.22158.277)"}, "always", 0.0),
+    ({"name": "Neovim", "version": "0.12.0"}, "normal", 0.08),
+    ({"version": 2026}, "normal", 0.08),
+    ({"version": "(build A" * 100_000}, "normal", 0.08),
+    (5, "normal", 0.08),
+]
+
+
+@pytest.mark.parametrize(("client", "suggest", "pause"), CLIENTS, ids=range(len(CLIENTS)))
+def test_a_jetbrains_ide_is_known_by_its_build(
+    pi: Pi, monkeypatch: pytest.MonkeyPatch, client: Any, suggest: str, pause: float
+) -> None:
+    desk = Desk(pi, monkeypatch, client, read_ahead=False)
+    desk.open("")
+    assert desk.ghost(0, 0, AUTOMATIC) == "a + b"
+    assert (pi.body()["suggest"], desk.pauses) == (suggest, [pytest.approx(pause)])
+    desk.asked()
+    desk.type(0, 0, "a + b")
+    assert desk.asked() == [{"characters": 5}] * (suggest == "always")
+
+
+def test_where_nothing_has_changed_the_user_of_a_jetbrains_ide_asks(ide: Desk, pi: Pi) -> None:
+    ide.open("x = 1\ny = ")
+    pi.scripts = [[HANG]]
+    for changed, suggest, pause in ((False, "always", 0.0), (True, "normal", 0.001)) * 2:
+        if changed:
+            ide.type(1, 0, " ")
+        number = ide.at(0, 5, AUTOMATIC)
+        wait_until(lambda: pi.asked, "the Pi is asked")
+        assert (pi.body()["suggest"], ide.pauses) == (suggest, [pause])
+        ide.tell("$/cancelRequest", {"id": number})
+        assert ide.error(number)["code"] == -32800
+        ide.asked()
+
+
+INSERTED = [  # into an empty file, and of how many characters the Pi counts as accepted
+    ("a + bc", ["a + bc"], [6]),
+    ("a + bc", ["a +", " bc"], [3, 3]),  # by words
+    ("a + bc", ["a", " + bc"], [5]),  # the rest of what was typed
+    ("a + bc", [*"a + bc"], []),  # by hand
+    ("a + bc", ["a + d"], []),
+    ("a + bc", ["a + bc", "a + bc"], [6]),
+    ("a + bc", ["y", "a + bc"], []),  # what an older text had
+    ("    a", ["    "], []),  # the IDE indents
+    ("", ["ab"], []),
+]
+
+
+def test_what_a_jetbrains_ide_inserts_in_one_piece_is_accepted(ide: Desk, pi: Pi) -> None:
+    for hint, texts, counted in INSERTED:
+        pi.says(content=hint)
+        ide.open("")
+        assert ide.ghost(0, 0, AUTOMATIC) == hint
+        ide.asked()
+        typed = ""
+        for text in texts:
+            ide.type(0, len(typed), text)
+            typed += text
+        assert (texts, ide.asked()) == (texts, [{"characters": count} for count in counted])
+    ide.change({"text": "a + bc"})  # without a range
+    assert ide.asked() == []
 
 
 # --------------------------------------------------------------------------------------- cancelling
