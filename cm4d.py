@@ -541,8 +541,8 @@ async def page(gateway: Gateway, request: Request) -> Response:
 
 
 async def language_server(gateway: Gateway, request: Request) -> Response:
-    """GET /cerebrum_lsp.py: the language server for editors, a Python program of this Pi's
-    version.
+    """GET /cerebrum_lsp.py: the language server for editors, a Python program of this Pi's version.
+    GET /cerebrum-jetbrains.zip: the same for JetBrains' IDEs.
     """
     try:
         text = (HERE / "cerebrum_lsp.py").read_bytes()
@@ -550,6 +550,8 @@ async def language_server(gateway: Gateway, request: Request) -> Response:
         raise HttpError(
             "NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none"
         ) from None
+    if request.head.path.endswith(".zip"):
+        return Response(vsix.pack_template(text), kind="application/zip")
     return Response(text, kind="text/x-python; charset=utf-8")
 
 
@@ -894,6 +896,7 @@ def dialect_routes(
 ROUTES = (
     Route("GET", "/", page, open=True),
     Route("GET", "/cerebrum_lsp.py", language_server, open=True),
+    Route("GET", "/cerebrum-jetbrains.zip", language_server, open=True),
     Route("GET", "/cerebrum.vsix", extension, open=True),
     Route("GET", "/health", health, open=True, quiet=True),
     Route("POST", "/v1/complete", complete, json=True),

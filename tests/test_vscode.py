@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from test_peers import needs
 
 from cerebrum.pi import vsix
 from cerebrum_common import VERSION
+from cerebrum_lsp import Settings, read_settings
 
 FOLDER = ROOT / "vscode"
 PACKAGE = json.loads((FOLDER / "package.json").read_text())
@@ -81,13 +83,39 @@ def test_a_damaged_folder_is_no_extension(tmp_path: Path, damaged: str) -> None:
         vsix.pack(tmp_path)
 
 
-async def test_the_pi_hands_it_out_without_a_key() -> None:
+async def test_the_pi_hands_them_out_without_a_key() -> None:
     packed = vsix.pack(FOLDER)
     async with pi_with(client_keys=(KEY,)) as (pi, _):
         reply = await pi.get("/cerebrum.vsix")
         assert (reply.status, reply.body) == (200, packed)
+        reply = await pi.get("/cerebrum-jetbrains.zip")
+        packed_template = vsix.pack_template((ROOT / "cerebrum_lsp.py").read_bytes())
+        assert (reply.one("content-type"), reply.body) == ("application/zip", packed_template)
         activity = (await pi.get("/v1/activity", X_API_Key=KEY)).json
         assert activity["extension"] == hashlib.sha256(packed).hexdigest()
+
+
+def test_the_template_for_jetbrains_ides(tmp_path: Path) -> None:
+    """LSP4IJ, by its source, imports files of these names. In a command it expands the home folder,
+    and double quotes keep spaces.
+    """
+    home = tmp_path / "Anna Smith"
+    packed = vsix.pack_template((ROOT / "cerebrum_lsp.py").read_bytes())
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        archive.extractall(home)
+    folder = home / "cerebrum-jetbrains"
+    names = {"cerebrum_lsp.py", "initializationOptions.json", "template.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    template = json.loads((folder / "template.json").read_text())
+    assert template["fileTypeMappings"] == [{"fileType": {"patterns": ["*"]}}]
+    commands = template["programArgs"]
+    assert commands["windows"] == commands["default"].replace("python3", "py")
+    command = shlex.split(commands["default"].replace("$USER_HOME$", str(home)))
+    done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"cerebrum_lsp.py {VERSION}\n"
+    options = json.loads((folder / "initializationOptions.json").read_text())
+    assert read_settings(options, Settings()) == Settings("http://pi.local:7000", "")
 
 
 # --------------------------------------------------------------------------------------- under node

@@ -1,8 +1,9 @@
-"""The extension for VS Code as the one file that VS Code installs: a zip of its folder.
+"""What editors install, as zips: the extension for VS Code, and the language server with the
+template by which LSP4IJ, a plugin for JetBrains' IDEs, starts it.
 
     python3 cerebrum/pi/vsix.py vscode >cerebrum.vsix
 
-Pure but for reading that folder. The same version gives the same bytes on every Pi.
+Pure but for reading the extension's folder. The same version gives the same bytes on every Pi.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import json
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
@@ -49,6 +51,25 @@ Addressable="true"/>\
 <Asset Type="Microsoft.VisualStudio.Services.Icons.Default" Path="extension/icon.png" \
 Addressable="true"/></Assets></PackageManifest>
 """
+# Any file is served. The Pi knows a language by the IDE's name for it, or else by the file's name.
+TEMPLATE = {
+    "template.json": b"""{
+  "name": "Cerebrum",
+  "programArgs": {
+    "default": "python3 \\"$USER_HOME$/cerebrum-jetbrains/cerebrum_lsp.py\\"",
+    "windows": "py \\"$USER_HOME$/cerebrum-jetbrains/cerebrum_lsp.py\\""
+  },
+  "fileTypeMappings": [
+    {"fileType": {"patterns": ["*"]}}
+  ]
+}
+""",
+    "initializationOptions.json": b"""{
+  "url": "http://pi.local:7000",
+  "key": ""
+}
+""",
+}
 
 
 def pack(folder: Path) -> bytes:
@@ -63,6 +84,17 @@ def pack(folder: Path) -> bytes:
         raise ValueError("package.json: expected name, version, publisher and engines") from None
     files = {f"extension/{name}": (folder / name).read_bytes() for name in FILES}
     files |= {"[Content_Types].xml": TYPES, "extension.vsixmanifest": manifest.encode()}
+    return zip_of(files)
+
+
+def pack_template(server: bytes) -> bytes:
+    """The folder that LSP4IJ imports as a template: `server`, and the files of TEMPLATE."""
+    files = {"cerebrum_lsp.py": server, **TEMPLATE}
+    return zip_of({f"cerebrum-jetbrains/{name}": files[name] for name in files})
+
+
+def zip_of(files: Mapping[str, bytes]) -> bytes:
+    """A zip of the files by their names. Its bytes depend on them alone."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name in sorted(files):

@@ -88,6 +88,7 @@ REQUESTS = {
 TEXT_FILES = {
     "/": "text/html",
     "/cerebrum_lsp.py": "text/x-python",
+    "/cerebrum-jetbrains.zip": "application/zip",
     "/cerebrum.vsix": "application/vsix",
     "/metrics": "text/plain",
 }

@@ -97,7 +97,7 @@ async def test_without_its_files_the_daemon_lives(
 ) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
     async with pi_with() as (pi, _):
-        for path in ("/", "/cerebrum_lsp.py", "/cerebrum.vsix"):
+        for path in ("/", "/cerebrum_lsp.py", "/cerebrum-jetbrains.zip", "/cerebrum.vsix"):
             reply = await pi.get(path)
             assert reply.status == 404
             assert reply.json["code"] == "NOT_FOUND"
