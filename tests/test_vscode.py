@@ -102,18 +102,16 @@ def test_the_template_for_jetbrains_ides(tmp_path: Path) -> None:
     home = tmp_path / "Anna Smith"
     packed = vsix.pack_template((ROOT / "cerebrum_lsp.py").read_bytes())
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         archive.extractall(home)
     folder = home / "cerebrum-jetbrains"
     names = {"cerebrum_lsp.py", "initializationOptions.json", "template.json"}
     assert {path.name for path in folder.iterdir()} == names
     template = json.loads((folder / "template.json").read_text())
     assert template["fileTypeMappings"] == [{"fileType": {"patterns": ["*"]}}]
-    commands = template["programArgs"]
-    assert commands["windows"] == commands["default"].replace("python3", "py")
-    command = shlex.split(commands["default"].replace("$USER_HOME$", str(home)))
-    done = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True)
-    assert done.stdout == f"cerebrum_lsp.py {VERSION}\n"
+    command = template["programArgs"]["default"]
+    assert template["programArgs"]["windows"] == command.replace("python3", "py")
+    run = [*shlex.split(command.replace("$USER_HOME$", str(home))), "--version"]
+    assert subprocess.check_output(run, text=True) == f"cerebrum_lsp.py {VERSION}\n"
     options = json.loads((folder / "initializationOptions.json").read_text())
     assert read_settings(options, Settings()) == Settings("http://pi.local:7000", "")
 
