@@ -388,7 +388,7 @@ def test_what_the_editors_own_menu_would_insert_is_typed_over_nothing(
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
     text = "".join(f"{number:09}\n" for number in range(30_000))
     most, step = cerebrum_lsp.MAX_BODY_TEXT, cerebrum_lsp.MAX_BODY_TEXT // 4
-    begins = {most: 0, most + 1: step, most + step: step, most + step + 1: 2 * step}
+    begins = {50_000: 0, most: 0, most + 1: step, most + step: step, most + step + 1: 2 * step}
     for end, begin in begins.items():
         assert cerebrum_lsp.clip(Gap(URI, text[:end], text)) == (text[begin:end], text[:most])
 
