@@ -64,7 +64,7 @@ def test_the_settings_for_editors_are_those_of_the_documents() -> None:
         r'<pre title="[^"]+"(?: class=\w+)?>\n(.*?)</pre>', FILE.read_text("utf-8"), re.S
     )
     assert sorted(map(html.unescape, shown)) == sorted(settings_for_editors("ADDRESS"))
-    assert len(shown) == 12
+    assert len(shown) == 13
 
 
 async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_server() -> None:
