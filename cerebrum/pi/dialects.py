@@ -555,16 +555,19 @@ class OllamaReply(Reply):
 
     def whole(self, text: str, result: Members) -> bytes:
         """The answer's members. Durations are in nanoseconds."""
-        reason, spent = finish_reason(result), timings(result)
-        answer = self.frame(self.part(text), reason) | {
-            "done_reason": reason,
-            "total_duration": round(1e9 * (result.get("inference_time") or 0.0)),
-            "load_duration": round(1e9 * (result.get("load_time") or 0.0)),
-            "prompt_eval_count": result.get("prompt_tokens", 0),
-            "prompt_eval_duration": round(1e6 * spent["prompt_ms"]),
-            "eval_count": result.get("total_tokens", 0),
-            "eval_duration": round(1e6 * spent["predicted_ms"]),
+        reason = finish_reason(result)
+        spent = timings(result)
+        seconds = {
+            "total": result.get("inference_time") or 0.0,
+            "load": result.get("load_time") or 0.0,
+            "prompt_eval": spent["prompt_ms"] / 1000,
+            "eval": spent["predicted_ms"] / 1000,
         }
+        answer = self.frame(self.part(text), reason)
+        answer["done_reason"] = reason
+        answer["prompt_eval_count"] = result.get("prompt_tokens", 0)
+        answer["eval_count"] = result.get("total_tokens", 0)
+        answer |= {f"{name}_duration": round(1e9 * time) for name, time in seconds.items()}
         return compact(answer | own_members(result))
 
 
@@ -644,6 +647,7 @@ def write_ollama_model(model: Model, n_ctx: int, created: int) -> JsonObject:
     """A model in Ollama's list, and by itself. One with fill-in-the-middle tokens can `insert`."""
     details = {"format": "gguf", "family": FAMILY, "parameter_size": model.parameters}
     details["quantization_level"] = model.quantization
+    about = {"general.architecture": FAMILY, f"{FAMILY}.context_length": n_ctx}
     return {
         "name": model.id,
         "model": model.id,
@@ -651,7 +655,7 @@ def write_ollama_model(model: Model, n_ctx: int, created: int) -> JsonObject:
         "size": model.size,
         "digest": model.sha256,
         "details": details,
-        "model_info": {"general.architecture": FAMILY, f"{FAMILY}.context_length": n_ctx},
+        "model_info": about,
         "capabilities": ["completion", "insert"] if model.fim else ["completion"],
     }
 

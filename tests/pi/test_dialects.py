@@ -553,9 +553,9 @@ def test_ollama(dialect: Any, said: bytes) -> None:
     reply = dialect.reply(dialect.read({"prompt": "x", "raw": True}), "42", 7, BEGUN)
     piece = b'{"model":"m","created_at":"1970-01-01T00:00:07Z",%b,"done":%b%b}'
     counts = (
-        b',"done_reason":"stop","total_duration":1750000000,"load_duration":500000000,'
-        b'"prompt_eval_count":10,"prompt_eval_duration":250000000,'
-        b'"eval_count":4,"eval_duration":1000000000'
+        b',"done_reason":"stop","prompt_eval_count":10,"eval_count":4,'
+        b'"total_duration":1750000000,"load_duration":500000000,'
+        b'"prompt_eval_duration":250000000,"eval_duration":1000000000'
     )
     assert reply.whole("x\n", RESULT) == piece % (said % rb'"x\n"', b"true", counts)
     assert reply.begin() == b""
