@@ -78,9 +78,11 @@ class HttpError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = STATUSES[code]
-        self.message, self.code = message, code
+        self.message = message
+        self.code = code
         self.close = close
-        self.extra, self.headers = extra, headers
+        self.extra = extra
+        self.headers = headers
 
 
 def internal_error(exception: Exception) -> HttpError:
@@ -189,7 +191,8 @@ def json_line(data: Any) -> bytes:
 
 
 # The media types of streams: SSE, and a JSON object in each line.
-EVENTS, LINES = "text/event-stream; charset=utf-8", "application/x-ndjson"
+EVENTS = "text/event-stream; charset=utf-8"
+LINES = "application/x-ndjson"
 # Not ": ping", which ends the stream in the editor plugin Continue.
 SSE_COMMENT = b": keep-alive\n\n"
 

@@ -171,7 +171,8 @@ def read_file(folder: Path) -> Any:
     """The settings in lsp.toml, or in lsp.json, which every Python can read; None if there is
     neither.
     """
-    toml, plain = folder / "lsp.toml", folder / "lsp.json"
+    toml = folder / "lsp.toml"
+    plain = folder / "lsp.json"
     with contextlib.suppress(ImportError):
         import tomllib  # novm: since Python 3.11
 
@@ -212,7 +213,8 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
         f"the settings in {folder}": lambda: read_file(folder),
         "the environment": lambda: read_variables(environment),
     }
-    settings, faults = Settings(), []
+    settings = Settings()
+    faults = []
     for source, read in sources.items():
         try:
             settings = read_settings(read(), settings)
@@ -366,7 +368,8 @@ class Suggestions:
 
 
 NO_PAUSE_SECONDS = 0.001  # more than 0, as for any automatic request
-MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.03, 0.4  # fast typists leave 0.1 s between keys
+MIN_PAUSE_SECONDS = 0.03  # fast typists leave 0.1 s between keys
+MAX_PAUSE_SECONDS = 0.4
 PAUSE_SHARE = 0.2  # of the median response time
 # Characters before the cursor, and after it, that are sent: more than any context holds, and as
 # JSON less than the 1 MiB that the Pi takes.
@@ -444,7 +447,8 @@ class Pi:
     """The Pi, and whether it is away. The main thread sets `settings`; all threads ask."""
 
     def __init__(self, settings: Settings, client: Client) -> None:
-        self.settings, self.client = settings, client
+        self.settings = settings
+        self.client = client
         # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
         self.away_until = 0.0
 
@@ -631,7 +635,8 @@ def outcome(work: Callable[[], Any]) -> Object:
 
 # ------------------------------------------------------------------------ pure: members of messages
 
-ACCEPTED, INSTRUCT = "cerebrum.accepted", "cerebrum.instruct"  # the commands
+ACCEPTED = "cerebrum.accepted"  # the commands
+INSTRUCT = "cerebrum.instruct"
 
 
 def get(value: Any, path: str, kind: type, *default: Any) -> Any:
@@ -819,7 +824,8 @@ class Completions:
         if self.is_jetbrains:
             # It calls every request automatic, and has paused before those that are. Where
             # nothing has changed since the last one, its user asks.
-            is_automatic, pause = document.is_changed, NO_PAUSE_SECONDS
+            is_automatic = document.is_changed
+            pause = NO_PAUSE_SECONDS
             document.is_changed = False
 
         # Unasked, nothing is shown that was typed over twice. After a deletion nothing is asked.
@@ -1050,7 +1056,8 @@ class Server:
         """Do what a message asks for. EOFError if that is to end."""
         if not isinstance(message, dict):
             raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
-        method, request_id = message.get("method"), message.get("id")
+        method = message.get("method")
+        request_id = message.get("id")
         if method == "exit":
             raise EOFError
         if method is None:

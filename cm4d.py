@@ -353,7 +353,8 @@ class Gateway:
     @property
     def models_here(self) -> list[Model]:
         """The models that some backend has, or all while no backend has listed any."""
-        models, here = self.config.models, self.fleet.models or ()
+        models = self.config.models
+        here = self.fleet.models or ()
         return [model for model in models if model.id in here or not here]
 
     @property
@@ -446,7 +447,8 @@ class Gateway:
 
     def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
         """The result of a whole answer: our own members, then the backend's."""
-        fields, text = attempt.request.fields, attempt.sent.text
+        fields = attempt.request.fields
+        text = attempt.sent.text
         result: JsonObject = {
             "language": fields.language,
             "model": attempt.model,

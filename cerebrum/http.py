@@ -193,7 +193,8 @@ def parse_target(target: str) -> tuple[str, str]:
     """
     authority = ""
     if absolute := ABSOLUTE_FORM.fullmatch(target):
-        authority, target = host_name(absolute[1]), "/" + absolute[2]
+        authority = host_name(absolute[1])
+        target = "/" + absolute[2]
     path, _, query = target.partition("?")
     if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
         raise malformed(
@@ -314,7 +315,8 @@ class BodyDecoder:
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
-        buffer, position = self.rest + data, 0
+        buffer = self.rest + data
+        position = 0
         pieces = []
         try:
             while not self.done:
@@ -463,7 +465,8 @@ class Connection:
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
+        self.reader = reader
+        self.writer = writer
         self.buffer = b""
         self.transport = writer.transport
         peer = writer.get_extra_info("peername") or ("?",)
@@ -504,7 +507,8 @@ class Connection:
         self.buffer += data
 
     def take(self, count: int) -> bytes:
-        data, self.buffer = self.buffer[:count], self.buffer[count:]
+        data = self.buffer[:count]
+        self.buffer = self.buffer[count:]
         return data
 
     async def next_head(self) -> bytes:
@@ -602,7 +606,8 @@ class Exchange:
     """
 
     def __init__(self, connection: Connection, server: Server) -> None:
-        self.connection, self.server = connection, server
+        self.connection = connection
+        self.server = server
         self.head: Head | None = None  # None: not read yet, or malformed
         self.keep = False
         self.public = True  # needs no key, or the need is not known yet
@@ -627,7 +632,8 @@ class Exchange:
 
     async def send(self, response: Response) -> None:
         """Send a whole response; a HEAD request gets its head alone."""
-        headers, body = list(response.headers), b""
+        headers = list(response.headers)
+        body = b""
         if response.status != 204:
             body = response.body
             if not isinstance(body, bytes):
@@ -667,7 +673,8 @@ class Exchange:
         assert response.events is not None
         assert self.route is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
-        connection, render = self.connection, response.render
+        connection = self.connection
+        render = response.render
         async with contextlib.aclosing(response.events) as events:  # type: ignore[type-var]
             block = render(await anext(events, b""))
             headers = [
@@ -738,7 +745,8 @@ class Server:
     """
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
-        self.state, self.access = state, access
+        self.state = state
+        self.access = access
         self.routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
@@ -818,7 +826,8 @@ class Server:
             await asyncio.wait(busy, timeout=seconds)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection, task = Connection(reader, writer), asyncio.current_task()
+        connection = Connection(reader, writer)
+        task = asyncio.current_task()
         assert task is not None
         if len(self.connections) >= MAX_CONNECTIONS:
             self._make_room()
@@ -854,7 +863,8 @@ class Server:
         exchange = connection.exchange = Exchange(connection, self)
         try:
             head = parse_request(await connection.next_head())
-            exchange.head, exchange.keep = head, head.keep_alive
+            exchange.head = head
+            exchange.keep = head.keep_alive
             exchange.started = time.perf_counter()
             request_id_var.set(head.request_id)
             await self._answer(exchange, head)

@@ -101,7 +101,8 @@ def budget_of(request: CompletionRequest, n_ctx: int) -> int:
 
 def passed_fields(attempt: Attempt) -> JsonObject:
     """vpsd's fields for an attempt, beside those of its text."""
-    request, fields = attempt.request, attempt.request.fields
+    request = attempt.request
+    fields = attempt.request.fields
     given = vars(fields)
     passed = {name: given[name] for name in PASSED_TO_BACKENDS if given[name] is not None}
     if request.session:
@@ -138,7 +139,8 @@ class Prompts:
         """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
         `refused`. `name` is the backend's for the model.
         """
-        request, fields = attempt.request, attempt.request.fields
+        request = attempt.request
+        fields = attempt.request.fields
         ratio: float = RATIO
         most = sys.maxsize
         if refused:
@@ -186,8 +188,10 @@ class Prompts:
 
     def learn(self, attempt: Attempt, result: Members) -> None:
         """Learn from a complete answer: the reading speed, and the text that was read."""
-        request, model = attempt.request, attempt.model
-        counted, seconds = result.get("prompt_tokens", 0), result.get("ttft") or 0.0
+        request = attempt.request
+        model = attempt.model
+        counted = result.get("prompt_tokens", 0)
+        seconds = result.get("ttft") or 0.0
         if not self._is_plausible(attempt, counted):
             return
         fresh = counted - result.get("cached_tokens", 0)
@@ -200,7 +204,8 @@ class Prompts:
 
     def learn_progress(self, attempt: Attempt, progress: Members) -> None:
         """Learn which part of a prompt has been read ahead, since the next request ends reading."""
-        done, total = progress.get("done", -1), progress.get("total", -1)
+        done = progress.get("done", -1)
+        total = progress.get("total", -1)
         if progress.get("stage") == "prefill" and COUNT.accepts(done) and COUNT.accepts(total):
             text = attempt.sent.text.up_to_cursor
             read = text[: len(text) * done // max(total, 1)]
@@ -336,7 +341,8 @@ class Backend:
         try:
             listed = await self.kind.list_models()
         except HttpError as error:
-            is_unknown, is_unusable = self.models is None, isinstance(error, Unusable)
+            is_unknown = self.models is None
+            is_unusable = isinstance(error, Unusable)
             if is_unknown or is_unusable:
                 self._models_until = 0.0  # a VPS may be checking new files
             if is_unusable or (is_unknown and not self.kind.takes_our_ids):
@@ -400,7 +406,8 @@ class Backend:
         # each.
         await asyncio.sleep(0)
         model = attempt.model
-        layout, name = self.kind.layout(model, self._about(model)), self.names.get(model, model)
+        layout = self.kind.layout(model, self._about(model))
+        name = self.names.get(model, model)
         return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
 
     def _take(self, attempt: Attempt, event: str, value: Any) -> Any:

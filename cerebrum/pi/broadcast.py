@@ -55,8 +55,10 @@ def is_typed_on(older: GenerationRequest, newer: GenerationRequest) -> bool:
     """
     if older.filename != newer.filename:
         return False
-    above, above_newer = older.prompt, newer.prompt
-    below, below_newer = text_below(older), text_below(newer)
+    above = older.prompt
+    above_newer = newer.prompt
+    below = text_below(older)
+    below_newer = text_below(newer)
     if bool(below) != bool(below_newer):
         return False
     if not (below.startswith(below_newer) or below_newer.startswith(below)):
@@ -100,7 +102,8 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
     """
-    tail, before = prompt[-CURSOR_CHARS:], earlier[-CURSOR_CHARS:]
+    tail = prompt[-CURSOR_CHARS:]
+    before = earlier[-CURSOR_CHARS:]
     typed = len(prompt) - len(earlier) - omitted
     if 0 <= typed <= len(text) and (before + text[:typed]).endswith(tail):
         return typed
@@ -188,7 +191,8 @@ def typed_in(
     `is_reader`: the same editor reads the running broadcast, or the same client got the whole text
     of the finished one.
     """
-    request, running = completion.request, broadcast.completion
+    request = completion.request
+    running = broadcast.completion
     if running:
         if may_share(request, running.request):
             return 0
@@ -209,9 +213,11 @@ def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
     completion may be a program's, which relies on its limit: a text cut by the limit must not begin
     another answer.
     """
-    request, attempt = completion.request, completion.attempt
+    request = completion.request
+    attempt = completion.attempt
     last = dict(broadcast.pairs)  # of each event
-    begun, result = last["started"], last["done"]
+    begun = last["started"]
+    result = last["done"]
     reason = result.get("finish_reason", "stop")
     if reason == "length" and request.kind == "completion":
         return None
@@ -328,7 +334,8 @@ class Broadcasts:
 
     def join(self, subscriber: Subscriber) -> Broadcast:
         """The broadcast that the subscriber reads: one that is there, or a new one."""
-        request, completion = subscriber.request, subscriber.completion
+        request = subscriber.request
+        completion = subscriber.completion
         self.subscribers.append(subscriber)
         digest = digest_of(request.fields, EQUAL_FIELDS)
         if request.speculative or self._is_llama_vims(request, digest):
@@ -379,7 +386,8 @@ class Broadcasts:
 
     def _share(self, broadcast: Broadcast, subscriber: Subscriber) -> None:
         """Count another reader of a broadcast, if he waits."""
-        completion, running = subscriber.completion, broadcast.completion
+        completion = subscriber.completion
+        running = broadcast.completion
         client = subscriber.request.client
         if not subscriber.waits:
             return
@@ -400,7 +408,8 @@ class Broadcasts:
         equal request, or one whose text begins with what the user has typed since the editor asked
         for it.
         """
-        client, editor = subscriber.request.client, subscriber.editor
+        client = subscriber.request.client
+        editor = subscriber.editor
         known = [(old, client in old.clients) for old in reversed(self.memory)]
         for other in self.subscribers:
             running = other.broadcast
@@ -476,7 +485,8 @@ class Broadcasts:
         broadcast = subscriber.broadcast
         if not broadcast or not broadcast.completion:
             return
-        completion, task = broadcast.completion, broadcast.task
+        completion = broadcast.completion
+        task = broadcast.task
         subscriber.completion.notes |= completion.figures()
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
@@ -491,7 +501,8 @@ class Broadcasts:
         """Count what an infill's prompt has of the last hint in its file; then the text, which its
         client is shown now, unless it is the rest of this hint.
         """
-        request, now = completion.request, completion.started
+        request = completion.request
+        now = completion.started
         prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")  # a model writes no other
         above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
         kept = kept_of(above, hint, prompt) if now - asked <= HINT_SECONDS else 0

@@ -122,7 +122,8 @@ def read_sampling(read: Members, stops: list[str], limit: int = DEFAULT_TOKENS) 
     """The fields of our API that every request has. `limit` (tokens) is the default."""
     limits = [read[name] for name in LIMITS]
     limit = next((given for given in limits if given is not None), limit)
-    top_p, seed = read["top_p"], read["seed"]
+    top_p = read["top_p"]
+    seed = read["seed"]
     if top_p is not None:
         top_p = max(top_p, MIN_TOP_P)
     if seed is not None:
@@ -253,7 +254,8 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
     start = min(prompt.find(before), prompt.find(after))
     if start < 0:
         return None
-    preamble, body = prompt[:start], prompt[start:]
+    preamble = prompt[:start]
+    body = prompt[start:]
     if not middle and not UNUSED.fullmatch(preamble):
         return None
     body, _, behind = body.rpartition(middle) if middle else (body, "", "")
@@ -277,7 +279,8 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
 def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
-    filename, extra = "", []
+    filename = ""
+    extra = []
     for file in ("\n" + loose, *files[-MAX_EXTRAS:]):  # what precedes the first mark has no name
         name, _, text = file.partition("\n")
         name = name[: int(NAME.high)]
@@ -328,7 +331,8 @@ def read_completion(members: Members) -> CompletionRequest:
     fill-in-the-middle tokens, or have a layout of its own.
     """
     members = present(members)
-    read, prompt = read_fields(members, TEXT_FIELDS), read_prompt(members)
+    read = read_fields(members, TEXT_FIELDS)
+    prompt = read_prompt(members)
     suffix = read["suffix"]
     special = not suffix and NEXT_EDIT.match(prompt) is not None
     request = read_code(members, read, special=special)
@@ -348,7 +352,8 @@ def read_infill(members: Members) -> CompletionRequest:
     `input_prefix`.
     """
     members = present(members)
-    read, prompt = read_fields(members, INFILL_FIELDS), read_prompt(members)
+    read = read_fields(members, INFILL_FIELDS)
+    prompt = read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     extra = [file for file in files if file["text"]]
     # llama.vim's key for "complete now" sends the same as its automatic requests.
@@ -412,7 +417,8 @@ def finish_reason(result: Members) -> str:
 
 
 def usage(result: Members) -> JsonObject:
-    read, written = result.get("prompt_tokens", 0), result.get("total_tokens", 0)
+    read = result.get("prompt_tokens", 0)
+    written = result.get("total_tokens", 0)
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
@@ -432,7 +438,8 @@ class Reply:
     created: int
     begun: Members
 
-    prefix, whole_object = "cmpl", "text_completion"
+    prefix = "cmpl"
+    whole_object = "text_completion"
     chunk_object = whole_object
     block = staticmethod(sse)  # of a stream
     idle = SSE_COMMENT  # shows that the connection is alive
@@ -486,7 +493,8 @@ class Reply:
 class ChatReply(Reply):
     """OpenAI's chat.completion, and chat.completion.chunk."""
 
-    prefix, whole_object = "chatcmpl", "chat.completion"
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
     def begin(self) -> bytes:
@@ -593,7 +601,8 @@ def own_members(result: Members) -> JsonObject:
 def timings(result: Members) -> JsonObject:
     """llama-server's `timings`, in milliseconds."""
     seconds = result.get("ttft") or 0.0
-    loading, whole = result.get("load_time") or 0.0, result.get("inference_time") or 0.0
+    loading = result.get("load_time") or 0.0
+    whole = result.get("inference_time") or 0.0
     cached = result.get("cached_tokens", 0)
     read = result.get("prompt_tokens", 0) - cached
     written = result.get("total_tokens", 0)

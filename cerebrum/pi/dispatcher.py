@@ -117,7 +117,8 @@ class Claim(NamedTuple):
 
 def decide(state: State, completion: Completion, now: float) -> Assign | Preempt | Wait | HttpError:
     """What happens now to a completion that has no place; an error ends it."""
-    request, deadline = completion.request, completion.deadline
+    request = completion.request
+    deadline = completion.deadline
     may_wait = now < deadline
     # Backends that have answered 429 are asked again at the end of a pause.
     resume = busy_until(completion)
@@ -277,7 +278,8 @@ def spares_editors(claim: Claim) -> bool:
     completions leave one for infills, and one client's infills leave one for another client's.
     Requests of our own API take any place.
     """
-    kind, client = claim.completion.request.kind, claim.completion.client
+    kind = claim.completion.request.kind
+    client = claim.completion.client
     since = claim.now - EDITOR_SECONDS
     editors = {name for name, seen in claim.state.editors.items() if seen > since}
     running = claim.state.running(claim.usable)
@@ -292,7 +294,8 @@ def may_start(claim: Claim) -> bool:
     """Whether a guest may start: no regular client waits, guests leave one place free for a minute
     after a regular completion, and this guest is below its limit.
     """
-    state, completion = claim.state, claim.completion
+    state = claim.state
+    completion = claim.completion
     request = completion.request
     if not request.guest:
         return True
@@ -314,7 +317,8 @@ def whose_turn(
     take turns, those with the fewest places first, then those who have had no turn or whose last
     one is the longest ago; of one person's, infills come first.
     """
-    request, client = completion.request, completion.client
+    request = completion.request
+    client = completion.client
     last_turn = state.turns.get(client, 0.0)
     return request.guest > 0, running[client], last_turn, request.kind != "infill"
 
@@ -334,7 +338,8 @@ def nobody(fleet: Fleet, options: Options) -> HttpError:
         return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
     if unknown := [backend.breaker.message for backend in fleet.backends if backend.models is None]:
         return HttpError("VPS_UNAVAILABLE", next(filter(None, unknown), NEVER_ASKED))
-    known, (model, _) = ", ".join(fleet.models or ()), options[0]
+    known = ", ".join(fleet.models or ())
+    model, _ = options[0]
     expected = f"expected a model that a backend has ({known or 'none'})"
     return HttpError("MODEL_NOT_FOUND", f"{expected}, got {describe(model)}")
 
@@ -369,7 +374,8 @@ class Dispatcher:
         """Give a completion a place; it must `hold` the place at once. HttpError if there is none
         for it.
         """
-        request, state = completion.request, self.state
+        request = completion.request
+        state = self.state
         await state.fleet.know()
         if request.speculative:
             if place := decide_spare(state, request):
@@ -413,7 +419,8 @@ class Dispatcher:
         """Give free places to those that wait, in turns, and return when to ask again for each of
         the others. If nobody waits, idle backends read ahead.
         """
-        state, waiting = self.state, [*self.state.line]
+        state = self.state
+        waiting = [*self.state.line]
         waits = {}
         running = Counter(
             attempt.completion.client for attempt in state.answering if not attempt.evicted
@@ -439,7 +446,8 @@ class Dispatcher:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
         session and the spare ones there.
         """
-        state, backend = self.state, place.backend
+        state = self.state
+        backend = place.backend
         request = completion.request
         for other, where in [*state.places.items()]:
             is_older = other.request.session == request.session != ""
@@ -457,7 +465,8 @@ class Dispatcher:
 
     def _note_turn(self, completion: Completion) -> None:
         """A client that waits gets a place."""
-        state, now = self.state, time.monotonic()
+        state = self.state
+        now = time.monotonic()
         remember(state.turns, completion.client, now, MAX_SERVED)
         if not completion.request.guest:
             state.regular = now
@@ -477,8 +486,10 @@ class Dispatcher:
         """End a guest's attempt. One that ends within its guest's share of the minute comes first
         among guests.
         """
-        state, completion = self.state, attempt.completion
-        client, now = completion.client, time.monotonic()
+        state = self.state
+        completion = attempt.completion
+        client = completion.client
+        now = time.monotonic()
         if state.guest_seconds(client, now) < SHARE_SECONDS:
             state.turns[client] = -math.inf  # before guests who have had no turn
             attempt.again = attempt.request.in_dialect  # our own API never waits
@@ -489,7 +500,8 @@ class Dispatcher:
 
     def _leave(self, attempt: Attempt) -> None:
         """Give the place of an attempt back."""
-        state, request = self.state, attempt.request
+        state = self.state
+        request = attempt.request
         del state.places[attempt]
         attempt.admission.left()
         attempt.left = now = time.monotonic()

@@ -157,8 +157,10 @@ def read_counts(members: Members) -> JsonObject:
     """The counts in an event, not yet checked, under the names of our own done event: from OpenAI's
     `usage`, llama-server's `timings`, and the numbers beside them.
     """
-    used, timed = members_of(members.get("usage")), members_of(members.get("timings"))
-    cached, fresh = timed.get("cache_n"), timed.get("prompt_n")
+    used = members_of(members.get("usage"))
+    timed = members_of(members.get("timings"))
+    cached = timed.get("cache_n")
+    fresh = timed.get("prompt_n")
     whole = cached + fresh if type(cached) is type(fresh) is int else None
     written = used.get("completion_tokens", timed.get("predicted_n"))
     details = members_of(used.get("prompt_tokens_details"))
@@ -278,14 +280,16 @@ class Translator:
         # 3 MB that a Pi without other engines need not load
         from cerebrum.text.ending import Ending
 
-        prompt, suffix = fields.get("prompt", ""), fields.get("suffix", "")
+        prompt = fields.get("prompt", "")
+        suffix = fields.get("suffix", "")
         turns = fields.get("messages") or ()
         asked = "\n".join([prompt, suffix, *(turn["content"] for turn in turns)])
         stops = [stop for stop in fields.get("stop", ()) if len(stop) <= MAX_STOP_CHARS]
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")
         near = (end_of(prompt, language), suffix[:NEAR_CHARS])
-        stop_at, indent = fields.get("stop_at", "auto"), fields.get("indent", 0)
+        stop_at = fields.get("stop_at", "auto")
+        indent = fields.get("indent", 0)
         self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops, least)
         self.written = list[Written]()  # tokens whose probability is known
         self.sent = list[str]()
@@ -352,7 +356,8 @@ class Translator:
     ) -> Iterator[Pair]:
         # An event has at least one token, so this engine ignores max_tokens.
         if text and self.tokens == self.most:
-            text, reason = "", "length"
+            text = ""
+            reason = "length"
         if text:
             self.deadline = min(self.deadline, now + self.seconds)  # the first one stays
             self.tokens += 1
@@ -521,7 +526,8 @@ class LlamaServer(Engine):
         return "/infill", members | gap | {"input_extra": fields.get("extra", ())}
 
     async def list_models(self) -> Models:
-        listed, props = await super().list_models(), JsonObject()
+        listed = await super().list_models()
+        props = JsonObject()
         with contextlib.suppress(HttpError):  # the server's /props can be turned off
             props = read_props(await self.get("/props"))
         return {name: props | about for name, about in listed.items()}
@@ -534,11 +540,13 @@ class OpenAI(Engine):
 
     def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
         """A gap is written with the model's marks, or as `suffix` if the model has none."""
-        fields, marks = wanted.fields, self.marks(wanted.model)
+        fields = wanted.fields
+        marks = self.marks(wanted.model)
         if "messages" in fields:
             return "/v1/chat/completions", write_chat(wanted)
         members = write_openai(wanted)
-        text, suffix = fields["prompt"], fields.get("suffix")
+        text = fields["prompt"]
+        suffix = fields.get("suffix")
         if suffix is not None and marks:
             text = "".join(arrange_gap(self.layout(wanted.model, {}), marks, text, suffix))
         elif suffix is not None:

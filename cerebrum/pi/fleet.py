@@ -161,7 +161,8 @@ class Fleet:
         missing and how to get it.
         """
         present = self.models
-        language, mode = request.fields.language, request.fields.mode
+        language = request.fields.language
+        mode = request.fields.mode
         here = [model for model in self._catalog if present is None or model.id in present]
         serving = [model for model in here if language in model.languages]
         if not language or (request.in_dialect and not serving):

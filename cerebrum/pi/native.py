@@ -87,7 +87,8 @@ CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 
 def our_error(members: Members, key: str) -> HttpError | None:
     """The client's error if this JSON object has the error format of our daemons, else None."""
-    message, code = members.get("message"), members.get("code", "")
+    message = members.get("message")
+    code = members.get("code", "")
     is_ours = members.get("error") is True and isinstance(message, str)
     if not is_ours or not ERROR_CODE.accepts(code):
         return None

@@ -216,7 +216,8 @@ def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder]:
     return status, BodyDecoder(*parse_framing(first[:8].decode(), headers))
 
 
-EVENT_STREAM, JSON = "text/event-stream", "application/json"
+EVENT_STREAM = "text/event-stream"
+JSON = "application/json"
 MAX_EVENT_BYTES = 262_144  # one SSE event; a token event has 60
 
 
@@ -357,7 +358,8 @@ class Reader(asyncio.Protocol):
 
     def take(self, count: int) -> bytes:
         """The first unread bytes, `count` at most."""
-        data, self.unread = self.unread[:count], self.unread[count:]
+        data = self.unread[:count]
+        self.unread = self.unread[count:]
         if not self.unread:
             self.transport.resume_reading()
         return data
@@ -377,7 +379,8 @@ class Answer:
 
     def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
-        self.reader, self._again = reader, again
+        self.reader = reader
+        self._again = again
         self.body = BodyDecoder(None, False)  # until the head has come
 
     def cut(self) -> None:
@@ -484,7 +487,8 @@ class Upstream:
 
     def _take_spare(self) -> Reader | None:
         """The spare connection, unless the backend has closed it or sent anything."""
-        spare, self._spare = self._spare, None
+        spare = self._spare
+        self._spare = None
         if spare is None:
             return None
         self.close()  # cancels its keeper
@@ -524,7 +528,8 @@ class Upstream:
                 self._keeper = asyncio.create_task(self._keep_spare())
 
     async def _connect(self) -> Reader:
-        endpoint, loop = self._config.endpoint, asyncio.get_running_loop()
+        endpoint = self._config.endpoint
+        loop = asyncio.get_running_loop()
         host = endpoint.host
         # A race takes 0.3 ms of CPU, and leaves garbage when it fails.
         race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
