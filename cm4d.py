@@ -73,7 +73,7 @@ from cerebrum.fields import (
     read_fields,
     wrong,
 )
-from cerebrum.http import Access, Server, own_names
+from cerebrum.http import MAX_CONNECTIONS, Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
     Metric,
@@ -132,6 +132,7 @@ HERE = Path(__file__).resolve().parent
 # ------------------------------------------------------------------------------------ configuration
 
 
+FILES = 4096  # that the unit allows
 TLS = "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY"
 
 
@@ -178,7 +179,14 @@ class Config:
 
     @property
     def access(self) -> Access:
-        return Access(self.client_keys, own_names(self.hosts), self.origins, self.clients)
+        places = sum(backend.max_concurrent for backend in self.backends)
+        return Access(
+            self.client_keys,
+            own_names(self.hosts),
+            self.origins,
+            self.clients,
+            connections=max(MAX_CONNECTIONS, min(4 * places, FILES // 2)),
+        )
 
     @property
     def names(self) -> dict[str, Client]:

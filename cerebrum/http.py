@@ -388,6 +388,7 @@ class Access:
     # By their keys; without any, nobody has such a key.
     clients: Mapping[str, Client] | None = None
     scheme: str = "http"  # of our own origin; `Server` sets it
+    connections: int = MAX_CONNECTIONS  # of all clients
 
     @property
     def needs_key(self) -> bool:
@@ -829,7 +830,7 @@ class Server:
         connection = Connection(reader, writer)
         task = asyncio.current_task()
         assert task is not None
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= self.access.connections:
             self._make_room()
         self.connections[task] = connection
         try:

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
 
 
 DEFAULT_N_CTX = 4096  # until a backend reports its own
+BUSY_SECONDS = 0.2  # pause before a busy backend is asked again
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched again
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -155,7 +157,7 @@ class Prompts:
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         body = passed_fields(attempt) | text.body
-        return Fitted(body, attempt.model, name, room, n_ctx, text)
+        return Fitted(body, attempt.model, name, room, n_ctx, text, request.affinity)
 
     def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
         """(the most tokens to read for a request, or None; the texts already read for its client
@@ -253,6 +255,8 @@ class Backend:
         self.answering = set[Attempt]()  # that it answers now
         self._warn_anew = functools.lru_cache(1)(log.warning)  # not of the same again
         self._models_until = 0.0
+        # Until when it wants no request, by the request's kind.
+        self.rests = defaultdict[str, float](float)
 
     def _configure(self, kind: Kind) -> None:
         self.kind = kind
@@ -450,6 +454,9 @@ class Backend:
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
+        after = dict(error.headers).get("Retry-After")
+        if error.code == "RATE_LIMIT" and (after or not attempt.request.is_spare):
+            self.rests[attempt.request.kind] = time.monotonic() + float(after or BUSY_SECONDS)
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
             self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list

@@ -9,9 +9,11 @@ import functools
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
 from cerebrum.fields import JsonObject, Members
@@ -31,6 +33,8 @@ RETRIED = (404, 429, 500, 503)
 FINISHED = ("stop", "length", "block", "repeat", "unsure")
 # How sure the model is of the text, in a result.
 SURENESS = ("confidence", "text_confidence", "chance")
+MAX_OPENING = 200  # characters of a chat that tell it from others
+AFFINITY_KEY = os.urandom(16)
 NEVER = 1.0  # a `min_confidence` with which an editor is shown nothing, and no model is asked
 SUPERSEDED = "SUPERSEDED"
 PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
@@ -67,13 +71,20 @@ class CompletionRequest:
 
     @property
     def file(self) -> str:
-        """A name for the session, or else for the file, in a dialect together with its client. The
-        backend that last served it probably has the beginning of the prompt in its cache.
+        """A name for the session, or else for the file or the chat, in a dialect together with its
+        client. The backend that last served it probably has the beginning of the prompt in its
+        cache.
         """
-        filename = self.fields.filename
+        first, *_ = self.fields.messages or ({"content": ""},)
+        name = self.fields.filename or first["content"][:MAX_OPENING]
         if self.session:
             return self.session
-        return f"{self.client} {filename}" if self.in_dialect else filename
+        return f"{self.client} {name}" if self.in_dialect else name
+
+    @property
+    def affinity(self) -> str:
+        """A token of `file` for a balancer, which learns nothing of it."""
+        return blake2b(self.file.encode(), key=AFFINITY_KEY, digest_size=16).hexdigest()
 
 
 def remember(table: dict[Any, Any], key: object, value: object, limit: int) -> None:
@@ -139,6 +150,7 @@ class Fitted(NamedTuple):
     room: int = MAX_TOKENS  # tokens left in the context for the answer
     n_ctx: int = 0  # the context in tokens that the text was fitted to
     text: Prepared = Prepared({}, {}, 0)
+    affinity: str = ""  # as `CompletionRequest.affinity`
 
 
 NOTHING_SENT = Fitted({}, "", "")

@@ -29,12 +29,11 @@ from cerebrum.pi.completion import (
     remember,
 )
 from cerebrum.pi.fleet import Fleet, Options
+from cerebrum.pi.kind import TOO_MANY
 from cerebrum_common import HttpError, internal_error, log
 
 # ----------------------------------------------------------------------------- policy: the decision
 
-BUSY_SECONDS = 0.1  # pause before a dialect's request asks a busy backend again; it doubles
-MAX_BUSY_SECONDS = 1.0
 # For this long after an infill, a place is kept for the next one; and after a regular client
 # has got a place, guests leave one free.
 EDITOR_SECONDS = 60.0
@@ -120,23 +119,22 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     request = completion.request
     deadline = completion.deadline
     may_wait = now < deadline
-    # Backends that have answered 429 are asked again at the end of a pause.
-    resume = busy_until(completion)
-    skips_busy = now < resume
-    asks_busy = skips_busy and resume <= deadline
-    until = resume if asks_busy else deadline
     # 1. Which models may answer, best first, and which backends have each of them?
     options = state.fleet.who_may(request)
     # 2. What has failed this completion is not asked again, but for a 429 after its pause.
-    options = untried(completion, options, skips_busy)
+    options = untried(completion, options)
     able = backends_of(state.fleet, options)
+    rests = [backend.rests[request.kind] for backend in able]
+    resume = min((end for end in rests if end > now), default=math.inf)
+    until = min(resume, deadline)
     # 3. May any of them be asked? A trial may end at any moment, since each key that somebody types
     #    replaces the request before: so wait for it.
-    usable = which_admit(able)
+    usable = which_admit(able, request, now)
     if not usable:
-        if may_wait and (asks_busy or any(backend.breaker.trial for backend in able)):
+        if may_wait and (resume <= deadline or any(backend.breaker.trial for backend in able)):
             return Wait(until)
-        return completion.failure or nobody(state.fleet, options)
+        why = nobody(state.fleet, options) if resume == math.inf else HttpError(*TOO_MANY)
+        return completion.failure or why
     # 4. Is a place free, and may this client take it? `place_for` does not count the older requests
     #    of its session; `_assign` ends them.
     claim = Claim(state, completion, options, usable, now)
@@ -150,40 +148,31 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
 
 
-def decide_spare(state: State, request: CompletionRequest) -> Assign | None:
+def decide_spare(state: State, request: CompletionRequest, now: float) -> Assign | None:
     """Where a prompt is to be read ahead now, or a speculative request sent; None for nowhere. It
     must cost nothing, and nobody may wait for a place meanwhile. It goes where the next request of
     its file will go, once that backend has nothing else to do.
     """
     options = state.fleet.who_may(request)
     readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
-    place = best_place(state, request, options, which_admit(readers))
+    place = best_place(state, request, options, which_admit(readers, request, now))
     if place and is_idle(state, place.backend, request) and not state.line:
         return place
     return None
 
 
-def untried(completion: Completion, options: Options, skips_busy: bool) -> Options:
-    """The options without the backends that have failed this completion, or that answered 429 and
-    whose pause is not over, and without the models that a backend could not load.
+def untried(completion: Completion, options: Options) -> Options:
+    """The options without the backends that have failed this completion, but for a 429, and without
+    the models that a backend could not load.
     """
     failed = set[tuple[str, str]]()  # the ids of a backend and of a model; "" for all its models
     for attempt in completion.attempts:
-        if attempt.code and (skips_busy or attempt.code != "RATE_LIMIT"):
+        if attempt.code not in ("", "RATE_LIMIT"):
             failed.add((attempt.backend, attempt.model if attempt.code in WITHOUT_MODEL else ""))
     return [
         (model, [other for other in having if not failed & {(other.id, model), (other.id, "")}])
         for model, having in options
     ]
-
-
-def busy_until(completion: Completion) -> float:
-    """When to ask the backends again that answered 429; minus infinity if none did."""
-    refused = [attempt for attempt in completion.attempts if attempt.code == "RATE_LIMIT"]
-    if not refused:
-        return -math.inf
-    pause = BUSY_SECONDS * 2.0 ** (len(refused) - 1)
-    return refused[-1].left + min(pause, MAX_BUSY_SECONDS)
 
 
 def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
@@ -193,9 +182,12 @@ def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
     ]
 
 
-def which_admit(backends: Sequence[Backend]) -> list[Backend]:
+def which_admit(
+    backends: Sequence[Backend], request: CompletionRequest, now: float
+) -> list[Backend]:
     """The backends that may be asked; those in trouble only if there are no others."""
-    admitting = [backend for backend in backends if backend.breaker.admits]
+    awake = [backend for backend in backends if backend.rests[request.kind] <= now]
+    admitting = [backend for backend in awake if backend.breaker.admits]
     return [backend for backend in admitting if not backend.breaker.trouble] or admitting
 
 
@@ -378,7 +370,7 @@ class Dispatcher:
         state = self.state
         await state.fleet.know()
         if request.speculative:
-            if place := decide_spare(state, request):
+            if place := decide_spare(state, request, time.monotonic()):
                 return self._assign(completion, place)
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
         if request.kind == "infill" and not request.guest:
@@ -546,7 +538,7 @@ class Dispatcher:
     def _advance_reading(self) -> None:
         """Begin to read the prompts for which a backend is idle, those of guests last."""
         for request in sorted(self.ahead.values(), key=lambda request: request.guest > 0):
-            if place := decide_spare(self.state, request):
+            if place := decide_spare(self.state, request, time.monotonic()):
                 self._begin_reading(Completion(request), place)
 
     def _begin_reading(self, completion: Completion, place: Assign) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, valid_members
 from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
-from cerebrum.pi.kind import COUNT, RESULT_FIELDS, Kind, Models
+from cerebrum.pi.kind import COUNT, RESULT_FIELDS, TOO_MANY, Kind, Models
 from cerebrum.pi.upstream import (
     EVENT_STREAM,
     LATE,
@@ -400,7 +400,7 @@ COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token 
 
 REFUSALS = {
     404: ("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call"),
-    429: ("RATE_LIMIT", "VPS backend has too many requests; try again later"),
+    429: TOO_MANY,
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -31,6 +32,9 @@ MAX_JSON_BYTES = 1 << 20
 
 
 Models = dict[str, JsonObject]  # by name: {"n_ctx", "loaded", …}
+RETRY_AFTER = re.compile("[1-9][0-9]{0,8}")  # its other form, a date, is not read
+MAX_REST_SECONDS = 60
+TOO_MANY = ("RATE_LIMIT", "VPS backend has too many requests; try again later")
 NO_JSON = "its answer is not JSON"
 
 
@@ -101,7 +105,9 @@ class Kind(ABC):
 
     def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
         """Send a request for a completion, and yield its unread answer."""
-        return self.client.send(*self.write(wanted), self.idle_seconds)
+        name = self.config.affinity_header
+        header = name and f"{name}: {wanted.affinity}"
+        return self.client.send(*self.write(wanted), self.idle_seconds, header)
 
     async def begin(self, answer: Answer, seconds: float, media: str) -> bool:
         """Read the head of a 200 with this media type. False if no head has come after `seconds`:
@@ -119,6 +125,10 @@ class Kind(ABC):
         except TimeoutError:
             if answer.status < 200:
                 return False
+        after = RETRY_AFTER.fullmatch(answer.retry_after)
+        if after and answer.status in (429, 503):
+            seconds = min(int(after[0]), MAX_REST_SECONDS)
+            raise HttpError(*TOO_MANY, headers=(("Retry-After", str(seconds)),))
         raise self.refusal(answer.status, members)
 
     async def get(self, path: str) -> JsonObject:

@@ -42,7 +42,7 @@ URL = re.compile(
     r"(https?)://(([A-Za-z0-9.\-_]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{1,5}))?)"
     r"((?:/[A-Za-z0-9._~/\-]*)?)"
 )
-MAX_PLACES = 64  # concurrent requests to one backend
+MAX_PLACES = 512  # concurrent requests to one backend
 APIS = ("cerebrum", "llama.cpp", "openai")  # each is spoken by a `Kind`
 MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
 LENGTH = Field(int, 1, MAX_N_CTX)  # of a prompt, in tokens
@@ -75,6 +75,8 @@ class BackendConfig:
     n_ctx: int  # tokens; 0: as the backend reports
     # For an "openai" backend: use the model's FIM marks if it has any, or the "suffix" member.
     infill: str
+    # Carries a token of the client and its file to a balancer in front of replicas; "": none.
+    affinity_header: str
 
     @property
     def variable(self) -> str:
@@ -130,6 +132,7 @@ BACKEND = {
     "infill": Field(str, default="fim", choices=("fim", "suffix")),
     "max_concurrent": Field(int, 1, MAX_PLACES, 2),
     "n_ctx": Field(int, 0, MAX_N_CTX, 0),
+    "affinity_header": Field(str, default="", pattern="(?:[Xx]-[A-Za-z0-9-]{1,60})?"),
 }
 
 
@@ -198,9 +201,10 @@ class Unusable(HttpError):
 MAX_HEADS = 8  # of an answer: its own, and those with status 1xx before it
 
 
-def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder]:
-    """Parse a whole response head into status and body. HttpError or BackendFailure if the head is
-    not exact HTTP/1.x, or if a 200 has a Content-Encoding or another media type than `media`.
+def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder, str]:
+    """Parse a whole response head into status, body and Retry-After, "" without one. HttpError or
+    BackendFailure if the head is not exact HTTP/1.x, or if a 200 has a Content-Encoding or another
+    media type than `media`.
     """
     first, headers = parse_head(block)
     match = STATUS_LINE.fullmatch(first)
@@ -213,7 +217,8 @@ def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder]:
         given = headers.get("content-type", media).partition(";")[0]
         if given.strip(" \t").lower() != media:
             raise BackendFailure("its answer is not of the type that was asked for")
-    return status, BodyDecoder(*parse_framing(first[:8].decode(), headers))
+    body = BodyDecoder(*parse_framing(first[:8].decode(), headers))
+    return status, body, headers.get("retry-after", "")
 
 
 EVENT_STREAM = "text/event-stream"
@@ -379,6 +384,7 @@ class Answer:
 
     def __init__(self, reader: Reader, again: Callable[[], Awaitable[Reader]] | None) -> None:
         self.status = 0
+        self.retry_after = ""
         self.reader = reader
         self._again = again
         self.body = BodyDecoder(None, False)  # until the head has come
@@ -392,7 +398,8 @@ class Answer:
         `parse_answer`. After a cancelled call, the next call resumes at the same place.
         """
         for _ in range(MAX_HEADS):
-            self.status, self.body = parse_answer(await self._next_head(), media)
+            head = await self._next_head()
+            self.status, self.body, self.retry_after = parse_answer(head, media)
             if self.status >= 200:
                 return
         raise BackendFailure(f"it answered {self.status}")
@@ -498,17 +505,19 @@ class Upstream:
         return spare
 
     @contextlib.asynccontextmanager
-    async def send(self, path: str, body: Members | None, idle: float) -> AsyncIterator[Answer]:
+    async def send(
+        self, path: str, body: Members | None, idle: float, header: str = ""
+    ) -> AsyncIterator[Answer]:
         """Send one request, a GET if it has no body, and yield its unread answer. `idle` is for
-        `Reader.watch`. A request is sent once more only if the backend closes a spare connection
-        just as the request goes out: its one effect is its answer, which nobody got (RFC 9110,
-        section 9.2.2).
+        `Reader.watch`, `header` a line of the head. A request is sent once more only if the backend
+        closes a spare connection just as the request goes out: its one effect is its answer, which
+        nobody got (RFC 9110, section 9.2.2).
         """
 
         async def write(reader: Reader | None = None) -> Reader:
             reader = reader or await self._connect()
             reader.watch(idle)
-            reader.transport.write(self._encode(path, body))
+            reader.transport.write(self._encode(path, body, header))
             return reader
 
         leaves_spare = body is not None
@@ -547,7 +556,7 @@ class Upstream:
         )
         return reader
 
-    def _encode(self, path: str, body: Members | None) -> bytes:
+    def _encode(self, path: str, body: Members | None, header: str) -> bytes:
         endpoint = self._config.endpoint
         method = "GET" if body is None else "POST"
         payload = b"" if body is None else json.dumps(body).encode("ascii")
@@ -558,6 +567,7 @@ class Upstream:
             "Connection: close",
             f"X-Request-ID: {request_id_var.get()}",
             "" if is_open else self._key_line,
+            header,
         ]
         if payload:
             lines += ["Content-Type: application/json", f"Content-Length: {len(payload)}"]
