@@ -64,8 +64,11 @@ Headers = tuple[tuple[str, str], ...]
 class HttpError(Exception):
     """An error response: a code, its status, and a message that a client may read. `close` ends the
     connection after the answer, because the framing can no longer be trusted. `extra` holds more
-    members of the JSON object, `headers` more response headers.
+    members of the JSON object, `headers` more response headers. `retry_after`: the seconds for
+    which a backend wants no other request; clients are not told.
     """
+
+    retry_after = 0
 
     def __init__(
         self,

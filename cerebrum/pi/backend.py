@@ -454,9 +454,10 @@ class Backend:
         if error.code in WITHOUT_MODEL:
             self._models_until = 0.0
             self.wake.set()
-        after = dict(error.headers).get("Retry-After")
-        if error.code == "RATE_LIMIT" and (after or not attempt.request.is_spare):
-            self.rests[attempt.request.kind] = time.monotonic() + float(after or BUSY_SECONDS)
+        if error.code == "RATE_LIMIT":
+            # A refusal of what nobody waits for keeps nobody waiting, unless the backend asks so.
+            pause = error.retry_after or BUSY_SECONDS * (not attempt.request.is_spare)
+            self.rests[attempt.request.kind] = time.monotonic() + pause
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
             self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list

@@ -127,8 +127,9 @@ class Kind(ABC):
                 return False
         after = RETRY_AFTER.fullmatch(answer.retry_after)
         if after and answer.status in (429, 503):
-            seconds = min(int(after[0]), MAX_REST_SECONDS)
-            raise HttpError(*TOO_MANY, headers=(("Retry-After", str(seconds)),))
+            busy = HttpError(*TOO_MANY)
+            busy.retry_after = min(int(after[0]), MAX_REST_SECONDS)
+            raise busy
         raise self.refusal(answer.status, members)
 
     async def get(self, path: str) -> JsonObject:
