@@ -165,13 +165,19 @@ def untried(completion: Completion, options: Options) -> Options:
     """The options without the backends that have failed this completion, but for a 429, and without
     the models that a backend could not load.
     """
-    failed = set[tuple[str, str]]()  # the ids of a backend and of a model; "" for all its models
+    # By the ids of a backend and of a model; "" for all its models.
+    failed = Counter[tuple[str, str]]()
     for attempt in completion.attempts:
         if attempt.code not in ("", "RATE_LIMIT"):
-            failed.add((attempt.backend, attempt.model if attempt.code in WITHOUT_MODEL else ""))
+            failed[attempt.backend, attempt.model if attempt.code in WITHOUT_MODEL else ""] += 1
+
+    def may_try(backend: Backend, model: str) -> bool:
+        """Behind a balancer, another replica may answer what one has failed."""
+        replicas = 2 if backend.config.affinity_header else 1
+        return failed[backend.id, model] + failed[backend.id, ""] < replicas
+
     return [
-        (model, [other for other in having if not failed & {(other.id, model), (other.id, "")}])
-        for model, having in options
+        (model, [other for other in having if may_try(other, model)]) for model, having in options
     ]
 
 
