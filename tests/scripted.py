@@ -315,7 +315,7 @@ def backend_at(
 def config_of(id: str, endpoint: Endpoint, **more: Any) -> BackendConfig:
     """The configuration of a backend whose table has only these members."""
     usual: dict[str, Any] = {"api": "cerebrum", "max_concurrent": 2, "n_ctx": 0, "infill": "fim"}
-    usual |= dict.fromkeys(("key", "key_env", "ca_file"), "")
+    usual |= dict.fromkeys(("key", "key_env", "ca_file", "affinity_header"), "")
     return BackendConfig(id, endpoint, **usual | more)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -337,9 +338,9 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", HEALTH, upload(1000, "length")[:-1]])
-async def test_one_connection_too_many_closes_the_oldest_idle_one(monkeypatch, begun):
-    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
+async def test_one_connection_too_many_closes_the_oldest_idle_one(begun: bytes) -> None:
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
+        server.access = replace(server.access, connections=3)
         busy, silent, third = [await stack.enter_async_context(connect(port)) for _ in range(3)]
         busy[1].write(SLOW)
         await slow.begun.wait()
@@ -355,9 +356,9 @@ async def test_one_connection_too_many_closes_the_oldest_idle_one(monkeypatch, b
 
 
 @pytest.mark.parametrize("begun", [b"", SLOW])
-async def test_the_address_with_most_connections_makes_room(monkeypatch, begun):
-    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
+async def test_the_address_with_most_connections_makes_room(begun: bytes) -> None:
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
+        server.access = replace(server.access, connections=4)
         other, writer = await asyncio.open_connection(
             "127.0.0.1", port, local_addr=("127.0.0.2", 0)
         )

@@ -455,9 +455,11 @@ class Backend:
             self._models_until = 0.0
             self.wake.set()
         if error.code == "RATE_LIMIT":
-            # A refusal of what nobody waits for keeps nobody waiting, unless the backend asks so.
-            pause = error.retry_after or BUSY_SECONDS * (not attempt.request.is_spare)
-            self.rests[attempt.request.kind] = time.monotonic() + pause
+            # Unless the backend asks for a pause, only those who are ready to wait make one.
+            request = attempt.request
+            waits = request.in_dialect and not request.is_spare
+            pause = error.retry_after or BUSY_SECONDS * waits
+            self.rests[request.kind] = time.monotonic() + pause
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
             self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list

@@ -162,13 +162,14 @@ def decide_spare(state: State, request: CompletionRequest, now: float) -> Assign
 
 
 def untried(completion: Completion, options: Options) -> Options:
-    """The options without the backends that have failed this completion, but for a 429, and without
-    the models that a backend could not load.
+    """The options without the backends that have failed this completion, and without the models
+    that a backend could not load. A 429 is no failure if the client is ready to wait.
     """
     # By the ids of a backend and of a model; "" for all its models.
     failed = Counter[tuple[str, str]]()
     for attempt in completion.attempts:
-        if attempt.code not in ("", "RATE_LIMIT"):
+        is_busy = attempt.code == "RATE_LIMIT" and completion.request.in_dialect
+        if attempt.code and not is_busy:
             failed[attempt.backend, attempt.model if attempt.code in WITHOUT_MODEL else ""] += 1
 
     def may_try(backend: Backend, model: str) -> bool:

@@ -13,6 +13,8 @@ import doctest
 import importlib
 import json
 import pkgutil
+import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -81,6 +83,7 @@ GPU = {
     "max_concurrent": 16,
     "n_ctx": 8192,
     "infill": "suffix",
+    "affinity_header": "X-Session-Id",
 }
 
 
@@ -107,7 +110,10 @@ BAD_API = "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the 
 BAD_N_CTX = "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"
 BAD_NAME = "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
 BAD_CA = "backend 1: ca_file: expected a url with https for '/a.pem'"
+BAD_HEADER = "backend 1: affinity_header: expected a string of the form "
 BAD_TABLES = [
+    ([ATTIC | {"affinity_header": "Host"}], BAD_HEADER),
+    ([ATTIC | {"affinity_header": "X-A: b\r\nC"}], BAD_HEADER),
     ([7], "backend 1: expected a table, got something else"),
     ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
     ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
@@ -622,6 +628,72 @@ async def pi_before(
         pi_for(engine(backend.port, api), probing=probing) as pi,
     ):
         yield pi, backend
+
+
+# A path, members of the request, and the token that it shares with others.
+SYSTEM = {"role": "system", "content": "You help."}
+FILES = [
+    ("/infill", {"filename": "a.py"}, "a"),
+    ("/infill", {"filename": "a.py", "input_prefix": "other"}, "a"),
+    ("/infill", {"filename": "b.py"}, "b"),
+    ("/v1/chat/completions", {"messages": [SYSTEM, *SAID]}, "c"),
+    ("/v1/chat/completions", {"messages": [SYSTEM, *SAID, *SAID]}, "c"),
+    ("/v1/chat/completions", {"messages": SAID}, "d"),
+]
+
+
+async def test_a_balancer_learns_which_requests_belong_together() -> None:
+    async with (
+        Backend([VLLM], models=LISTED) as backend,
+        pi_for(engine(backend.port, affinity_header="X-Replica")) as pi,
+    ):
+        tokens = dict[str, set[str]]()
+        for path, members, name in FILES:
+            body = {"input_prefix": "x", "input_suffix": "\ny", **members}
+            assert (await pi.post(path, body)).status == 200
+            token = backend.asked[-1][1]["x-replica"]
+            assert re.fullmatch("[0-9a-f]{32}", token)
+            tokens.setdefault(name, set()).add(token)
+        assert [len(found) for found in tokens.values()] == [1, 1, 1, 1]
+        assert len(set.union(*tokens.values())) == 4
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(("after", "pause"), [("7", 7), ("900000000", 60)])
+async def test_a_pause_that_an_engine_asks_for(status: int, after: str, pause: int) -> None:
+    """Nobody asks it for the same kind of answer before; other kinds are asked for."""
+    refused = head(status, "Content-Length: 2", f"Retry-After: {after}", kind="text/html") + b"no"
+    async with pi_before([refused], VLLM) as (pi, backend):
+        for _ in range(2):
+            begun = time.monotonic()
+            reply = await pi.complete()
+            assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
+            assert reply.all("Retry-After") == []
+        first = pi.gateway.fleet.first
+        assert first.rests[""] == pytest.approx(begun + pause, abs=2)
+        assert first.breaker.failures == 0
+        assert len(backend.completions) == 1
+        assert (await pi.post("/completion", {"prompt": "x"})).status == 200
+
+
+@pytest.mark.parametrize("after", ["0", "-1", "soon", "Wed, 02 Dec 2026 00:00:00 GMT"])
+async def test_a_pause_that_is_no_number_of_seconds(after: str) -> None:
+    refused = head(503, "Content-Length: 0", f"Retry-After: {after}")
+    async with pi_before([refused], VLLM) as (pi, _):
+        assert (await pi.complete()).json["code"] == UNAVAILABLE
+        assert (await pi.complete()).status == 200
+
+
+async def test_another_replica_is_asked() -> None:
+    """Here the balancer's own error. What one replica has begun, no other goes on with."""
+    async with (
+        Backend([[head(502, "Content-Length: 0")], VLLM], models=LISTED) as backend,
+        pi_for(engine(backend.port, affinity_header="X-Replica")) as pi,
+    ):
+        assert (await pi.complete()).status == 200
+        backend.scripts = [[*VLLM[:2]]]  # then it closes the connection
+        assert (await pi.stream()).events[-1]["code"] == UNAVAILABLE
+        assert len(backend.completions) == 3
 
 
 def listing(**about: Any) -> bytes:

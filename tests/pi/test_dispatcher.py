@@ -22,7 +22,6 @@ from cerebrum.pi.completion import (
     CompletionRequest,
 )
 from cerebrum.pi.dispatcher import (
-    BUSY_SECONDS,
     EDITOR_SECONDS,
     Assign,
     Preempt,
@@ -82,7 +81,9 @@ class Case:
     # seconds that a guest has held places in the last minute
     visits: Mapping[str, float] = field(default_factory=dict)
     in_line: bool = False
+    rests: Mapping[str, float] = field(default_factory=dict)  # seconds that backends asked for
     # The request.
+    affinity_header: str = ""
     kind: str = ""
     session: str = ""
     language: str = "python"
@@ -122,12 +123,14 @@ class Case:
         configs = []
         for id in self.backends:
             more = {"api": self.api.get(id, "cerebrum"), "max_concurrent": self.limits.get(id, 2)}
+            more["affinity_header"] = self.affinity_header
             configs.append(backend_at(1, id, **more))
         fleet.replace(configs, CATALOG, self.prefer)
         for backend in fleet.backends:
             ids = self.backends[backend.id].split()
             backend.models = None if ids == ["unknown"] else {model: {} for model in ids}
             backend.breaker = breaker(self.health.get(backend.id, CLOSED))
+            backend.rests[self.request.kind] = NOW + self.rests.get(backend.id, 0)
         return fleet
 
     def state(self) -> State:
@@ -159,7 +162,7 @@ def decided(case: Case) -> str:
     """`model@backend`, `end GUEST`, `wait SECONDS`, `never`, or the code of a refusal."""
     state = case.state()
     if case.request.is_spare:
-        decision = decide_spare(state, case.request)
+        decision = decide_spare(state, case.request, case.now)
     else:
         decision = decide(state, case.completion(), case.now)
     match decision:
@@ -180,6 +183,7 @@ APART = {"a": "big", "b": "small"}
 ALONE = {"kind": "infill", "backends": {"a": "big"}}
 PATIENCE = WAIT_SECONDS["infill"]
 GUEST = {"kind": "infill", "guest": 3}
+REPLICAS = {"backends": {"a": "big"}, "affinity_header": "X-Replica"}
 
 
 DECISIONS: list[tuple[dict[str, Any], str]] = [
@@ -262,16 +266,25 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     ({"attempts": [("a", "big", FAILED)], "running": "b -, b -"}, "VPS_UNAVAILABLE"),
     ({"attempts": [("a", "big", FAILED)], "running": "b -, b -",
       "kind": "infill"}, f"wait {PATIENCE}"),
-    # A 429 is final for our own API, and a pause for a dialect.
-    ({"attempts": [("a", "big", TOO_MANY)], "backends": {"a": "big"}}, "RATE_LIMIT"),
-    ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill"}, "big@b"),
-    ({"attempts": [("a", "big", TOO_MANY), ("b", "big", TOO_MANY)],
-      "kind": "infill"}, f"wait {2 * BUSY_SECONDS}"),
-    (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9}, "wait 1.0"),
-    (ALONE | {"attempts": [("a", "big", TOO_MANY)], "now": NOW + 0.11}, "big@a"),
-    ({"attempts": [("a", "big", TOO_MANY)], "kind": "infill",
-      "running": "b -, b -"}, f"wait {BUSY_SECONDS}"),
-    (ALONE | {"attempts": [("a", "big", TOO_MANY)] * 9, "asked": NOW - 2.5}, "RATE_LIMIT"),
+    # Who was refused with 429 or asked for a pause is asked again at its end; our own API does not
+    # wait.
+    ({"rests": {"a": 9}}, "big@b"),
+    ({"rests": {"a": 9}, "running": "b -, b -"}, "RATE_LIMIT"),
+    ({"rests": {"a": 1, "b": 2}}, "RATE_LIMIT"),
+    ({"rests": {"a": 2, "b": 1}, "kind": "infill"}, "wait 1.0"),
+    ({"rests": {"a": 1}, "running": "b -, b -", "kind": "infill"}, "wait 1.0"),
+    ({"rests": {"a": 9}, "running": "b -, b -", "kind": "infill"}, "wait 3.0"),
+    (ALONE | {"rests": {"a": 3}}, "wait 3.0"),
+    (ALONE | {"rests": {"a": 3.1}}, "RATE_LIMIT"),
+    (ALONE | {"rests": {"a": 1}, "attempts": [("a", "big", TOO_MANY)]}, "wait 1.0"),
+    (ALONE | {"rests": {"a": 1}, "now": NOW + 1, "attempts": [("a", "big", TOO_MANY)]}, "big@a"),
+    (ALONE | {"rests": {"a": 1}, "asked": NOW - 2.5}, "RATE_LIMIT"),
+    ({"rests": {"a": 1}, "ahead": True}, "big@b"),
+    ({"rests": {"a": 1, "b": 1}, "ahead": True}, "never"),
+    # Behind a balancer, a second replica is asked, and no third one.
+    (REPLICAS | {"attempts": [("a", "big", FAILED)]}, "big@a"),
+    (REPLICAS | {"attempts": [("a", "big", FAILED)] * 2}, "VPS_UNAVAILABLE"),
+    (REPLICAS | {"attempts": [("a", "big", MISSING)] * 2, "model": "big"}, "MODEL_LOAD_FAILED"),
     # Reading ahead waits for an idle backend of a kind that costs nothing, and for those that
     # wait.
     ({"ahead": True}, "big@a"),
