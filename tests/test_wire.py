@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import random
 import re
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -690,10 +692,13 @@ ROWS = [*REQUEST_LINES, *TARGETS, *HEADERS, *BODIES, *JSON, *KEYS]
 
 
 class State:
-    """Records the requests that reach the handlers of the server in this process."""
+    """Records the requests that reach the handlers of the server in this process, and that a stream
+    has ended.
+    """
 
     def __init__(self) -> None:
         self.calls = list[Request]()
+        self.left = threading.Event()
 
 
 async def simple(state: State, request: Request) -> Response:
@@ -706,15 +711,22 @@ async def complete(state: State, request: Request) -> Response:
 
 
 async def stream(state: State, request: Request) -> Response:
-    """A token event, and the end or the failure that is asked for."""
-    fail = parse_json(request.body).get("fail")
+    """`count` token events (0: without an end), and the end or the failure that is asked for."""
+    asked = {"count": 1, "fail": "", **parse_json(request.body)}
     faults = {"http": HttpError("VPS_UNAVAILABLE", "expected more"), "bug": KeyError("secret")}
 
     async def events() -> AsyncIterator[bytes]:
-        yield common.sse_event({"token": "ä", "total_tokens": 1})
-        if fail:
-            raise faults[fail]
-        yield common.sse_event({"done": True})
+        try:
+            for number in itertools.count(1):
+                yield common.sse_event({"token": "ä", "total_tokens": number})
+                await asyncio.sleep(0)
+                if number == asked["count"]:
+                    break
+            if asked["fail"]:
+                raise faults[asked["fail"]]
+            yield common.sse_event({"done": True})
+        finally:
+            state.left.set()
 
     return Response(events=events())
 

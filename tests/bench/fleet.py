@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def type_all(typists: list[Typist], done: Any) -> list[Answer]:
     with ThreadPoolExecutor(len(typists)) as pool:
         list(pool.map(run, typists))
     # The first answer of each read its file.
-    answers = [answer for typist in typists for answer in typist.answers[1:]]
+    answers = chain.from_iterable(typist.answers[1:] for typist in typists)
     return sorted(answers, key=lambda answer: answer.at)
 
 
