@@ -10,7 +10,7 @@ FAKES = arg-type assignment call-overload dict-item import-not-found import-unty
 # Of the tests that need no model, those that take seconds.
 QUICK = test_common pi/test_breaker pi/test_dialects pi/test_dispatcher pi/test_hints pi/test_page pi/test_suggest \
 	text/test_languages text/test_prepare text/test_sure vps/test_admission vps/test_confidence
-BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay engine quality ending editor lsp drafts prepare))
+BENCHMARKS = $(wildcard $(patsubst %,tests/bench/%.py,relay engine quality ending editor lsp prepare))
 
 .PHONY: help run check test test-clients test-engines test-scale test-slow test-packages test-nightly lint bench fuzz mutants deb clean
 
