@@ -1,20 +1,16 @@
-"""How many completions are right, and how many tokens they take: HumanEval, HumanEval by chat, and
-gaps.
+"""How many completions are right, and how many tokens they take: HumanEval, and HumanEval by chat.
 
     python tests/bench/quality.py [--limit 20] [--model ID] [--published]
-        [--only complete,raw,instruct,infill]
+        [--only complete,raw,instruct]
 
 This starts both daemons. The VPS uses the model's tuned file if this user has one, unless
---published is given: two runs say what tuning changes. --limit is the number of problems, and of
-gaps of each kind. Everything is greedy (temperature 0). Prints one line of JSON:
+--published is given: two runs say what tuning changes. --limit is the number of problems.
+Everything is greedy (temperature 0). Prints one line of JSON:
 
     complete   HumanEval's prompts as they are, by /v1/complete
     raw        the same by the VPS with "stop_at": "none", as returned and cut at the usual stop
                words
     instruct   the same problems as instructions
-    infill     Gaps of one line, several lines and a span in HumanEval's solutions, with the Pi's
-               default settings: tokens generated, the share of them in the returned text, seconds,
-               and how many programs pass the tests
 """
 
 from __future__ import annotations
@@ -24,7 +20,6 @@ import re
 import signal
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import servers
-from gaps import KINDS, Problem, of_human_eval, passes, problems
+from gaps import Problem, passes, problems
 from harness import link_tuned
 
 from cerebrum.vps.encoding import find_tuned, tuned_path  # harness has set the path to it
@@ -52,10 +47,7 @@ class Tiers:
     model: str
 
     def ask(self, url: str, **body: Any) -> Any:
-        return servers.ask(url, model=self.model, temperature=0, **body)
-
-    def complete(self, **body: Any) -> Any:
-        return self.ask(f"{self.pi}/v1/complete", language="python", **body)
+        return servers.ask(url, model=self.model, temperature=0, max_tokens=MAX_TOKENS, **body)
 
 
 def whole_program(problem: Problem, code: str) -> str:
@@ -69,9 +61,10 @@ def whole_program(problem: Problem, code: str) -> str:
 
 
 def solve(tiers: Tiers, tasks: list[Problem], **asked: str) -> dict[str, Any]:
+    url = f"{tiers.pi}/v1/complete"
     solved = tokens = 0
     for task in tasks:
-        ours = tiers.complete(prompt=task["prompt"], max_tokens=MAX_TOKENS, **asked)
+        ours = tiers.ask(url, language="python", prompt=task["prompt"], **asked)
         solved += passes(task, whole_program(task, ours["completion"]))
         tokens += ours["total_tokens"]
     each = round(tokens / len(tasks), 1)
@@ -83,7 +76,7 @@ def raw(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
     solved = cut = tokens = 0
     for task in tasks:
         prompt = task["prompt"]
-        answer = tiers.ask(url, prompt=prompt, stop_at="none", max_tokens=MAX_TOKENS)
+        answer = tiers.ask(url, prompt=prompt, stop_at="none")
         text = answer["completion"]
         solved += passes(task, prompt + text)
         cut += passes(task, prompt + STOPS.split(text)[0])
@@ -92,38 +85,9 @@ def raw(tiers: Tiers, tasks: list[Problem]) -> dict[str, Any]:
     return {"problems": len(tasks), "solved": solved, "cut_solved": cut, "tokens_each": each}
 
 
-def infill(tiers: Tiers, count: int) -> dict[str, Any]:
-    cases = [*of_human_eval()]
-    tasks = {task["task_id"]: task for task in problems()}
-    result = {}
-    for kind in KINDS:
-        found = [case for case in cases if case["kind"] == kind][:count]
-        right = generated = returned = 0
-        seconds = 0.0
-        for case in found:
-            prompt = case["prompt"]
-            suffix = case["suffix"]
-            begin = time.perf_counter()
-            ours = tiers.complete(prompt=prompt, suffix=suffix)
-            seconds += time.perf_counter() - begin
-            text = ours["completion"]
-            generated += ours["total_tokens"]
-            tokenized = servers.ask(f"{tiers.vps}/v1/tokenize", model=tiers.model, text=text)
-            returned += len(tokenized["tokens"])
-            right += passes(tasks[case["key"].split()[0]], prompt + text + suffix)
-        result[kind] = {
-            "gaps": len(found),
-            "generated": round(generated / len(found), 1),
-            "seconds": round(seconds / len(found), 2),
-            "share": round(returned / generated, 3),
-            "right": right,
-        }
-    return result
-
-
 def main() -> None:
     options = servers.parser_of(
-        __doc__, limit=164, only="complete,instruct,infill", model="qwen_0_5b", published=False
+        __doc__, limit=164, only="complete,instruct", model="qwen_0_5b", published=False
     ).parse_args()
     limit = options.limit
     tasks = problems()
@@ -132,7 +96,6 @@ def main() -> None:
         "complete": partial(solve, tasks=tasks, mode="complete"),
         "raw": partial(raw, tasks=tasks),
         "instruct": partial(solve, tasks=tasks, instruction=INSTRUCTION),
-        "infill": partial(infill, count=limit),
     }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # let ExitStack end the daemons
     with ExitStack() as stack:
