@@ -11,8 +11,7 @@ were added in or after 2025 are used, which are newer than the models. Prints on
     typing        Two methods of the standard library are typed, --keys characters a second, with
                   pauses as people make them. Each key asks for an infill and abandons the
                   request before it. (llama.vim waits for its running request.) `seen`: answers with
-                  text that came before the next key, `right`: those whose first line is what is
-                  typed next; `after_pause_ms`: from the last key before a pause to its answer;
+                  text that came before the next key; `type_through`: those that asked no VPS;
                   `errors`: answers other than 200
     other         with --pairs: the time to the first token of another client's infill, with a
                   speculative request under way over without one, median; `other_reading`: with a
@@ -23,9 +22,8 @@ were added in or after 2025 are used, which are newer than the models. Prints on
                   with --before another tree's daemons, whose editors do not (`before`), and with
                   --llama llama-server, asked as by llama.vim (`llama`). Of each: medians of the
                   seconds to the first text and to the whole hint, and how many are `right`; `over`:
-                  medians of the ratios of `now` to the other, with the right ones that `now` has
-                  more, with 95 % intervals by drawing files anew; `cpu`: the seconds that the VPS
-                  has computed
+                  medians of the ratios of `now` to the other, with 95 % intervals by drawing files
+                  anew
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import servers
 from engines import llama_server_binary
 from gaps import new_code
@@ -89,11 +86,6 @@ class Infill(NamedTuple):
     def text(self) -> str:
         return str(self.reply.json.get("content", ""))
 
-    def is_right(self, rest: str) -> bool:
-        """Whether the first line of the answer is what is typed next."""
-        first = self.text.partition("\n")[0]
-        return rest.startswith(f"{first}\n")
-
 
 async def infill(port: int, model: str, before: str, after: str, **more: Any) -> Infill:
     """One request as llama.vim makes it. To cancel it abandons it."""
@@ -111,40 +103,29 @@ async def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
     below = source[source.index("\n    def _wrap_chunks(") :].splitlines(keepends=True)
     after = "".join(below[:LINES_AFTER])
     generator = random.Random(1)
-    memory = pi.rss_kb()
-    asked = list[tuple[int, asyncio.Task[Infill]]]()
-    pauses = list[float]()
+    asked = list[asyncio.Task[Infill]]()
     end = time.monotonic() + options.seconds
     while time.monotonic() < end and position < len(source) - 100:
         position += 1
         above = "".join(source[:position].splitlines(keepends=True)[-LINES_BEFORE:])
         request = infill(pi.port, options.model, above, after, suggest=options.suggest)
         last = asyncio.create_task(request)
-        asked.append((position, last))
+        asked.append(last)
         if generator.random() < 1 / PAUSES:
-            pauses.append(1000 * (await last).seconds)
+            await last
             await asyncio.sleep(PAUSE_SECONDS)
         else:
             await asyncio.sleep(generator.uniform(0.5, 1.5) / options.keys)
         last.cancel()
-    await asyncio.wait([request for _, request in asked])
-    answers = [(at, request.result()) for at, request in asked if not request.cancelled()]
-    seen = [(at, answer) for at, answer in answers if answer.text.strip()]
+    await asyncio.wait(asked)
+    answers = [request.result() for request in asked if not request.cancelled()]
+    seen = [answer for answer in answers if answer.text.strip()]
     return {
         "keys": len(asked),
         "seen": len(seen),
-        "right": sum(answer.is_right(source[at:]) for at, answer in seen),
-        "type_through": sum("type_through" in answer.reply.json for _, answer in seen),
-        "errors": sum(answer.reply.status != 200 for _, answer in answers),
-        "after_pause_ms": round(statistics.median(pauses), 1),
-        "grown_kb": pi.rss_kb() - memory,
+        "type_through": sum("type_through" in answer.reply.json for answer in seen),
+        "errors": sum(answer.reply.status != 200 for answer in answers),
     }
-
-
-def cpu_of(daemon: Daemon) -> float:
-    """The seconds that a daemon has computed."""
-    used = psutil.Process(daemon.process.pid).cpu_times()
-    return float(used.user + used.system)
 
 
 async def other(port: int, model: str, pairs: int, **spare: Any) -> float:
@@ -292,8 +273,6 @@ def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, 
             files[name].append([first_hint(arm, place, options.look) for place in some])
             arm.wait()  # or it would disturb the others
     result = {name: medians(of) for name, of in files.items()}
-    for name, arm in arms.items():
-        result[name]["cpu"] = round(cpu_of(arm.vps), 1) if arm.vps else None
     for name in files.keys() - {"now"}:
         result[name]["over"] = over(files["now"], files[name])
     return result
@@ -308,21 +287,21 @@ def medians(files: list[list[First]]) -> dict[str, Any]:
 
 
 def over(now: list[list[First]], other: list[list[First]]) -> dict[str, list[float]]:
-    """Ratios of the seconds of `now` to those of another arm, and the right hints more."""
+    """Ratios of the seconds of `now` to those of another arm."""
 
-    def compared(numbers: Iterable[int]) -> tuple[float, float, float]:
+    def compared(numbers: Iterable[int]) -> tuple[float, float]:
         pairs = list[tuple[First, First]]()
         for at in numbers:
             pairs += zip(now[at], other[at], strict=True)
         first = statistics.median(one.first / another.first for one, another in pairs)
         hint = statistics.median(one.hint / another.hint for one, another in pairs)
-        return first, hint, sum(one.right - another.right for one, another in pairs)
+        return first, hint
 
     chance, every = random.Random(1), range(len(now))
     drawn = [compared(chance.choices(every, k=len(every))) for _ in range(DRAWS)]
     values = compared(every)
     result = {}
-    for number, name in enumerate(("first", "hint", "right")):
+    for number, name in enumerate(("first", "hint")):
         of = sorted(one[number] for one in drawn)
         low, high = of[DRAWS // 40], of[-DRAWS // 40]
         result[name] = [round(one, 2) for one in (values[number], low, high)]

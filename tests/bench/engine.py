@@ -1,6 +1,6 @@
 """The engine against llama-server: same weights, threads and prompts, in turn.
 
-    python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only one,two,…]
+    python tests/bench/engine.py --llama-server PATH [--model qwen_0_5b] [--only prose,new,…]
         [--rounds 5] [--tokens 128]
 
 vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encoding` names it.
@@ -14,11 +14,9 @@ figure over llama-server's, `ratio_published` that of vpsd with the published fi
 Without --llama-server the parts that need it are left out. Targets are in brackets: two are for the
 0.5B and the 1.5B, on a CPU with VNNI or AMX.
 
-    one       tokens/s of one stream that continues code; `plain` is vpsd without drafts
-              [>= 1.4, >= 1.3]
-    prose     the same with prose, the answer to a question
-    two       tokens/s of two streams of code at once, added up [>= 1.6, >= 1.3]
-    two_prose the same with prose
+    prose     tokens/s of one stream of prose, the answer to a question; `plain` is vpsd without
+              drafts
+    two_prose tokens/s of two such streams at once, added up
     new       ms to the first token of a prompt of 1,000 tokens that was never seen [<= 0.4, <= 0.9]
     rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against
               llama-server's default [>= 2.2], the fastest of its n-gram modes [>= 1.0], and vpsd
@@ -58,7 +56,7 @@ import numpy as np
 import servers
 from families import Edited
 from harness import FILES, ROOT, settings
-from servers import Result, Server, code, copying, llama_server, prose, ratio, vpsd, words
+from servers import Result, Server, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
@@ -183,9 +181,9 @@ def rate(results: Sequence[Result], tokens: int) -> float:
     return written / (end - begin)
 
 
-def streams(bench: Bench, ask: Callable[[int], str], count: int = 1) -> dict[str, Any]:
+def streams(bench: Bench, count: int = 1) -> dict[str, Any]:
     def measure(server: Server, number: int) -> float:
-        prompts = [ask(count * number + place) for place in range(count)]
+        prompts = [prose(count * number + place) for place in range(count)]
         calls = [partial(server.complete, prompt, bench.tokens) for prompt in prompts]
         return rate(servers.together(*calls), bench.tokens)
 
@@ -459,10 +457,8 @@ def whole_seconds(server: Server, number: int, tokens: int) -> tuple[float, floa
 
 WHOLE_PARTS = (rewrite, new, ttft, pause, draft, pair)
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "one": partial(streams, ask=code),
-    "prose": partial(streams, ask=prose),
-    "two": partial(streams, ask=code, count=2),
-    "two_prose": partial(streams, ask=prose, count=2),
+    "prose": streams,
+    "two_prose": partial(streams, count=2),
     **{part.__name__: part for part in WHOLE_PARTS},
 }
 OPTIONS = {

@@ -4,17 +4,15 @@
 
 FILE.jsonl is a recording of waste.py, whose texts are replayed through `Ending` in seconds, for
 each least chance: the characters from the cursor on that agree with the file (`right`) and the
-others (`wrong`), as shares of those that have no threshold; how many texts are whole and right; in
-how many the first word is wrong; tokens generated; and `of_100`, how many of 100 characters shown
-are right, with a 95 % interval by drawing places anew. --skip leaves out the repositories that a
-threshold was chosen by.
+others (`wrong`), as shares of those that have no threshold; and `of_100`, how many of 100
+characters shown are right, with a 95 % interval by drawing places anew. --skip leaves out the
+repositories that a threshold was chosen by.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
@@ -24,30 +22,24 @@ from typing import Any, NamedTuple
 import servers
 from replaying import Row, replay, rows_of
 
-CHANCES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+CHANCES = (0.0, 0.1, 0.2, 0.5)
 DRAWS = 300
 
 
 class Shown(NamedTuple):
-    """What became of a text. All are numbers."""
+    """The characters of a text."""
 
-    right: int  # characters
+    right: int
     wrong: int
-    whole: bool
-    misled: bool  # its first word is wrong
-    tokens: int  # generated
 
 
 def score(row: Row, least: float) -> Shown:
-    found = replay(row, least)
-    text, expected = found.text.rstrip(), row["expected"].rstrip()
+    text, expected = replay(row, least).text.rstrip(), row["expected"].rstrip()
     pairs = zip(text, expected, strict=False)
     right = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
     if right is None:
         right = min(len(text), len(expected))
-    words = [re.match(r"\s*(?:\w+|\W)?", each) for each in (text, expected)]
-    misled = text != "" and words[0][0] != words[1][0]  # type: ignore[index]
-    return Shown(right, len(text) - right, text == expected, misled, found.generated)
+    return Shown(right, len(text) - right)
 
 
 def figures(shown: list[tuple[str, Shown]], most: Shown) -> dict[str, Any]:
@@ -59,16 +51,13 @@ def figures(shown: list[tuple[str, Shown]], most: Shown) -> dict[str, Any]:
     chance, shares = random.Random(1), list[float]()
     for _ in range(DRAWS):
         drawn = chain.from_iterable(chance.choices(list(by_place.values()), k=len(by_place)))
-        right, wrong = map(sum, zip(*(one[:2] for one in drawn), strict=True))
+        right, wrong = map(sum, zip(*drawn, strict=True))
         shares.append(100 * right / max(1, right + wrong))
     shares.sort()
     of_100 = 100 * total.right / max(1, total.right + total.wrong)
     return {
         "right": round(100 * total.right / max(1, most.right)),
         "wrong": round(100 * total.wrong / max(1, most.wrong)),
-        "whole": total.whole,
-        "misled": total.misled,
-        "tokens": total.tokens,
         "of_100": [round(share) for share in (of_100, shares[DRAWS // 40], shares[-DRAWS // 40])],
     }
 
@@ -78,20 +67,19 @@ def sum_of(shown: list[tuple[str, Shown]]) -> Shown:
 
 
 def report(rows: list[Row]) -> Iterator[dict[str, Any]]:
-    groups = defaultdict[tuple[str, str, str], list[Row]](list)
+    groups = defaultdict[tuple[str, str], list[Row]](list)
     for row in rows:
-        for language in ("all", row["language"]):
-            groups[row["model"], row["kind"], language].append(row)
-    for (model, kind, language), found in sorted(groups.items()):
+        groups[row["model"], row["kind"]].append(row)
+    for (model, kind), found in sorted(groups.items()):
         places = [row["key"].rsplit(" ", 2)[0] for row in found]
-        table = {"model": model, "kind": kind, "language": language, "texts": len(found)}
+        table = {"model": model, "kind": kind, "texts": len(found)}
         most = None
         for least in CHANCES:
             scores = [score(row, least) for row in found]
             shown = list(zip(places, scores, strict=True))
             most = most or sum_of(shown)
             table[f"{least}"] = figures(shown, most)
-        yield table | {"characters": most[:2]}
+        yield table | {"characters": most}
 
 
 def main() -> None:

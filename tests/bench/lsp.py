@@ -1,15 +1,10 @@
-"""What the language server adds to an answer of the Pi, and how soon a cancelled request frees the
-Pi.
+"""What the language server adds to an answer of the Pi.
 
-    python tests/bench/lsp.py [--model qwen_0_5b]
+    python tests/bench/lsp.py
 
-Prints one line of JSON:
-
-    added      milliseconds of an answer, median and 90 %: asked directly, by /infill of a Pi that
-               answers at once, and in turns through the language server, in a file of 60 KB; and
-               the difference of the medians
-    cancelled  milliseconds from $/cancelRequest until the real Pi has no request any more, median
-               and worst; the VPS was reading a prompt
+Prints one line of JSON: milliseconds of an answer, median and 90 %: asked directly, by /infill of a
+Pi that answers at once, and in turns through the language server, in a file of 60 KB; and the
+difference of the medians.
 """
 
 from __future__ import annotations
@@ -22,11 +17,10 @@ from statistics import median, quantiles
 from typing import Any
 
 import servers
-from harness import Daemon, wait_until, with_weights
 from scripted import in_a_thread
 from test_lsp import INVOKED, Pi, editing
 
-ROUNDS, CANCELS = 300, 20
+ROUNDS = 300
 
 
 def added(folder: Path) -> dict[str, Any]:
@@ -58,38 +52,9 @@ def figures(times: list[float]) -> list[float]:
     return [round(median(times), 2), round(quantiles(times, n=10)[8], 2)]
 
 
-def cancelled(folder: Path, pi: Daemon) -> dict[str, Any]:
-    url, times = f"http://127.0.0.1:{pi.port}", []
-    with editing(folder, url) as editor:
-        editor.start()
-        for number in range(CANCELS):
-            editor.open("".join(f"value_{number}_{line} = {line}\n" for line in range(200)))
-            request = editor.at(100, 0, INVOKED)
-            wait_until(lambda: active(url) == 1, "the Pi works on it")
-            begin = time.perf_counter()
-            editor.tell("$/cancelRequest", {"id": request})
-            wait_until(lambda: active(url) == 0, "the Pi has ended it")
-            times.append(1000 * (time.perf_counter() - begin))
-            editor.answer(request)
-    return {"p50_ms": round(median(times), 1), "worst_ms": round(max(times), 1)}
-
-
-def active(url: str) -> int:
-    return int(servers.ask(f"{url}/v1/stats")["requests_active"])
-
-
 def main() -> None:
-    model = servers.parser_of(__doc__, model="qwen_0_5b").parse_args().model
-    servers.weights_of(model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        result: dict[str, Any] = {"added": added(folder)}
-        # This model alone: the Pi chooses for the language server.
-        with with_weights(folder, model, CEREBRUM_CM4_API_KEY="") as (pi, _):
-            loading = {"input_prefix": "x", "n_predict": 1, "model": model}
-            servers.ask(f"http://127.0.0.1:{pi.port}/infill", **loading)
-            result["cancelled"] = cancelled(folder, pi)
-    print(json.dumps({"benchmark": "lsp", "model": model, **result}))
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps({"benchmark": "lsp", **added(Path(folder))}))
 
 
 if __name__ == "__main__":

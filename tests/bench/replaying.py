@@ -37,8 +37,6 @@ class Replay(NamedTuple):
 
     generated: int  # tokens
     text: str
-    first: int  # tokens before the first character went out ...
-    last: int  # ... and the last
 
 
 def replay(row: Row, least: float | None = None, certain: bool = False) -> Replay:
@@ -48,6 +46,4 @@ def replay(row: Row, least: float | None = None, certain: bool = False) -> Repla
     if certain:
         tokens = [(text, 1.0) for text, _ in tokens]
     out = list(pieces(Ending("infill", *where), tokens, row["end"] is not None))
-    generated = min(len(out), len(row["tokens"]))
-    sent = [number for number, piece in enumerate(out, 1) if piece] or [0]
-    return Replay(generated, "".join(out), sent[0], min(sent[-1], generated))
+    return Replay(min(len(out), len(row["tokens"])), "".join(out))

@@ -294,15 +294,6 @@ def source(number: int) -> list[str]:
     return lines[next(heads) :]
 
 
-def code(number: int) -> str:
-    """A prompt that is the beginning of code: some lines of the standard library, a different place
-    for each number.
-    """
-    lines = source(number)
-    end = 30 + 7 * number % max(1, len(lines) - 40)
-    return "\n".join(lines[max(0, end - 40) : end]) + "\n"
-
-
 def copying(number: int, lines: int) -> str:
     """A prompt that asks for a file of the standard library with one change. `lines` is the length
     of the file.

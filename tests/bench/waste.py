@@ -13,9 +13,8 @@ FILE.jsonl is not asked for again.
 
 The report replays the texts through `Ending` as the daemon does, where a natural end ends the text:
 with a wait in characters alone, as behind engines without probabilities, and with probabilities.
-For each kind: the tokens generated, the share of them that is returned, the tokens until the first
-and the last character of a stream go out, and how many texts are right, by HumanEval's tests or
-exactly the missing text in real code.
+For each kind: the tokens generated, the share of them that is returned, and how many texts are
+right, by HumanEval's tests or exactly the missing text in real code.
 """
 
 from __future__ import annotations
@@ -52,23 +51,18 @@ def is_right(row: Row, text: str, tasks: Mapping[str, Problem]) -> bool:
     return bool(text.rstrip() == row["expected"].rstrip())
 
 
-def figures(rows: list[Row], certain: bool) -> tuple[dict[str, Any], list[bool]]:
-    """How the texts end, and which of them are right."""
+def figures(rows: list[Row], certain: bool) -> dict[str, Any]:
+    """How the texts end, and how many of them are right."""
     tasks = {task["task_id"]: task for task in problems()}
     replays = [replay(row, certain=certain) for row in rows]
     pairs = list(zip(rows, replays, strict=True))
-    right = [is_right(row, found.text, tasks) for row, found in pairs]
     kept = sum(min(found.generated, returned(row, found.text)) for row, found in pairs)
     generated = sum(found.generated for found in replays)
-    shown = [found for found in replays if found.text]
-    result = {
+    return {
         "generated": round(generated / max(1, len(rows)), 1),
         "share": round(kept / max(1, generated), 3),
-        "first": round(sum(found.first for found in shown) / max(1, len(shown)), 1),
-        "last": round(sum(found.last for found in shown) / max(1, len(shown)), 1),
-        "right": sum(right),
+        "right": sum(is_right(row, found.text, tasks) for row, found in pairs),
     }
-    return result, right
 
 
 def report(rows: list[Row]) -> dict[str, Any]:
@@ -76,16 +70,13 @@ def report(rows: list[Row]) -> dict[str, Any]:
     table = dict[str, Any]()
     for kind in KINDS:
         found = [row for row in rows if row["kind"] == kind]
-        was, right = figures(found, certain=True)
-        now, still = figures(found, certain=False)
-        changes = [old - new for old, new in zip(right, still, strict=True)]
+        was = figures(found, certain=True)
+        now = figures(found, certain=False)
         table[kind] = {
             "items": len(found),
             "by_characters": was,
             "by_doubt": now,
             "ratio": round(now["generated"] / max(0.1, was["generated"]), 2),
-            "newly_wrong": changes.count(1),
-            "newly_right": changes.count(-1),
         }
     return table
 
