@@ -23,8 +23,9 @@ from harness import HEALTH, ROOT, Client, command_of, daemon, reload, settings, 
 from scripted import Backend
 
 import cm4d
+import vpsd
 from cerebrum import reload as reload_command
-from cerebrum.pi import fleet as pi_fleet
+from cerebrum.pi.fleet import Fleet
 from cerebrum.service import Service, notify, passed_sockets, set_up_logging
 from cerebrum.settings import ConfigError, Environment
 from cerebrum_common import log, request_id_var
@@ -228,14 +229,27 @@ async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path, monkeypa
 
 
 async def test_a_daemon_whose_probing_fails_ends_with_an_error(
-    monkeypatch,
-):
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     async def fail(*_):
         raise OSError(5, "of /proc")
 
-    monkeypatch.setattr(pi_fleet.Fleet, "probe_forever", fail)
-    environ = Environment({"CEREBRUM_CM4_HOST": "127.0.0.1", "CEREBRUM_CM4_PORT": "0"})
+    monkeypatch.setattr(Fleet, "probe_forever", fail)
+    environ = Environment(settings(tmp_path))
     assert await cm4d.serve(environ, cm4d.load_config(environ)) == 1
+
+
+@pytest.mark.parametrize(("daemon", "has"), [(cm4d, Fleet), (vpsd, vpsd.Engine)])
+async def test_a_daemon_tells_its_watchdog_what_hangs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, daemon, has
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "20000")
+    monkeypatch.setattr(has, "stuck", lambda *_: "it hangs")
+    environ = Environment(settings(tmp_path))
+    serving = asyncio.create_task(daemon.serve(environ, daemon.load_config(environ)))
+    await until(lambda: "it hangs" in caplog.text)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await serving == 0
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
