@@ -16,10 +16,8 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -95,13 +93,9 @@ VPS = {
 
 
 def vpsd(folder: Path, *inside: str, **more: str) -> contextlib.AbstractContextManager[Daemon]:
-    """vpsd with the real weights; `inside` is a command that runs it somewhere else. With
-    GOOD_DECODES a decode of its llama.cpp hangs: see wedged.py.
-    """
-    command = command_of("vpsd")
-    if "GOOD_DECODES" in more:
-        command = [sys.executable, "-u", str(Path(__file__).with_name("wedged.py"))]
-    return program("vpsd", [*inside, *command], folder, settings(folder, **{**VPS, **more}))
+    """vpsd with the real weights; `inside` is a command that runs it somewhere else."""
+    command = [*inside, *command_of("vpsd")]
+    return program("vpsd", command, folder, settings(folder, **{**VPS, **more}))
 
 
 def cm4d(folder: Path, vps: str, **more: str) -> contextlib.AbstractContextManager[Daemon]:
@@ -448,28 +442,6 @@ async def test_a_model_file_is_damaged_while_it_is_served(folder):
             assert await outcome() == good
         assert (await told(vps.port))["requests_active"] == 0
         assert "Traceback" not in vps.stdout()
-
-
-# -------------------------------------------------------------------------- what goes wrong in vpsd
-
-
-@pytest.mark.alone  # a busy machine makes no progress either
-async def test_a_wedged_worker_is_noticed(folder):
-    """It may load, measure and read for long. test_service.py has what the watchdog makes of it."""
-    shutil.rmtree(folder / "state")  # so it measures
-    given = {"GOOD_DECODES": "400", "WATCHDOG_USEC": "8000000", "CEREBRUM_DRAFT": "0"}
-    with both(folder, **given) as (vps, pi, client):
-        asking = ask_vps(vps.port, path="/v1/inference/stream", prompt=LONG * 10)
-        asked = asyncio.create_task(asking)
-        hangs = rf"ERROR - \[-\] model {SMALL}: the worker makes no progress"
-        await asyncio.to_thread(vps.wait_for_line, hangs)
-        assert "loaded (published)" in vps.stdout()
-        assert "token" in (await asked).events[-1]  # it has ended without a done event
-        assert (await client.complete()).json["code"] == "VPS_UNAVAILABLE"
-        assert (await told(pi.port))["breaker"]["failures"] == 1
-        assert (await told(vps.port, "/health"))["status"] == "healthy"  # only the worker hangs
-        vps.process.send_signal(signal.SIGABRT)  # what systemd does now
-        assert await asyncio.to_thread(vps.process.wait, PATIENCE) == -signal.SIGABRT
 
 
 # ---------------------------------------------------------------------------- thousands of requests
