@@ -348,11 +348,11 @@ FAILURES = [  # what the server answers, what is printed, what is said
 ]
 
 
-@pytest.mark.parametrize(("script", "printed", "said"), FAILURES)
-def test_a_failed_request_exits_with_1(repl: Repl, script: Script, printed: str, said: str) -> None:
-    repl.answers(script)
-    message = f"cerebrum_repl.sh: {said.format(url=repl.url)}\n"
-    assert repl.run(b"x", "-") == (1, printed, message)
+def test_a_failed_request_exits_with_1(repl: Repl) -> None:
+    for script, printed, said in FAILURES:
+        repl.answers(script)
+        message = f"cerebrum_repl.sh: {said.format(url=repl.url)}\n"
+        assert repl.run(b"x", "-") == (1, printed, message)
 
 
 # Arguments, what is said.
@@ -367,9 +367,9 @@ file.py      | unknown argument file.py; see --help
 """
 
 
-@pytest.mark.parametrize(("args", "said"), rows(MISUSES))
-def test_a_wrong_argument_exits_with_2(repl: Repl, args: str, said: str) -> None:
-    assert repl.run(b"x", *args.split()) == (2, "", f"cerebrum_repl.sh: {said}\n")
+def test_a_wrong_argument_exits_with_2(repl: Repl) -> None:
+    for args, said in rows(MISUSES):
+        assert repl.run(b"x", *args.split()) == (2, "", f"cerebrum_repl.sh: {said}\n")
 
 
 # ------------------------------------------------------------------------------------- conversation
@@ -545,19 +545,19 @@ GAPS = [  # line, text before the gap, text after it
 FILL = "FI\nLL"
 
 
-@pytest.mark.parametrize(("line", "before", "after"), GAPS)
-def test_a_gap_is_filled(repl: Repl, line: int, before: str, after: str) -> None:
-    path = repl.file("x.py", before + after)
-    repl.answers(completion(FILL))
-    shown = f"{FILL}\n{SUMMARY}\nwrote {path}\n"
-    assert repl.converse(f":infill {path}:{line}", ":write") == (shown, [])
-    (body,) = repl.asked
-    assert body.get("prompt", "") == before
-    assert body.get("suffix", "") == after
-    gap = ("infill", "x.py") if after else ("complete", None)
-    assert (body["mode"], body.get("filename")) == gap
-    filled = FILL.replace("\n", "\r\n") if "\r" in after else FILL
-    assert path.read_bytes() == f"{before}{filled}{after}".encode()
+def test_a_gap_is_filled(repl: Repl) -> None:
+    for line, before, after in GAPS:
+        path = repl.file("x.py", before + after)
+        repl.answers(completion(FILL))
+        shown = f"{FILL}\n{SUMMARY}\nwrote {path}\n"
+        assert repl.converse(f":infill {path}:{line}", ":write") == (shown, [])
+        body = repl.asked[-1]
+        assert body.get("prompt", "") == before
+        assert body.get("suffix", "") == after
+        gap = ("infill", "x.py") if after else ("complete", None)
+        assert (body["mode"], body.get("filename")) == gap
+        filled = FILL.replace("\n", "\r\n") if "\r" in after else FILL
+        assert path.read_bytes() == f"{before}{filled}{after}".encode()
 
 
 # What each request has.
@@ -596,12 +596,12 @@ UNFIT = [  # an answer that is not written, what is said
 ]
 
 
-@pytest.mark.parametrize(("script", "said"), UNFIT)
-def test_half_an_answer_is_not_written(repl: Repl, script: Script, said: str) -> None:
+def test_half_an_answer_is_not_written(repl: Repl) -> None:
     path = repl.file("x.py", "one\ntwo\n")
-    repl.answers(script)
-    assert repl.converse(f":do @{path} it", ":write")[1] == [said, NOT_WHOLE]
-    assert path.read_text() == "one\ntwo\n"
+    for script, said in UNFIT:
+        repl.answers(script)
+        assert repl.converse(f":do @{path} it", ":write")[1] == [said, NOT_WHOLE]
+        assert path.read_text() == "one\ntwo\n"
 
 
 NO_TEXT = [  # a command, the file, what is said
@@ -612,12 +612,12 @@ NO_TEXT = [  # a command, the file, what is said
 ]
 
 
-@pytest.mark.parametrize(("command", "data", "where"), NO_TEXT)
-def test_what_is_no_text_is_left_alone(repl: Repl, command: str, data: bytes, where: str) -> None:
-    path = repl.file("x.py", data)
-    said = f"{path}: expected text in UTF-8, got the byte {where}"
-    assert repl.converse(command.format(path=path), ":write")[1] == [said, NO_FILE]
-    assert path.read_bytes() == data
+def test_what_is_no_text_is_left_alone(repl: Repl) -> None:
+    for command, data, where in NO_TEXT:
+        path = repl.file("x.py", data)
+        said = f"{path}: expected text in UTF-8, got the byte {where}"
+        assert repl.converse(command.format(path=path), ":write")[1] == [said, NO_FILE]
+        assert path.read_bytes() == data
 
 
 def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl: Repl) -> None:
@@ -744,16 +744,14 @@ LINE_ENDS = [  # the file, what a model answers to an instruction, what is writt
 ]
 
 
-@pytest.mark.parametrize(("before", "answer", "after"), LINE_ENDS)
-def test_a_changed_file_keeps_its_line_ends(
-    repl: Repl, before: bytes, answer: str, after: bytes
-) -> None:
-    path = repl.file("x.py", before)
-    repl.answers(*[instructed(answer)] * 2)
-    assert repl.converse(f":do @{path} shout", ":do again", ":write")[1] == []
-    assert path.read_bytes() == after
-    for body, text in zip(repl.asked, (before, after), strict=True):
-        assert body.get("prompt", "") == text.decode("utf-8-sig")
+def test_a_changed_file_keeps_its_line_ends(repl: Repl) -> None:
+    for before, answered, after in LINE_ENDS:
+        path = repl.file("x.py", before)
+        repl.answers(*[instructed(answered)] * 2)
+        assert repl.converse(f":do @{path} shout", ":do again", ":write")[1] == []
+        assert path.read_bytes() == after
+        for body, text in zip(repl.asked[-2:], (before, after), strict=True):
+            assert body.get("prompt", "") == text.decode("utf-8-sig")
 
 
 # ----------------------------------------------------------------------------------------- terminal
@@ -887,14 +885,14 @@ def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None
     assert screen.expect(PROMPT) == shown
 
 
-@pytest.mark.parametrize("without", [{"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}])
-def test_a_terminal_without_colours(repl: Repl, without: dict[str, str]) -> None:
-    repl.answers(completion("b\x1b[31m"))
-    screen = repl.terminal(**without)
-    screen.expect(PROMPT)
-    screen.type("x\r")
-    _, _, shown = screen.expect(SUMMARY).rpartition("x\r\n")
-    assert shown.removeprefix("\x1b[?2004l\r") == "b[31m\r\n"
+def test_a_terminal_without_colours(repl: Repl) -> None:
+    for without in {"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}:
+        repl.answers(completion("b\x1b[31m"))
+        screen = repl.terminal(**without)
+        screen.expect(PROMPT)
+        screen.type("x\r")
+        _, _, shown = screen.expect(SUMMARY).rpartition("x\r\n")
+        assert shown.removeprefix("\x1b[?2004l\r") == "b[31m\r\n"
 
 
 # ---------------------------------------------------------------------------------------------- key
@@ -986,15 +984,15 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize(("args", "stdin", "status", "said"), rows(REFUSALS.format_map(SAID)))
 def test_what_cannot_be_done_changes_no_file(
-    tmp_path: Path, args: str, stdin: str, status: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clients = "# 32\n" + "".join(f"n{number} key\n" for number in range(32))
     before = {"good": "CEREBRUM_API_KEY=old\n", "TWO": "new, old\n", "keys": clients}
-    with contextlib.chdir(tmp_path):
-        for name, text in before.items():
-            write(Path(name), text)
+    monkeypatch.chdir(tmp_path)
+    for name, text in before.items():
+        write(Path(name), text)
+    for args, stdin, status, said in rows(REFUSALS.format_map(SAID)):
         refused = keygen(*args.split(), stdin=stdin, CEREBRUM_CM4_KEYS_FILE="keys")
         assert refused == (int(status), "", said)
         assert {name: Path(name).read_text() for name in os.listdir()} == before
