@@ -39,15 +39,7 @@ OPTIONS = [
     "LLAMA_BUILD_EXAMPLES=OFF",
     "LLAMA_BUILD_UI=OFF",
 ]
-# What llama_cpp.server needs.
-PACKAGES = (
-    "uvicorn",
-    "fastapi",
-    "sse_starlette",
-    "starlette_context",
-    "pydantic_settings",
-    "llama_cpp",
-)
+NEEDED = "starlette_context"  # by llama_cpp.server; installed with all else that it needs
 JOBS = 2  # a file can need 1 GB of memory
 FAULT = "llama-server cannot be built"
 INSTALL = "please run: ./run.sh setup nightly"
@@ -202,9 +194,8 @@ def llama_cpp_server(
     folder: Path, model: Path, key: str, alias: str, context: int = 4096
 ) -> Iterator[Engine]:
     """`python -m llama_cpp.server`, ready; Unavailable where it lacks what it needs."""
-    for package in PACKAGES:
-        if not importlib.util.find_spec(package):
-            raise Unavailable(f"llama_cpp.server needs {package}; {INSTALL}")
+    if not importlib.util.find_spec(NEEDED):
+        raise Unavailable(f"llama_cpp.server needs {NEEDED}; {INSTALL}")
     given = [sys.executable, "-m", "llama_cpp.server", "--host", "127.0.0.1", "--model", str(model)]
     given += ["--n_ctx", str(context), "--api_key", key, "--model_alias", alias]
     # By default it computes the logits of every token of a prompt: several times slower, and 600 kB

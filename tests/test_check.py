@@ -19,7 +19,7 @@ import families
 import llama_cpp
 import psutil
 import pytest
-from harness import KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
+from harness import CAPTURED, KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
 from scripted import HEALTH, MODELS, Backend, answer, in_a_thread
 
 import cerebrum_lsp
@@ -338,6 +338,6 @@ def test_version_help_and_wrong_arguments(name, main, capsys):
 
 def test_a_python_without_the_packages():
     command = [sys.executable, "-S", str(ROOT / "vpsd.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, **CAPTURED)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("vpsd.py: expected a Python with llama-cpp-python and psutil")

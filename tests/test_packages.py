@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from harness import FILES, MODELS, ROOT, Client, daemon, wait_until
+from harness import CAPTURED, FILES, MODELS, ROOT, Client, daemon, wait_until
 from harness import KEY as KEY_OF_TESTS
 from scripted import Backend, in_a_thread
 from test_openapi import MORE, TOKENS, check_post
@@ -91,8 +91,8 @@ class Machine:
     def run(self, command: str, check: bool = True, stdin: str = "") -> str:
         environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
         inside = [*self.enter, "-ec", f"cd /root\n{command}"]
-        given = {"env": environ, "input": stdin, "timeout": DEADLINE_S}
-        done = subprocess.run(inside, capture_output=True, text=True, **given)
+        given = {**CAPTURED, "env": environ, "input": stdin, "timeout": DEADLINE_S}
+        done = subprocess.run(inside, **given)
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
@@ -123,14 +123,8 @@ class Machine:
         curl = f"curl -s -o /dev/null -w '%{{http_code}}' {options} {url}"
         return self.run(f'{curl} || echo " $?"', check=False)
 
-    def health(self) -> tuple[int, dict[str, object]]:
-        """Of the Pi: the status, and the body."""
-        answer = self.run(f"curl -s -w '\\n%{{http_code}}' {PI}/health")
-        body, status = answer.rsplit("\n", 1)
-        return int(status), json.loads(body)
-
     def wait_for_the_pi(self) -> None:
-        until(lambda: self.health()[0] == 200, "the Pi sees the VPS")
+        until(lambda: self.status(f"{PI}/health") == "200", "the Pi sees the VPS")
 
     def limit(self) -> int:
         """Of the backend's memory, in bytes."""
@@ -475,9 +469,7 @@ def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str) -> None:
 def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine) -> None:
     stop(cerebrum, "cerebrum-backend")
     cerebrum.run("systemctl restart cerebrum-cm4")  # comes back when READY=1 has been sent
-    status, body = cerebrum.health()
-    assert status == 503
-    assert not body["vps_available"]
+    assert cerebrum.status(f"{PI}/health") == "503"
     stop(cerebrum, "cerebrum-cm4")
     assert "PermissionError" not in cerebrum.journal("cerebrum-cm4")
     cerebrum.run("systemctl start cerebrum-backend.socket cerebrum-cm4")
@@ -746,7 +738,7 @@ def test_the_packages_are_reproducible_and_lintian_is_silent() -> None:
     names = [f"cerebrum-{name}_{VERSION}_all.deb" for name in ("backend", "cm4", "tools")]
     assert sorted(packages) == names
     assert built("077") == packages
-    checked = subprocess.run(["lintian", *names], cwd=dist, capture_output=True, text=True)
+    checked = subprocess.run(["lintian", *names], cwd=dist, **CAPTURED)
     assert checked.returncode == 0
     assert checked.stdout == ""
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 from harness import CAPTURED, PATIENCE, ROOT, certificate, disk_of, wait_until
-from scripted import HANG, Backend, answer, error, event, head, in_a_thread, token
+from scripted import END, HANG, Backend, answer, error, event, head, in_a_thread, token
 
 from cerebrum.text.languages import LANGUAGES
 
@@ -49,19 +49,8 @@ def tokens(*texts: str) -> Script:
     return [token(text, number) for number, text in enumerate(texts, 1)]
 
 
-END = {
-    "done": True,
-    "timestamp": "t",
-    "finish_reason": "block",
-    "language": "python",
-    "model": "tiny",
-    "total_tokens": 3,
-    "inference_time": 1.234,
-}
-
-
 def done(**fields: Any) -> bytes:
-    return event(**(END | fields))
+    return event(**{**END, "finish_reason": "block", **fields})
 
 
 def completion(*texts: str, **fields: Any) -> Script:
@@ -69,7 +58,7 @@ def completion(*texts: str, **fields: Any) -> Script:
 
 
 instructed = partial(completion, mode="instruct")
-SUMMARY = "[3 tokens in 1.2 s, tiny, block]"
+SUMMARY = "[2 tokens in 0.2 s, qwen_0_5b, block]"
 
 
 def wait_for(event: threading.Event) -> Callable[[], Awaitable[None]]:
@@ -870,7 +859,7 @@ def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None
     screen.enter(":last")
     assert screen.expect(f"{clean}\r\n") == "x"
     screen.enter(f":infill {path}:1")
-    assert screen.expect("[3 tokens") == f"{MAGENTA}1{PLAIN}{MAGENTA}\r\n\r\n{PLAIN}\r\n"
+    assert screen.expect("[2 tokens") == f"{MAGENTA}1{PLAIN}{MAGENTA}\r\n\r\n{PLAIN}\r\n"
     screen.enter(":last")
     assert screen.expect(f"\x1b[?2004h{PROMPT}") == "a = 1\r\n\r\n\r\nb\r\n\r\n"
     screen.type(":write\r")

@@ -35,21 +35,8 @@ MAY = {
         "cerebrum.vps",  # on the VPS, and for types
     },
     "cerebrum/text": set[str](),
-    "cerebrum/pi": {
-        "cerebrum.fields",
-        "cerebrum.request",
-        "cerebrum.http",
-        "cerebrum.settings",
-        "cerebrum.metrics",
-        "cerebrum.text",
-    },
-    "cerebrum/vps": {
-        "cerebrum.fields",
-        "cerebrum.request",
-        "cerebrum.settings",
-        "cerebrum.metrics",
-        "cerebrum.text",
-    },
+    "cerebrum/pi": BOTH - {"cerebrum.check", "cerebrum.service"},
+    "cerebrum/vps": BOTH - {"cerebrum.check", "cerebrum.service", "cerebrum.http"},
 }
 FILES = sorted(
     path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]

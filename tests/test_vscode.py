@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 import pytest
 from engines import free_port
 from harness import (
+    CAPTURED,
     FILES,
     KEY,
     ROOT,
@@ -140,17 +141,12 @@ def installed(versions: Mapping[str, str]) -> Path:
 def test_its_rules(tmp_path: Path) -> None:
     """By the node of the oldest VS Code that it supports."""
     node = installed({"node": "22"}) / "node/bin/node"
-    trusted, strange = (
-        certificate(tmp_path, "trusted", "IP:127.0.0.2"),
-        certificate(tmp_path, "strange"),
-    )
-    files = [*trusted.values(), *strange.values()]
+    trusted = certificate(tmp_path, "trusted", "IP:127.0.0.2")
+    files = [*trusted.values(), *certificate(tmp_path, "strange").values()]
     done = subprocess.run(
         [node, "--test", "--test-reporter=tap", str(ROOT / "tests/vscode/extension.test.cjs")],
         env={**os.environ, "CERTIFICATES": " ".join(files), "SSL_CERT_FILE": files[0]},
-        capture_output=True,
-        text=True,
-        timeout=120,
+        **CAPTURED,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
 
@@ -167,7 +163,7 @@ def test_its_types() -> None:
     files = [str(path) for path in sorted(FOLDER.glob("*.js"))]
     compiler = f"{folder}/typescript/bin/tsc"
     command = [f"{folder}/node/bin/node", compiler, *options.split(), *roots, *files]
-    done = subprocess.run(command, cwd=CACHE, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CACHE, **CAPTURED)
     assert (done.returncode, done.stdout) == (0, "")
 
 
