@@ -20,9 +20,11 @@ from cerebrum.pi.dialects import (
     COMPLETION,
     FIM,
     INFILL,
+    INFILL_FIELDS,
     OLLAMA,
     OPENAI_CHAT,
     OPENAI_TEXT,
+    TEXT_FIELDS,
     split_fim,
     timings,
     write_error,
@@ -49,30 +51,8 @@ DEFAULTS = {
     "completion": ("completion", CODE),
     "infill": ("infill", replace(CODE, extra=[], min_confidence=0.1)),
 }
-NULLED = [
-    "model",
-    "max_tokens",
-    "max_completion_tokens",
-    "n_predict",
-    "temperature",
-    "top_p",
-    "seed",
-    "stop",
-    "stream",
-    "stream_options",
-    "suffix",
-    "filename",
-    "input_prefix",
-    "input_suffix",
-    "input_extra",
-    "cache_prompt",
-    "response_fields",
-    "n_indent",
-    "t_max_prompt_ms",
-    "t_max_predict_ms",
-    "tools",
-    "unheard_of",
-]
+NULLED = [*TEXT_FIELDS, *INFILL_FIELDS, "stop", "stream_options", "input_extra"]
+NULLED += ["response_fields", "tools", "unheard_of"]
 EMPTY = [{}, dict.fromkeys(NULLED)]
 
 
@@ -117,7 +97,6 @@ SAMPLING = [
     (UNUSED, {}),
     ({"top_p": 0.001}, {"top_p": 0.01}),
     ({"seed": -1}, {"seed": None}),
-    ({"seed": 2**32 - 2}, {"seed": 2**32 - 2}),
     ({"seed": 2**32 - 1}, {"seed": None}),
     ({"seed": 2**32}, {"seed": 1}),
     ({"n_predict": 0}, {"max_tokens": 0}),
@@ -133,7 +112,7 @@ SAMPLING = [
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("members", "expected"), SAMPLING, ids=str)
-def test_sampling(name: str, members: Any, expected: Any):
+def test_sampling(name: str, members: Any, expected: Any) -> None:
     asked = DIALECTS[name].read(BASES[name] | members)
     assert asked.fields == replace(DEFAULTS[name][1], **expected)
 
@@ -149,8 +128,6 @@ READ = [
         "completion",
         {"max_tokens": 6},
     ),
-    ("text", {"max_tokens": None, "n_predict": 7}, "completion", {"max_tokens": 7}),
-    ("infill", {"n_predict": 0}, "infill", {"max_tokens": 0}),
     ("text", {"prompt": ""}, "completion", {"prompt": "", "suffix": ""} | FILLS),
     ("text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}),
     (
@@ -178,9 +155,7 @@ READ = [
     ("completion", {"t_max_prompt_ms": 600_001, "t_max_predict_ms": 10**19}, "completion", LATE),
     ("infill", {"input_prefix": "a\n", "prompt": "  b"}, "infill", {"prompt": "a\n  b"}),
     ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
-    ("infill", {"suggest": "seldom"}, "infill", {"min_confidence": 0.5}),
     ("text", {"suggest": "never"}, "completion", {"min_confidence": 1.0}),
-    ("text", {"suggest": "never", "min_confidence": 0.5}, "completion", {"min_confidence": 0.5}),
     ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
     (
         "infill",
@@ -199,30 +174,22 @@ READ = [
 
 
 @pytest.mark.parametrize(("name", "members", "kind", "fields"), READ, ids=str)
-def test_what_is_asked(name: str, members: Any, kind: str, fields: dict[str, Any]):
+def test_what_is_asked(name: str, members: Any, kind: str, fields: dict[str, Any]) -> None:
     asked = DIALECTS[name].read(BASES[name] | members)
     assert (asked.kind, asked.fields) == (kind, replace(DEFAULTS[name][1], **fields))
 
 
+PARTS = [{"type": "input_text", "text": "a"}, {"text": "b "}, {"type": "output_text", "text": None}]
 MESSAGES = [
     ({"role": "developer", "content": "a"}, "system", "a"),
     ({"role": "user"}, "user", ""),
     ({"role": "assistant", "content": "", "tool_calls": []}, "assistant", ""),
-    (
-        {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"text": "b "}]},
-        "user",
-        "a\nb ",
-    ),
-    (
-        {"role": "assistant", "content": [{"type": "output_text", "text": "a"}, {"text": None}]},
-        "assistant",
-        "a\n",
-    ),
+    ({"role": "user", "content": PARTS}, "user", "a\nb \n"),
 ]
 
 
 @pytest.mark.parametrize(("given", "role", "content"), MESSAGES, ids=str)
-def test_messages(given: Any, role: str, content: str):
+def test_messages(given: Any, role: str, content: str) -> None:
     asked = OPENAI_CHAT.read({"messages": [given, *SAID]})
     assert asked.fields.messages == [{"role": role, "content": content}, *SAID]
 
@@ -241,7 +208,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("name", "members", "expected"), FORMS)
-def test_the_form_of_the_answer(name: str, members: Any, expected: tuple[Any, ...]):
+def test_the_form_of_the_answer(name: str, members: Any, expected: tuple[Any, ...]) -> None:
     asked = DIALECTS[name].read(BASES[name] | members)
     assert (asked.stream, asked.usage, asked.caching, asked.only) == expected
 
@@ -249,7 +216,7 @@ def test_the_form_of_the_answer(name: str, members: Any, expected: tuple[Any, ..
 HALF, MENDED = "a\ud83d", "a\ufffd"  # half of an emoji
 
 
-def test_half_an_emoji_becomes_a_replacement_character():
+def test_half_an_emoji_becomes_a_replacement_character() -> None:
     extra = [{"filename": HALF, "text": f"{HALF}\U0001f600"}]
     members = {
         "prompt": [HALF],
@@ -287,12 +254,11 @@ REFUSED = [
     ("chat", {"tools": [{}]}, "tools"),
     ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text"),
     ("infill", {"n_indent": 1001}, "n_indent"),
-    ("infill", {"response_fields": 5}, "response_fields"),
 ]
 
 
 @pytest.mark.parametrize(("name", "members", "where"), REFUSED, ids=str)
-def test_what_cannot_be_served_is_named(name: str, members: Any, where: str):
+def test_what_cannot_be_served_is_named(name: str, members: Any, where: str) -> None:
     with pytest.raises(HttpError) as refused:
         DIALECTS[name].read(BASES[name] | members)
     assert refused.value.code == "INVALID_REQUEST"
@@ -329,12 +295,9 @@ OF_OLLAMA = [
     ({"prompt": "hi", "system": "s"}, "chat", replace(CHAT, messages=[SYSTEM, *SAID])),
     ({"messages": SAID, "options": None, "keep_alive": "5m", "think": False}, "chat", CHAT),
     ({"messages": SAID, "options": OPTIONS}, "chat", replace(CHAT, **CHOSEN_BY_OPTIONS)),
-    ({"prompt": "x", "raw": True, "options": {"num_predict": -2}}, "completion",
-     replace(CODE, max_tokens=2048)),
-    ({}, *LOADS),
     ({"prompt": "", "keep_alive": -1}, *LOADS),
     ({"messages": []}, *LOADS),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("members", "kind", "fields"), OF_OLLAMA, ids=str)
@@ -348,11 +311,9 @@ PICTURE = [{"role": "user", "content": "hi", "images": ["iVBORw0KGgo="]}]
 REFUSED_AS_OLLAMA = [
     ({"prompt": "x", "options": []}, "options"),
     ({"prompt": "x", "options": {"temperature": "warm"}}, "temperature"),
-    ({"prompt": 5}, "prompt"),
     ({"messages": "hi"}, "messages"),
     ({"messages": PICTURE}, "messages[0].images"),
     ({"prompt": "hi", "images": [""]}, "images"),
-    ({"messages": SAID, "tools": [{}]}, "tools"),
 ]
 
 
@@ -385,7 +346,7 @@ CODE_TEXT = st.text(alphabet="ab<|>_ \n").filter(lambda text: not any(map(text.c
 
 
 @given(CODE_TEXT, CODE_TEXT)
-def test_any_text_without_marks_may_be_completed(prefix: str, suffix: str):
+def test_any_text_without_marks_may_be_completed(prefix: str, suffix: str) -> None:
     for marks in FIM:
         assert split_fim(written(*marks, prefix, suffix)) == split(prefix, suffix)
 
@@ -396,7 +357,7 @@ MENTION = 'FIM = ("{}", "{}", "{}")\nfor token in FIM:\n    '
 @pytest.mark.parametrize(("before", "after", "middle"), FIM)
 def test_the_suffix_may_come_first_and_a_text_that_mentions_the_tokens_is_not_split(
     before: str, after: str, middle: str
-):
+) -> None:
     assert split_fim(MENTION.format(before, after, middle)) is None
     begun = (
         "",
@@ -431,7 +392,7 @@ SPLIT = [
 
 
 @pytest.mark.parametrize(("prompt", "expected"), SPLIT)
-def test_the_spaces_and_beginnings_of_families(prompt: str, expected: Any):
+def test_the_spaces_and_beginnings_of_families(prompt: str, expected: Any) -> None:
     assert split_fim(prompt) == (split(*expected) if expected else None)
 
 
@@ -440,7 +401,6 @@ PREAMBLES = [
     ("<|repo_name|>cerebrum\n", "", ()),
     ("<reponame>cerebrum<filename>src/a.py\n", "src/a.py", ()),
     ("<file_sep>a.py", "a.py", ()),
-    ("<|repo_name|>r\n<|file_sep|>b.py\nb = 1\n<|file_sep|>a.py\n", "a.py", (B_PY,)),
     (
         "<repo_name>r<file_sep>b.py\nb = 1\n<file_sep>c.py\nc\n<file_sep>a.py\n",
         "a.py",
@@ -454,7 +414,7 @@ PREAMBLES = [
 
 
 @pytest.mark.parametrize(("preamble", "filename", "extra"), PREAMBLES)
-def test_what_precedes_the_marks(preamble: str, filename: str, extra: Any):
+def test_what_precedes_the_marks(preamble: str, filename: str, extra: Any) -> None:
     expected = split("p", "s", filename, extra)
     assert split_fim(f"{preamble}<|fim_prefix|>p<|fim_suffix|>s<|fim_middle|>") == expected
     assert split_fim(f"{preamble}<fim_suffix>s<fim_prefix>p<fim_middle>") == expected
@@ -499,7 +459,7 @@ def sse(*answers: bytes) -> bytes:
     return b"".join(b"data: %b\n\n" % answer for answer in answers)
 
 
-def test_openai_text():
+def test_openai_text() -> None:
     choice = b'{"index":0,"text":"%b","logprobs":null,"finish_reason":%b}'
     framed = TEXT_HEAD + choice + b"]"
     whole = reply_to("text").whole('x"\n', RESULT)
@@ -515,7 +475,7 @@ def test_openai_text():
     assert counting.end(RESULT) == sse(end, TEXT_HEAD + b"]," + COUNTS + b"}", b"[DONE]")
 
 
-def test_openai_chat():
+def test_openai_chat() -> None:
     choice = b'{"index":0,%b,"logprobs":null,"finish_reason":%b}]'
     message = b'"message":{"role":"assistant","content":"x"}'
     whole = reply_to("chat").whole("x", RESULT | {"finish_reason": "length"})
@@ -529,9 +489,8 @@ def test_openai_chat():
     assert reply.end(RESULT) == sse(end, b"[DONE]")
 
 
-@pytest.mark.parametrize("name", ["completion", "infill"])
-def test_llama(name: str):
-    reply = reply_to(name, stop="q")
+def test_llama() -> None:
+    reply = reply_to("infill", stop="q")
     answer = (
         b'{"content":"%b","stop":true,"model":"m","tokens_predicted":4,"tokens_evaluated":10,'
         b'"generation_settings":{"n_ctx":4096},"truncated":false,"stop_type":"eos",'
@@ -598,7 +557,7 @@ ONLY = [
 
 
 @pytest.mark.parametrize(("only", "expected"), ONLY)
-def test_response_fields(only: list[str], expected: bytes):
+def test_response_fields(only: list[str], expected: bytes) -> None:
     reply = reply_to("infill", response_fields=only)
     assert reply.whole("x", RESULT) == expected
     last = expected.replace(b'"content":"x"', b'"content":""')
@@ -612,7 +571,6 @@ def read_event(events: bytes) -> Any:
 
 REASONS = [
     (None, "stop", "eos"),
-    ("stop", "stop", "eos"),
     ("block", "stop", "eos"),
     ("length", "length", "limit"),
     ("replaced", "length", "limit"),
@@ -620,7 +578,7 @@ REASONS = [
 
 
 @pytest.mark.parametrize(("reason", "finish_reason", "stop_type"), REASONS)
-def test_why_a_text_ends(reason: str | None, finish_reason: str, stop_type: str):
+def test_why_a_text_ends(reason: str | None, finish_reason: str, stop_type: str) -> None:
     result = {"finish_reason": reason} if reason else {}
     for name in ("text", "chat"):
         reply = reply_to(name)
@@ -634,7 +592,7 @@ TRUNCATED = [({}, False), ({"parts": ["all"]}, False), ({"parts": ["suffix"]}, T
 
 
 @pytest.mark.parametrize(("kept", "truncated"), TRUNCATED)
-def test_a_prompt_that_was_cut_is_truncated(kept: Any, truncated: bool):
+def test_a_prompt_that_was_cut_is_truncated(kept: Any, truncated: bool) -> None:
     reply = reply_to("infill", {"model": "m", "n_ctx": 4096, "kept": kept})
     assert json.loads(reply.whole("", RESULT))["truncated"] is truncated
 
@@ -644,14 +602,14 @@ OWN_MEMBERS = [({"type_through": True}, "type_through"), (REPLACED, "replaced")]
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("more", "member"), OWN_MEMBERS)
-def test_what_no_dialect_has_a_member_for(name: str, more: Any, member: str):
+def test_what_no_dialect_has_a_member_for(name: str, more: Any, member: str) -> None:
     reply, result = reply_to(name), RESULT | more
     assert json.loads(reply.whole("x", result))[member] is True
     assert read_event(reply.end(result))[member] is True
     assert member not in json.loads(reply.whole("x", RESULT))
 
 
-def test_llama_vim_gets_no_content_that_it_could_keep_of_a_replaced_request():
+def test_llama_vim_gets_no_content_that_it_could_keep_of_a_replaced_request() -> None:
     chosen = reply_to("infill", response_fields=["content", "stop_type"]).whole("", REPLACED)
     assert chosen == b'{"replaced":true,"stop_type":"limit"}'
 
@@ -664,7 +622,7 @@ PIECE = st.one_of(st.sampled_from(SHORT_ESCAPES), ESCAPE, PLAIN_TEXT)
 
 
 @given(st.lists(PIECE).map("".join))
-def test_any_escapes_of_a_token_event_stay_as_they_are(escaped: str):
+def test_any_escapes_of_a_token_event_stay_as_they_are(escaped: str) -> None:
     event = f'data: {{"token": "{escaped}", "total_tokens": 1}}\n\n'.encode()
     for name in ALL:
         written = reply_to(name).text(event)
@@ -684,7 +642,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("read", "written", "result", "expected"), FIGURES)
-def test_timings(read: int, written: int, result: Any, expected: list[float]):
+def test_timings(read: int, written: int, result: Any, expected: list[float]) -> None:
     counts = {"prompt_tokens": read + 9, "total_tokens": written, "cached_tokens": 9}
     assert list(timings(counts | result).values()) == [9, *expected]
 
@@ -701,7 +659,7 @@ TYPES = {
 
 
 @pytest.mark.parametrize(("code", "kind"), TYPES.items())
-def test_errors(code: str, kind: str):
+def test_errors(code: str, kind: str) -> None:
     error = HttpError(code, 'why "so"', extra={"prompt_tokens": 1})
     members = {"message": 'why "so"', "type": kind, "param": None, "code": code}
     assert write_error(error) == {"error": members}
@@ -720,7 +678,7 @@ NEXT_EDITS = [
 
 
 @pytest.mark.parametrize("prompt", NEXT_EDITS)
-def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str):
+def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
     asked = OPENAI_TEXT.read({"prompt": [prompt], "stop": stops, "max_tokens": 512})
     assert asked.fields == replace(CODE, prompt=prompt, stop_at="none", special=True, stop=stops)
@@ -735,6 +693,6 @@ ABOUT_MARKS = [
 
 
 @pytest.mark.parametrize("prompt", ABOUT_MARKS)
-def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str):
+def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str) -> None:
     asked = OPENAI_TEXT.read({"prompt": prompt, "stop": "<|file_sep|>"})
     assert (asked.fields.special, asked.fields.stop) == (False, [])
