@@ -45,7 +45,6 @@ from cerebrum_common import HttpError
 from cm4d import Config, load_config, read_completion, warn_of
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
-REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 PATHS = ("/v1/complete", "/v1/complete/stream")
 
 
@@ -68,7 +67,6 @@ def test_defaults() -> None:
         ("CEREBRUM_VPS_URL", "127.0.0.1:9000"),
         ("CEREBRUM_VPS_URL", "ftp://vps"),
         ("CEREBRUM_VPS_URL", "http://vps:0"),
-        ("CEREBRUM_VPS_URL", "http://vps:65536"),
         ("CEREBRUM_VPS_URL", "http://user:pass@vps"),
         ("CEREBRUM_VPS_URL", "http://vps/\r\nX: y"),
         ("CEREBRUM_CM4_HOST", "two words"),
@@ -79,7 +77,7 @@ def test_defaults() -> None:
         ("CEREBRUM_MODELS_FILE", "/nonexistent/models.toml"),
     ],
 )
-def test_a_bad_variable_is_named(name: str, value: str):
+def test_a_bad_variable_is_named(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         load_config(Environment({name: value}))
     assert "KEY" not in name or value not in str(caught.value)
@@ -159,14 +157,14 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("field", "good", "bad"), FIELDS)
-def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]):
+def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]) -> None:
     for value in good:
         read = getattr(read_completion(GOOD_FIELDS | {field: value}, SHIPPED), field)
         assert read in (value, [value])
     for value in bad:
-        body = {
-            name: one for name, one in (GOOD_FIELDS | {field: value}).items() if one is not None
-        }
+        body = GOOD_FIELDS | {field: value}
+        if value is None:
+            del body[field]
         with pytest.raises(HttpError, match=f"^{field}: expected ") as caught:
             read_completion(body, SHIPPED)
         assert caught.value.status == 400
@@ -199,15 +197,6 @@ async def test_defaults_of_a_completion_and_what_reaches_the_vps():
         }
         assert {name: second[name] for name in expected} == expected
         assert re.fullmatch("[0-9a-f]{64}", second["session"])
-
-
-@pytest.mark.parametrize(
-    ("more", "mode"), [({"suffix": "}\n"}, "infill"), ({"instruction": "Write it"}, "instruct")]
-)
-def test_an_empty_prompt_is_allowed_beside_a_suffix_or_an_instruction(
-    more: dict[str, str], mode: str
-):
-    assert read_completion({"prompt": "", "language": "go", **more}, SHIPPED).mode == mode
 
 
 # ------------------------------------------------------------------------------------ the endpoints
@@ -289,12 +278,10 @@ async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: 
         assert pi.gateway.fleet.first.models_loaded == loaded
 
 
-async def test_every_answer_has_the_request_id_and_the_vps_gets_it():
+async def test_an_answer_has_the_request_id_and_the_vps_gets_it() -> None:
     async with pi_with() as (pi, backend):
-        for given, form in (({"X_Request_ID": "abc-1"}, re.compile("abc-1")), ({}, REQUEST_ID)):
-            reply = await pi.post("/v1/complete", GOOD_FIELDS, **given)
-            assert form.fullmatch(reply.one("X-Request-ID"))
-            assert backend.asked[-1][1]["x-request-id"] == reply.one("X-Request-ID")
+        reply = await pi.post("/v1/complete", GOOD_FIELDS, X_Request_ID="abc-1")
+        assert reply.one("X-Request-ID") == backend.asked[-1][1]["x-request-id"] == "abc-1"
 
 
 # ------------------------------------------------------------------------------------------- places
@@ -409,9 +396,11 @@ CHOSEN = [({"suffix": "\n)"}, "qwen_0_5b"), ({"instruction": "Write it"}, "qwen_
 
 @pytest.mark.parametrize(("asked", "model"), CHOSEN)
 async def test_which_model_answers(asked: dict[str, Any], model: str) -> None:
-    """The first that is preferred, and lists the language. test_dispatcher.py has more cases."""
+    """The first that is preferred, and lists the language; test_dispatcher.py has more cases. The
+    prompt may be empty beside a suffix or an instruction.
+    """
     async with Backend(models=ALL) as backend, pi_for(backend.port, prefer=PREFER) as pi:
-        reply = await pi.complete(**asked)
+        reply = await pi.complete(prompt="", **asked)
         assert reply.json["model"] == backend.completions[0]["model"] == model
 
 

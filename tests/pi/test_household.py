@@ -190,11 +190,15 @@ async def test_a_request_whose_body_comes_while_its_key_is_revoked_ends() -> Non
         assert (await read_reply(reader)).status == 401
 
 
+async def read_ahead(pi: Pi, key: str) -> None:
+    body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
+    assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
+
+
 async def test_a_guests_prompt_is_read_after_those_of_others() -> None:
     async with pi_with([HANG], GOOD, clients=HOUSE) as (pi, vps):
         for key, count in ((TOM, 1), (ANNA, 3)):
-            body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
-            assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
+            await read_ahead(pi, key)
             await until(lambda: len(vps.completions) == count)  # noqa: B023
         await until(lambda: not pi.reads_ahead())
         assert [asked["prompt"] for asked in vps.completions] == [TOM, ANNA, TOM]
@@ -207,9 +211,8 @@ async def test_nothing_is_read_ahead_for_a_revoked_client(makes_room: bool, tmp_
     keys.write_text(f"ben {BEN}\n")
     async with pi_with([HANG], clients=HOUSE) as (pi, vps):
         own = pi.gateway.dispatcher
-        for key in (TOM, ANNA):
-            body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
-            assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
+        await read_ahead(pi, TOM)
+        await read_ahead(pi, ANNA)
         await until(lambda: (len(vps.completions), vps.running, len(own.ahead)) == (2, 1, 2))
         (reading,) = own.state.places
         if makes_room:
@@ -223,12 +226,6 @@ WHOLE = "CEREBRUM_CM4_API_KEY=c9\nKEYS"
 # .env, client-keys, what a reload says about them, and the keys that work then: those of people,
 # and the common one.
 RELOADS = [
-    (
-        "CEREBRUM_CM4_API_KEY=c1\nCEREBRUM_CM4_TLS_CERT=/none\nKEYS",
-        "ben b\nanna a1",
-        "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY: expected both",
-        "b a1 c1",
-    ),
     (
         "CEREBRUM_CM4_API_KEY=c2\nCEREBRUM_MAX_CONCURRENT=x\nKEYS",
         "ben b\nanna a2",
@@ -246,12 +243,6 @@ RELOADS = [
         "ben b\n// tom x\nanna a4",
         "keys: line 2: expected NAME KEY [PLACES]",
         "b a4 c4",
-    ),
-    (
-        "CEREBRUM_CM4_API_KEY=c5\nKEYS",
-        "ben b\nben2 b\nanna a5",
-        "keys: line 2: expected each name",
-        "b a5 c5",
     ),
     (
         "CEREBRUM_CM4_API_KEY=c6\nCEREBRUM_MODELS_FILE=/none\nKEYS",
