@@ -160,10 +160,6 @@ class Visit:
         )
         await self.page.dispatch_event("#editor", "drop", {"dataTransfer": carried})
 
-    async def fake(self, name: str, body: Any) -> None:
-        """Let the browser answer a GET of the page."""
-        await self.page.route(f"**/v1/{name}", lambda route: route.fulfill(json=body))
-
     async def diff(self) -> list[str]:
         return list(await self.find("#diff > *").all_text_contents())
 
@@ -547,9 +543,11 @@ async def test_hostile_texts_are_text(chrome: Any) -> None:
     lies["vps_available"] = False  # the Pi would not pass them on
     scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
     named = tuple(dataclasses.replace(model, name=hostile) for model in SHIPPED)
-    async with visiting(
-        chrome, *scripts, before=lambda visit: visit.fake("activity", lies), models=named
-    ) as visit:
+
+    async def lie(visit: Visit) -> None:
+        await visit.page.route("**/v1/activity", lambda route: route.fulfill(json=lies))
+
+    async with visiting(chrome, *scripts, before=lie, models=named) as visit:
         await visit.see("#health", f"{spelled}.")
         await visit.see("#notes", spelled)
         await expect(visit.find("#models td:first-child").first).to_have_text(spelled)

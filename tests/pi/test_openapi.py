@@ -1,31 +1,24 @@
-"""The document of openapi.py: that it is valid and complete, and that real requests are as it
-says.
-"""
+"""The document of openapi.py: that it is valid, and that real requests are as it says."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 from harness import KEY, ROOT, Client, daemon
 from jsonschema import Draft202012Validator
-from openapi import JSON, schema_of, write_openapi
+from openapi import JSON, write_openapi
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from scripted import Backend, answer, in_a_thread, pi_for
 
-from cerebrum.fields import Field
 from cerebrum.http import METHODS
-from cerebrum.pi import dialects
-from cerebrum_common import VERSION
-from cm4d import FIELDS, ROUTES
+from cm4d import ROUTES
 
 DOCUMENT = json.loads(json.dumps(write_openapi()))
 OPERATIONS = {
@@ -35,37 +28,8 @@ OPERATIONS = {
 TOKENS = answer(200, {"tokens": [1, 2]})
 
 
-def test_the_document_is_valid_and_has_each_route() -> None:
+def test_the_document_is_valid() -> None:
     OpenAPIV31SpecValidator(DOCUMENT).validate()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert DOCUMENT["info"]["version"] == VERSION == project["version"]
-    assert sum(map(len, DOCUMENT["paths"].values())) == len(ROUTES)
-    assert DOCUMENT["security"] == [{"X-API-Key": []}, {"Bearer": []}]
-    for route in ROUTES:
-        assert OPERATIONS[route.method, route.path].get("security") == ([] if route.open else None)
-
-
-VALUES = [
-    None, True, False, -3, -1, 0, 1, 2, 16, 17, 200, 1000, 1001, 2048, 2049, 10**9, -(2**63),
-    2**32 - 2, 2**32 - 1, 2**64 - 1, 2**64, -0.5, 0.001, 0.5, 1.5, "", "a", "é", "auto", "infill",
-    "user", "text", "a" * 200, "a" * 201, "a" * 1000, "a" * 1001, [], ["a"], ["a", ""], ["a", 1],
-    ["a"] * 16, ["a"] * 17, {},
-]  # fmt: skip
-TABLES = [FIELDS, dialects.TEXT_FIELDS, dialects.INFILL_FIELDS, dialects.TOKENIZE]
-CHECKED = dict.fromkeys(itertools.chain(*(table.values() for table in TABLES)))
-
-
-@pytest.mark.parametrize("field", CHECKED)
-def test_a_field_accepts_what_its_schema_says(field: Field) -> None:
-    for nullable in (False, True):
-        schema = Draft202012Validator(schema_of(field, nullable))
-        for value in VALUES:
-            is_one_text = field.json_type is list and isinstance(value, str)
-            accepted = field.accepts([value] if is_one_text else value)
-            if nullable and value is None:
-                accepted = True
-            assert schema.is_valid(value) == accepted, (value, schema.schema)
-        assert not field.default or schema.is_valid(field.default)
 
 
 SAID = [
@@ -120,7 +84,7 @@ async def test_a_get_is_answered_as_described(path: str) -> None:
 
 @pytest.mark.clients
 @pytest.mark.nightly
-def test_schemathesis_finds_nothing(tmp_path: Path):
+def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     """Thousands of requests made from the document, valid and invalid, and each response held
     against it.
 

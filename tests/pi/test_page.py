@@ -70,8 +70,6 @@ def test_the_settings_for_editors_are_those_of_the_documents() -> None:
 async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_server() -> None:
     async with pi_with(client_keys=("k",)) as (pi, _):
         reply = await pi.get("/")
-        assert reply.status == 200
-        assert reply.one("content-type") == "text/html; charset=utf-8"
         assert reply.body == FILE.read_bytes()
         policy = {"connect-src 'self'", "img-src data:", "require-trusted-types-for 'script'"}
         for what in ("default-src", "base-uri", "form-action", "frame-ancestors"):
@@ -83,13 +81,8 @@ async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_serve
         assert set(reply.one("content-security-policy").split("; ")) == policy
         names = ("x-content-type-options", "x-frame-options", "referrer-policy")
         assert [reply.one(name) for name in names] == ["nosniff", "DENY", "no-referrer"]
-        head = await pi.ask("HEAD", "/")
-        assert (head.status, head.body) == (200, b"")
-        assert head.one("content-length") == str(len(reply.body))
         server = await pi.get("/cerebrum_lsp.py")
-        assert server.status == 200
         assert server.body == (ROOT / "cerebrum_lsp.py").read_bytes()
-        assert server.one("content-type") == "text/x-python; charset=utf-8"
 
 
 async def test_without_its_files_the_daemon_lives(

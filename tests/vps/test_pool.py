@@ -141,12 +141,6 @@ class House:
     def reconfigure(self, **changes: Any) -> None:
         self.engine.reconfigure(replace(self.engine.config, **changes))
 
-    def pair(self, **changes: Any) -> None:
-        """From now on A writes drafts for B. A's entry has these changes."""
-        more = {A: changes, B: {"draft": A}}
-        models = self.engine.config.models
-        self.reconfigure(models=tuple(replace(model, **more.get(model.id, {})) for model in models))
-
     async def listed(self, model: str) -> dict[str, Any]:
         """Its entry in the list of models."""
         entries = (await vpsd.models(self.engine, SimpleNamespace())).body["models"]
@@ -260,9 +254,12 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
     assert not (await house.listed(C))["available"]  # its file is damaged
 
 
-async def test_a_draft_model_is_loaded_with_its_model_and_listed_unless_it_could_not_be(house):
+async def test_a_draft_model_is_loaded_with_its_model_and_listed_unless_it_could_not_be(
+    house,
+) -> None:
     house.room = 9
-    house.pair()
+    large = replace(house.pool.models[B], draft=A)
+    house.reconfigure(models=(house.pool.models[A], large))
     assert (await house.listed(B))["draft"] == A
     worker = await house.idle(B)
     draft = worker.loader.draft

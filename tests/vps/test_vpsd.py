@@ -325,24 +325,11 @@ def test_a_completion_that_nobody_waits_for_is_counted(vps):
     assert read(predicted) >= tokens + event["total_tokens"]
 
 
-COUNTS = {"models_loaded", "requests_total", "requests_active", "draft_tokens", "accepted_tokens"}
-FIGURES = {
-    "memory_total_mb",
-    "memory_available_mb",
-    "memory_used_mb",
-    "cpu_percent",
-    "cpu_percent_others",
-    "uptime",
-}
-
-
-def test_stats(vps):
+def test_stats(vps) -> None:
     stats = vps.get("/v1/stats")
     used_mb = stats["memory_total_mb"] - stats["memory_available_mb"]
     assert stats["memory_used_mb"] == pytest.approx(used_mb, abs=0.2)
-    assert (stats.pop("version"), stats.pop("draft_models")) == (VERSION, {})
-    kinds = dict.fromkeys(COUNTS, int) | dict.fromkeys(FIGURES, float)
-    assert {name: type(value) for name, value in stats.items()} == kinds
+    assert (stats["version"], stats["draft_models"]) == (VERSION, {})
     vps.complete(new_prompt(), max_tokens=1)
     assert vps.get("/v1/stats")["requests_total"] == stats["requests_total"] + 1
 
