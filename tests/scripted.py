@@ -279,11 +279,25 @@ class Pi(Client):
     @property
     def probes(self) -> int:
         """Completed probes of the backend that has the fewest."""
-        return min(backend.probes for backend in self.gateway.fleet.backends)
+        return min(backend.probes for backend in self.backends)
+
+    @property
+    def backends(self) -> Any:
+        return self.gateway.fleet.backends
+
+    @property
+    def first(self) -> Any:
+        """The only backend, or the first of several."""
+        return self.backends[0]
+
+    @property
+    def readers(self) -> list[Any]:
+        """Those who read a completion that others may read, too."""
+        return self.gateway.broadcasts.subscribers
 
     def at(self, backend: int) -> list[Attempt]:
         """The attempts that hold a place at the backend with this number."""
-        asked = self.gateway.fleet.backends[backend]
+        asked = self.backends[backend]
         places = self.gateway.dispatcher.state.places
         return [attempt for attempt, holder in places.items() if holder is asked]
 
@@ -363,7 +377,7 @@ async def pi_for(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(0)
-        for backend in gateway.fleet.backends:
+        for backend in pi.backends:
             backend.kind.client.close()
     assert gateway.dispatcher.active == 0, "a slot was not given back"
 

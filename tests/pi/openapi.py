@@ -39,8 +39,6 @@ def schema_of(field: Field, nullable: bool = False) -> Schema:
         schema["enum"] = [*field.choices, *[None] * nullable]
     elif field.json_type is not bool:
         schema |= limits_of(field)
-    if field.default:
-        schema["default"] = field.default
     return schema
 
 

@@ -275,7 +275,7 @@ async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: 
         Backend(health=answer(200, {"models_loaded": told})) as backend,
         pi_for(backend.port) as pi,
     ):
-        assert pi.gateway.fleet.first.models_loaded == loaded
+        assert pi.first.models_loaded == loaded
 
 
 async def test_an_answer_has_the_request_id_and_the_vps_gets_it() -> None:
@@ -304,7 +304,7 @@ async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, hang:
         assert pi.active == 1
         writer.transport.abort()
         await until(lambda: backend.left.is_set() and not pi.active, seconds=20)  # < IDLE_SECONDS
-        assert pi.gateway.fleet.first.breaker.failures == 0
+        assert pi.first.breaker.failures == 0
 
 
 # ----------------------------------------------------------------------------------------- sessions
@@ -342,7 +342,7 @@ async def test_a_newer_completion_of_a_session_ends_the_older(
             assert (await pi.stream(session="editor")).clean
             assert vps.most_running == 1, "the newer one was sent while the older still ran"
         check_superseded(await older, path, begun)
-        first = pi.gateway.fleet.first
+        first = pi.first
         assert first.requests_failed == 0
         assert first.breaker.failures == 0
         assert pi.gateway.counting.failed == (by == "the Pi"), "the 429 alone has failed"
@@ -377,7 +377,7 @@ async def test_a_newer_completion_that_is_refused_or_another_clients_ends_nothin
         others = asyncio.create_task(pi.from_address("127.0.0.2").stream(session="editor"))
         await until(lambda: len(backend.completions) == 2)
         if not more:
-            pi.gateway.fleet.first.breaker.open(time.monotonic())
+            pi.first.breaker.open(time.monotonic())
         assert (await pi.complete(session="editor", **more)).json["code"] == code
         go.set()
         assert (await older).clean

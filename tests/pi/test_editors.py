@@ -179,7 +179,7 @@ async def test_identical_requests_share_one_completion():
     async with pi_with(slow) as (pi, backend):
         reader, writer = await pi.open("POST", "/v1/completions", STREAM, User_Agent="editor")
         asked = [start(pi, "/v1/completions", STREAM)]
-        readers = pi.gateway.broadcasts.subscribers
+        readers = pi.readers
         await until(lambda: [reading.at for reading in readers] == [2, 2])
         alive.set()
         await reader.readuntil(b": keep-alive\n\n")
@@ -212,9 +212,7 @@ async def test_which_requests_share_a_completion(first, second, computed):
     go = asyncio.Event()
     async with pi_with(gated(go)) as (pi, backend):
         asked = [start(pi, "/completion", {"prompt": "x"} | more) for more in (first, second)]
-        await until(
-            lambda: len(pi.gateway.broadcasts.subscribers) == 2 and backend.running == computed
-        )
+        await until(lambda: len(pi.readers) == 2 and backend.running == computed)
         go.set()
         assert [reply.json["content"] for reply in await asyncio.gather(*asked)] == ["ab"] * 2
         assert len(backend.completions) == computed
@@ -223,7 +221,7 @@ async def test_which_requests_share_a_completion(first, second, computed):
 
 async def test_a_shared_completion_ends_with_its_last_reader():
     async with pi_with([CHUNKED, chunk(token("a", 1)), HANG], GOOD) as (pi, backend):
-        readers = pi.gateway.broadcasts.subscribers
+        readers = pi.readers
         first, second = infill(pi), infill(pi)
         await until(lambda: len(readers) == 2)
         await backend.begun.wait()
@@ -243,7 +241,7 @@ async def test_the_error_of_a_shared_completion_reaches_every_reader():
     refused = [go.wait, error(503, "RESOURCE_EXHAUSTED", "too little memory")]
     async with pi_with(refused, [CHUNKED, chunk(token("a", 1))]) as (pi, _):
         asked = [start(pi, "/v1/completions", body) for _ in range(2)]
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        await until(lambda: len(pi.readers) == 2)
         go.set()
         for reply in await asyncio.gather(*asked):
             assert (reply.status, reply.json["error"]["message"]) == (503, "too little memory")
@@ -261,7 +259,7 @@ async def test_a_reader_that_does_not_read_delays_nobody():
         _, deaf = await pi.open("POST", "/v1/completions", body)
         await backend.begun.wait()
         other = start(pi, "/v1/completions", body)
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        await until(lambda: len(pi.readers) == 2)
         go.set()
         assert texts(await other) == [*pieces, ""]
         deaf.transport.abort()
@@ -341,7 +339,7 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(
 
 def half_open(pi: Pi) -> None:
     """As after an outage."""
-    tried = pi.gateway.fleet.first.breaker
+    tried = pi.first.breaker
     tried.open(0.0)
     tried.healthy(time.monotonic())
 
@@ -450,7 +448,7 @@ async def test_a_key_goes_on_with_what_was_read_until_then():
     reads = [CHUNKED, chunk(event(progress=progress)), HANG]
     async with pi_with(reads, script("a")) as (pi, backend):
         await infill(pi, **PLACE | {"t_max_prompt_ms": 0}, n_predict=0)
-        await until(lambda: pi.gateway.fleet.first.prompts._read)
+        await until(lambda: pi.first.prompts._read)
         await infill(pi, **PLACE | {"prompt": "xy"})
         first, then = backend.completions[:2]
         assert (first["max_tokens"], first["progress"]) == (0, True)
@@ -676,7 +674,7 @@ async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
         await infill(pi.from_address("127.0.0.2"), input_suffix="mine = 1\n")
         for place in range(20):
             await infill(pi, input_suffix=f"place = {place}\n")
-        read = [*pi.gateway.fleet.first.prompts._read.values()]
+        read = [*pi.first.prompts._read.values()]
         assert [len(texts) for texts in read] == [1, 4]
         assert read[-1][-1].startswith("place = 19\n")
 
@@ -689,7 +687,7 @@ async def test_other_files_that_were_warmed_begin_the_next_prompt(chunks):
         for n in range(chunks)
     ]
     async with pi_with(script(**TOLD), script("a", **TOLD)) as (pi, backend):
-        pi.gateway.fleet.first.prompts.speed["qwen_0_5b"] = 100.0
+        pi.first.prompts.speed["qwen_0_5b"] = 100.0
         await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
         await until(lambda: backend.completions and not pi.reads_ahead())
         await infill(pi, **PLACE | {"t_max_prompt_ms": 3000}, input_extra=extra)
@@ -704,7 +702,7 @@ async def test_without_a_limit_of_time_nothing_is_cut_and_the_speed_of_reading_i
         for limit in (0, 1):
             await infill(pi, input_prefix=LONG[:900], t_max_prompt_ms=limit)
             assert backend.completions[limit]["prompt"] == LONG[:900] + FILE["prompt"]
-        assert pi.gateway.fleet.first.prompts.speed == {"qwen_0_5b": 200.0}
+        assert pi.first.prompts.speed == {"qwen_0_5b": 200.0}
 
 
 async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_says_so():
@@ -749,7 +747,7 @@ async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_
         await backend.__aexit__()
         for _ in range(4):
             assert (await count(pi)).status == 503
-        assert pi.gateway.fleet.first.breaker.state == "open"
+        assert pi.first.breaker.state == "open"
     monkeypatch.setattr(pi_kind, "LOAD_SECONDS", 0.3)
     monkeypatch.setattr(breaker, "FAILURES_TO_OPEN", 1)
     async with pi_with([HANG]) as (pi, backend):

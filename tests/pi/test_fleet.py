@@ -199,7 +199,7 @@ async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch)
         await until(lambda: not any(engine.busy for engine in engines.values()))
         await until(lambda: not pi.gateway.dispatcher.active)
         state = pi.gateway.dispatcher.state
-        assert (state.places, state.line, pi.gateway.broadcasts.subscribers) == ({}, {}, [])
+        assert (state.places, state.line, pi.readers) == ({}, {}, [])
     for mark, reply in replies.items():
         check_request(reply, mark, seen[mark])
     assert all(engine.most_busy <= engine.places for engine in engines.values())

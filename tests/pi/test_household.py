@@ -428,7 +428,7 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
     scripts = [gated(gate), gated(gate), script("turn 1", "2")]
     async with pi_with(*scripts, clients=HOUSE) as (pi, vps):
         asked = [begin(pi, key, CHATS, "the same", temperature=0) for key in (ANNA, BEN, BEN, TOM)]
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 4 and vps.running == 2)
+        await until(lambda: len(pi.readers) == 4 and vps.running == 2)
         gate.set()
         await asyncio.gather(*asked)
         assert [one.get("priority") for one in vps.completions] == [None, "low"]

@@ -83,7 +83,7 @@ async def running(pi: Pi, backend: Backend, **more: Any) -> AsyncIterator[None]:
     await backend.begun.wait()
     yield
     writer.transport.abort()
-    ports = [one.config.endpoint.port for one in pi.gateway.fleet.backends]
+    ports = [one.config.endpoint.port for one in pi.backends]
     await until(lambda: not pi.at(ports.index(backend.port)))
 
 
@@ -166,7 +166,7 @@ async def test_before_the_first_token_the_next_one_is_asked(failure) -> None:
         assert text == {"token": "c", "total_tokens": 1}
         assert (done["done"], done["backend"]) == (True, "c")
         assert [len(backend.completions) for backend in backends] == [1, 1, 1]
-        assert pi.gateway.fleet.backends[2].has("qwen_0_5b")
+        assert pi.backends[2].has("qwen_0_5b")
         stats = await pi.stats()
         assert (stats["requests_total"], stats["requests_active"]) == (1, 0)
         assert [told["requests_failed"] for told in stats["backends"]] == [1, 1, 0]
@@ -204,7 +204,7 @@ async def test_all_are_away():
 async def test_a_probe_ends_an_overdue_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "TRIAL_SECONDS", 0.0)
     async with pi_for(1, probing=False) as pi:
-        first = pi.gateway.fleet.first
+        first = pi.first
         first.breaker.open(0.0)
         first.breaker.healthy(time.monotonic())
         first.breaker.admit(time.monotonic())
@@ -221,7 +221,7 @@ async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
         slow = asyncio.create_task(pi.complete())
         await two.begun.wait()
         # It has failed, and is asked first again.
-        pi.gateway.fleet.backends[0].breaker.trouble = ""
+        pi.first.breaker.trouble = ""
         assert await answered(pi, prompt="other") == "a"
         go.set()
         assert (await slow).json["completion"] == "b"
@@ -239,7 +239,7 @@ async def test_the_answer_names_the_model_of_the_backend_that_took_over():
 async def test_a_first_list_that_does_not_come_is_asked_for_at_the_next_probe():
     """A VPS with new files may be checking them."""
     async with Backend(models=answer(500, {})) as vps, pi_for(vps.port) as pi:
-        backend = pi.gateway.fleet.first
+        backend = pi.first
         assert (backend.models, backend.available) == (None, True)
         vps.models = answer(200, {"models": [{"id": "qwen_0_5b"}]})
         backend.wake.set()
@@ -279,7 +279,7 @@ async def test_another_model_of_the_backend_takes_over(status: int, code: str) -
         one.models = listing("qwen_0_5b", "codellama_7b")  # what it will say when it is asked again
         reply = (await pi.complete()).json
         assert (reply["model"], reply["completion"]) == ("qwen_0_5b", "b")
-        await until(lambda: pi.gateway.fleet.first.has("codellama_7b"), seconds=20)
+        await until(lambda: pi.first.has("codellama_7b"), seconds=20)
         assert [fields["model"] for fields in one.completions] == ["qwen_1_5b", "qwen_0_5b"]
         assert (await pi.complete()).json["model"] == "qwen_0_5b"  # and is not asked for again
 
@@ -312,7 +312,7 @@ async def test_new_settings_keep_what_runs_and_what_is_known():
     go = asyncio.Event()
     one = Backend([script("a", go.wait)])
     async with fleet(one, Backend()) as pi, Backend() as fresh:
-        gateway, (old, other) = pi.gateway, pi.gateway.fleet.backends
+        gateway, (old, other) = pi.gateway, pi.backends
         running = asyncio.create_task(pi.stream())
         await until(lambda: old.tokens == 1)
         changed = dataclasses.replace(other.config, max_concurrent=7, key="another")
@@ -338,7 +338,7 @@ async def test_a_backend_that_moves_is_another_and_its_running_streams_go_on():
         fleet(one, Backend()) as pi,
         Backend([script("a")], models=listing("qwen_7b")) as moved,
     ):
-        backend, other = pi.gateway.fleet.backends
+        backend, other = pi.backends
 
         def move(port):
             reconfigure(pi, backend_at(port, "a", max_concurrent=2), other.config)
@@ -346,13 +346,13 @@ async def test_a_backend_that_moves_is_another_and_its_running_streams_go_on():
         running = asyncio.create_task(pi.stream())
         await until(lambda: backend.tokens == 1)
         move(1)
-        away = pi.gateway.fleet.backends[0]
+        away = pi.first
         await until(lambda: "refused" in away.breaker.trouble)
         go.set()
         await until(lambda: backend.tokens == 2)
         assert not away.available
         move(moved.port)
-        new = pi.gateway.fleet.backends[0]
+        new = pi.first
         await until(lambda: new.available)
         assert list(new.models or ()) == ["qwen_7b"]
         assert await answered(pi, model="qwen_7b") == "a"
@@ -363,19 +363,19 @@ async def test_a_backend_that_moves_is_another_and_its_running_streams_go_on():
 
 async def test_new_settings_that_cannot_be_used_change_nothing(tmp_path):
     async with fleet(Backend(), Backend()) as pi:
-        before = list(pi.gateway.fleet.backends)
+        before = list(pi.backends)
         one, two = (backend.config for backend in before)
         endpoint = parse_url("https://desktop.lan", "url")
         bad = dataclasses.replace(two, endpoint=endpoint, ca_file=str(tmp_path / "none.pem"))
         with pytest.raises(ConfigError, match=r"^ca_file: expected certificates"):
             reconfigure(pi, dataclasses.replace(one, max_concurrent=9), bad)
-        assert pi.gateway.fleet.backends == before
+        assert pi.backends == before
         assert [backend.limit for backend in before] == [2, 2]
 
 
 async def test_a_backend_that_has_gone_is_forgotten():
     async with fleet(Backend()) as pi:
-        gone = weakref.ref(pi.gateway.fleet.first)
+        gone = weakref.ref(pi.first)
         reconfigure(pi, dataclasses.replace(pi.gateway.config.backends[0], id="c"))
         await until(lambda: pi.probes > 0)
         await until(lambda: gc.collect() >= 0 and gone() is None, seconds=5)
@@ -391,7 +391,7 @@ async def test_a_cloud_is_probed_less_often(monkeypatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.001)
     monkeypatch.setattr(BackendConfig, "is_paid", property(lambda one: one.id == "a"))
     async with fleet(Backend(), Backend()) as pi:
-        cloud, own = pi.gateway.fleet.backends
+        cloud, own = pi.backends
         await until(lambda: own.probes > 5)
         assert cloud.probes == 1
         cloud.wake.set()
@@ -402,5 +402,5 @@ async def test_a_probe_that_hangs_is_noticed():
     async with fleet(Backend(), Backend()) as pi:
         now = time.monotonic()
         assert pi.gateway.fleet.stuck(now) == ""
-        pi.gateway.fleet.backends[1].probed = now - pi_fleet.STUCK_SECONDS - 1
+        pi.backends[1].probed = now - pi_fleet.STUCK_SECONDS - 1
         assert pi.gateway.fleet.stuck(now) == "the probe of b has made no progress for 300 s"

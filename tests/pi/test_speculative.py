@@ -156,7 +156,7 @@ async def test_any_other_request_ends_it_for_all_who_read_it(
         readers = [ahead(pi)]
         await backend.begun.wait()
         readers.append(ahead(pi.from_address("127.0.0.3")))
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        await until(lambda: len(pi.readers) == 2)
         reply = await start(pi.from_address("127.0.0.2"), path, body)
         assert reply.status == 200
         for request in readers:
@@ -206,7 +206,7 @@ async def test_it_ends_reading_ahead_which_goes_on_afterwards():
 
 async def test_a_backend_that_costs_money_is_not_asked():
     async with pi_with(HINT) as (pi, backend):
-        pi.gateway.fleet.first.kind.reads_ahead = False
+        pi.first.kind.reads_ahead = False
         assert_ended(await ahead(pi))
         assert backend.completions == []
 
@@ -271,7 +271,7 @@ async def test_one_that_waits_in_the_line_for_nobody_ends():
         waiting = accepted(pi)
         await until(lambda: len(pi.line) == 1)
         second = ahead(pi)
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 3)
+        await until(lambda: len(pi.readers) == 3)
         waiting.cancel()
         assert_ended(await second)
         assert (len(pi.line), len(backend.completions)) == (0, 1)
@@ -305,9 +305,9 @@ async def test_a_reload_and_other_models_forget_the_texts():
         pi.gateway.reconfigure(pi.gateway.config)
         assert (await accepted(pi)).json["content"] == " + b"
         backend.models = answer(200, {"models": [{"id": "qwen_1_5b"}, {"id": "qwen_0_5b"}]})
-        pi.gateway.fleet.first._models_until = 0.0
-        pi.gateway.fleet.first.wake.set()
-        await until(lambda: len(pi.gateway.fleet.first.names) == 2)
+        pi.first._models_until = 0.0
+        pi.first.wake.set()
+        await until(lambda: len(pi.first.names) == 2)
         assert (await accepted(pi)).json["content"] == "urn a"
 
 
@@ -330,7 +330,7 @@ async def test_asked_ahead_twice_and_joined_once_is_one_completion() -> None:
         asked = [ahead_of(pi, "a")]
         await until(lambda: backend.running == 1)
         asked.append(ahead_of(pi, "b"))  # joins without waiting
-        await until(lambda: len(pi.gateway.broadcasts.subscribers) == 2)
+        await until(lambda: len(pi.readers) == 2)
         asked.append(start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="b"))
         await until(lambda: pi.active == 1)
         gate.set()

@@ -12,9 +12,11 @@ ASSIGNED = "def f(a):\n    x = ", "\n    return x\n"  # the rest of a line is mi
 CALLED = "f(", ")\n"  # within a line
 LINES = "def f(a):\n", "    return x\n"  # whole lines
 NOTHING = "x = ", ""  # a text without an end
+TYPED = "def f(a):\n    ", "\n    return x\n"
 
-# By name: prompt and suffix, tokens (see `tokens_of`), and what goes out after each, with | between
-# them, and at the model's own end if the text has not ended before.
+# By name: prompt, suffix and stop strings, tokens (see `tokens_of`), and what goes out after each,
+# with | between them, and at the model's own end if the text has not ended before; then why it
+# ends, if not by the model or its doubt.
 CASES = {
     "no token": (ASSIGNED, "", ""),
     "an unlikely first word": (ASSIGNED, "a²", ""),
@@ -35,14 +37,21 @@ CASES = {
     "a script without spaces": (NOTHING, "名⁹前¹", "名|"),
     "blank lines": (LINES, "    x\n⁹\n⁹    y¹", "    x\n||"),
     "impossible": (NOTHING, "a⁰", ""),
+    "held by a stop string": ((*NOTHING, "\n\n"), "a⁹\n⁹b¹", "|a|"),
+    "a stop string": ((*NOTHING, ";;"), "a⁹;⁹bb¹", "|a|;"),
+    "its end": ((*NOTHING, ";;"), "a b⁹;; c⁹", "a| b", "stop"),
+    "both characters of a line end": (CALLED, "a,⁹\r\n⁹  b¹", "a,||"),
+    "blanks that precede more text": (CALLED, "a,⁹\n  ⁹b⁹ c¹", "a,|||\n  b"),
+    "typed indentation": (TYPED, "    x⁹ = 1¹", "|x"),
+    "a bracket of the suffix": (CALLED, "a)⁹\n\ndef⁹ g¹", "a||", "block"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_where_a_text_ends(name: str) -> None:
-    (prompt, suffix), tokens, sent = CASES[name]
+    (prompt, suffix, *stops), tokens, sent, *why = CASES[name]
     mode = "infill" if suffix else "complete"
-    ending = Ending(mode, "python", prompt, suffix, "auto", least=0.25)
+    ending = Ending(mode, "python", prompt, suffix, "auto", stops=stops, least=0.25)
     texts, reason = list[str](), None
     for text, probability in tokens_of(tokens):
         assert reason is None
@@ -50,35 +59,8 @@ def test_where_a_text_ends(name: str) -> None:
         texts.append(out)
     if reason is None:
         texts.append(ending.flush())
-    assert reason in (None, "unsure")
+    assert reason in (why or (None, "unsure"))
     assert "|".join(texts) == sent
-
-
-TYPED = "def f(a):\n    ", "\n    return x\n"
-# By name: prompt and suffix, stop strings, tokens, the text and why it ends. The model writes on.
-MORE = {
-    "held by a stop string": (NOTHING, ("\n\n",), "a⁹\n⁹b¹", "a", "unsure"),
-    "a stop string": (NOTHING, (";;",), "a⁹;⁹bb¹", "a;", "unsure"),
-    "its end": (NOTHING, (";;",), "a b⁹;; c⁹ d¹", "a b", "stop"),
-    "both characters of a line end": (CALLED, (), "a,⁹\r\n⁹  b¹", "a,", "unsure"),
-    "blanks that precede more text": (CALLED, (), "a,⁹\n  ⁹b⁹ c¹", "a,\n  b", "unsure"),
-    "typed indentation": (TYPED, (), "    x⁹ = 1¹", "x", "unsure"),
-    "a bracket of the suffix": (CALLED, (), "a)⁹\n\ndef⁹ g¹", "a", "block"),
-}
-
-
-@pytest.mark.parametrize("name", MORE)
-def test_what_else_a_text_has(name: str) -> None:
-    (prompt, suffix), stops, tokens, text, why = MORE[name]
-    mode = "infill" if suffix else "complete"
-    ending = Ending(mode, "python", prompt, suffix, "auto", stops=stops, least=0.25)
-    sent = ""
-    for token, probability in tokens_of(tokens):
-        out, reason = ending.feed(token, probability)
-        sent += out
-        if reason:
-            break
-    assert (sent, reason) == (text, why)
 
 
 def test_a_limit_leaves_what_precedes_the_suffix() -> None:

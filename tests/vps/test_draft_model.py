@@ -10,7 +10,7 @@ import math
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -437,39 +437,19 @@ def test_what_it_reads_for_later_drafts_is_kept(
 OF_SEVEN = {"file": "seven.gguf", "draft": "half"}
 SEVEN = Model("seven", "Seven", (), "7B", "Q4", **NO_FILE | OF_SEVEN)
 HALF = Model("half", "Half", (), "0.5B", "Q4", **NO_FILE | {"file": "half.gguf"})
-PUBLISHED_MB, TUNED_MB = 4460, 5142
+# Megabytes of the weights and of all else but the cells, and kilobytes of a cell, by file.
+TAKEN = {"half": (469, 80, 12), "seven": (4460, 486, 56), "tuned-seven": (5142, 486, 56)}
 
 
-@dataclass
-class Vps:
-    """A machine with a 7B and a 0.5B, as llama.cpp measures them."""
-
-    folder: Path
-    seconds: dict[str, Any]  # of decodes by the published and the tuned file, by model; {}: none
-
-    def needed(self, path: Path, forms: Sequence[Settings]) -> list[Parts]:
-        path.stat()
-        found = []
-        for form in forms:
-            cells = form.n_ctx * form.sequences
-            if "half" in path.name:
-                parts = {"weights": 469, "kv": cells * 12 // 1024, "compute": 80}
-            else:
-                weights = TUNED_MB if "tuned" in path.name else PUBLISHED_MB
-                parts = {"weights": weights, "kv": cells * 56 // 1024}
-                parts |= {"compute": 230, "prompts": form.cache_mb}
-            found.append({name: size * MB for name, size in parts.items()})
-        return found
-
-    def find_tuned(self, path: Path, settings: Settings, _sha: str) -> tuple[Any, str]:
-        name = path.stem
-        if name not in self.seconds:
-            return None, "there is no tuned file"
-        published, here = self.seconds[name]
-        file = self.folder / f"tuned-{path.name}" if name == "seven" else path
-        return TunedFile(
-            file, settings, families.tuned_passport(published=published, here=here)
-        ), ""
+def measured(path: Path, forms: Sequence[Settings]) -> list[Parts]:
+    """The memory of a 7B and a 0.5B, as llama.cpp measures it."""
+    path.stat()
+    weights, others, kilobytes = TAKEN[path.stem]
+    cells = [form.n_ctx * form.sequences for form in forms]
+    return [
+        {"weights": weights * MB, "kv": (others + count * kilobytes // 1024) * MB}
+        for count in cells
+    ]
 
 
 SLOW = [0.292, 0.527, 0.825]  # decodes of 1, 4 and 16 tokens by the 7B's published file
@@ -477,29 +457,29 @@ FAST = [0.210, 0.400, 0.700]
 TINY = [0.031, 0.045, 0.071]
 TIMED = {"seven": (SLOW, FAST), "half": (TINY, TINY)}
 NO_ROOM = "half has no room to write drafts"
-PLANS: list[tuple[str, int, dict[str, Any], str, tuple[str, int, int], str]] = [
+PLANS: list[tuple[str, int, dict[str, Any], tuple[str, int, int], str]] = [
     # free MB, what was timed; then the file, its context and sequences, and what is said
-    ("all fit", 9000, TIMED, "half", ("tuned-seven.gguf", 4096, 2),
+    ("all fit", 9000, TIMED, ("tuned-seven.gguf", 4096, 2),
      "half writes drafts: expected 8.7 tokens a second by the tuned file in a context of 4,096 "
      "tokens and 2 at a time; without it 4.8 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time"),
-    ("a VPS of 7,260 MB", 5836, TIMED, "half", ("seven.gguf", 2560, 2),
+    ("a VPS of 7,260 MB", 5836, TIMED, ("seven.gguf", 2560, 2),
      "half writes drafts: expected 6.6 tokens a second by the published file in a context of "
      "2,560 tokens and 2 at a time; without it 3.4 tokens a second by the published file in a "
      "context of 4,096 tokens and 2 at a time"),
-    ("the tuned file alone", 6100, {"seven": (SLOW, [0.1, 0.2, 0.4]), "half": (TINY, TINY)}, "",
+    ("the tuned file alone", 6100, {"seven": (SLOW, [0.1, 0.2, 0.4]), "half": (TINY, TINY)},
      ("tuned-seven.gguf", 4096, 2),
      "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time; with it 6.6 tokens a second by the published file in a "
      "context of 4,096 tokens and 2 at a time"),
-    ("too little gain", 9000, {"seven": (SLOW, [0.1, 0.32, 0.9]), "half": (TINY, TINY)}, "",
+    ("too little gain", 9000, {"seven": (SLOW, [0.1, 0.32, 0.9]), "half": (TINY, TINY)},
      ("tuned-seven.gguf", 4096, 2),
      "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time; with it 10.4 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time"),
-    ("neither was timed", 9000, {}, "half", ("seven.gguf", 4096, 2), "half writes drafts"),
-    ("neither was timed, no room", 5836, {}, "", ("seven.gguf", 4096, 2), NO_ROOM),
-    ("no room at all", 5000, TIMED, "", ("seven.gguf", 2048, 1), NO_ROOM),
+    ("neither was timed", 9000, {}, ("seven.gguf", 4096, 2), "half writes drafts"),
+    ("neither was timed, no room", 5836, {}, ("seven.gguf", 4096, 2), NO_ROOM),
+    ("no room at all", 5000, TIMED, ("seven.gguf", 2048, 1), NO_ROOM),
 ]  # fmt: skip
 
 
@@ -507,32 +487,31 @@ def unlike(*_: Any) -> None:
     raise ModelError("its token 7 is another one")
 
 
-@pytest.mark.parametrize(
-    ("free", "timed", "draft", "loaded", "note"),
-    [case[1:] for case in PLANS],
-    ids=[case[0] for case in PLANS],
-)
+@pytest.mark.parametrize("case", PLANS, ids=lambda case: case[0])
 def test_what_is_loaded_of_a_pair(
-    free: int,
-    timed: dict[str, Any],
-    draft: str,
-    loaded: tuple[str, int, int],
-    note: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vps = Vps(tmp_path, timed)
+    _, free, timed, loaded, note = case
+
+    def find_tuned(path: Path, settings: Settings, _sha: str) -> tuple[Any, str]:
+        if path.stem not in timed:
+            return None, "there is no tuned file"
+        published, here = timed[path.stem]
+        file = tmp_path / "tuned-seven.gguf" if path.stem == "seven" else path
+        passport = families.tuned_passport(published=published, here=here)
+        return TunedFile(file, settings, passport), ""
+
     for name in ("seven", "half", "tuned-seven"):
         (tmp_path / f"{name}.gguf").write_bytes(b"x" * (100 if name == "half" else 1000))
-    monkeypatch.setattr(vps_plan, "needed", vps.needed)
-    monkeypatch.setattr(vps_plan, "find_tuned", vps.find_tuned)
+    monkeypatch.setattr(vps_plan, "needed", measured)
+    monkeypatch.setattr(vps_plan, "find_tuned", find_tuned)
     monkeypatch.setattr(vps_plan, "check_pair", lambda *_: None)
     settings = Settings(state_dir=tmp_path)
     plan = plan_pair(SEVEN, HALF, tmp_path, settings, free * MB)
     file = plan.tuned.path.name if plan.tuned else SEVEN.file
     assert (file, plan.settings.n_ctx, plan.settings.sequences) == loaded
     assert plan.note == note
-    assert bool(plan.draft) == bool(draft) == ("draft" in plan.parts)
+    assert bool(plan.draft) == ("half writes drafts" in note) == ("draft" in plan.parts)
     if plan.draft:
         assert plan.bytes <= free * MB
         form = plan.draft.settings
