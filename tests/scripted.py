@@ -42,12 +42,7 @@ from cm4d import ROUTES, Config, Gateway
 RESET, HANG = "reset", "hang"
 
 
-@dataclass(frozen=True)
-class Flood:
-    """Send `piece` up to `count` times, or until the other side leaves."""
-
-    piece: bytes
-    count: int = 1 << 30
+Flood = itertools.repeat  # of a piece: it is sent until the other side leaves
 
 
 def chunk(data: bytes) -> bytes:
@@ -227,16 +222,14 @@ class Backend:
             if inspect.isawaitable(result):
                 await result
         else:
-            await self._send(self._pieces(step), writer)
+            await self._send(step, writer)
 
-    def _pieces(self, step: bytes | Flood) -> Iterable[bytes]:
-        if isinstance(step, Flood):
-            return itertools.repeat(step.piece, step.count)
-        if self.split:
-            return [step[i : i + 1] for i in range(len(step))]
-        return [step]
-
-    async def _send(self, pieces: Iterable[bytes], writer: asyncio.StreamWriter) -> None:
+    async def _send(
+        self, step: bytes | itertools.repeat[bytes], writer: asyncio.StreamWriter
+    ) -> None:
+        pieces: Iterable[bytes] = step if isinstance(step, Flood) else [step]
+        if self.split and isinstance(step, bytes):
+            pieces = [step[i : i + 1] for i in range(len(step))]
         for piece in pieces:
             if writer.transport.is_closing():
                 raise ConnectionResetError

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, PATIENCE, ROOT, SHIPPED, Client, Reply, daemon, run_to_the_end, until
+from harness import KEY, PATIENCE, ROOT, SHIPPED, Client, daemon, run_to_the_end, until
 from scripted import (
     CHUNKED,
     DONE,
@@ -230,9 +230,7 @@ async def test_health_and_stats_and_models_while_the_vps_is_up() -> None:
     async with pi_with() as (pi, backend):
         await pi.stream()
         asked = len(backend.asked)
-        health, stats, models = [
-            await pi.get(path) for path in ("/health", "/v1/stats", "/v1/models")
-        ]
+        health, stats, _ = [await pi.get(path) for path in ("/health", "/v1/stats", "/v1/models")]
         assert len(backend.asked) == asked, "the VPS is asked per call"
         assert health.status == 200
         assert health.json["status"] == "healthy"
@@ -245,10 +243,6 @@ async def test_health_and_stats_and_models_while_the_vps_is_up() -> None:
         about = {"id": "vps", "api": "cerebrum", "version": "1.0.9", "tokens_total": 2}
         assert told == told | {**about, "requests_total": 1, "models": ["qwen_0_5b"]}
         assert 5 < stats.json["memory_mb"] < 500
-        available = {
-            model["id"]: model["backends"] for model in models.json["models"] if model["available"]
-        }
-        assert available == {"qwen_0_5b": ["vps"]}
 
 
 async def test_a_vps_that_refuses_our_key_is_not_healthy():
@@ -310,15 +304,6 @@ async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, hang:
 # ----------------------------------------------------------------------------------------- sessions
 
 
-def check_superseded(reply: Reply, path: str, begun: bool) -> None:
-    """409, or an error event and a cut once a stream has begun."""
-    is_stream = path.endswith("stream") and begun
-    assert reply.status == (200 if is_stream else 409)
-    assert reply.clean != is_stream
-    last = reply.events[-1] if is_stream else reply.json
-    assert last["code"] == "SUPERSEDED"
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("hang", HANGS)
 @pytest.mark.parametrize("by", ["the Pi", "the VPS"])
@@ -341,7 +326,10 @@ async def test_a_newer_completion_of_a_session_ends_the_older(
             assert (await pi.stream(session="another")).status == 429
             assert (await pi.stream(session="editor")).clean
             assert vps.most_running == 1, "the newer one was sent while the older still ran"
-        check_superseded(await older, path, begun)
+        reply, is_stream = await older, path.endswith("stream") and begun
+        # 409, or an error event and a cut once a stream has begun.
+        assert (reply.status, reply.clean) == ((200, False) if is_stream else (409, True))
+        assert (reply.events[-1] if is_stream else reply.json)["code"] == "SUPERSEDED"
         first = pi.first
         assert first.requests_failed == 0
         assert first.breaker.failures == 0

@@ -337,22 +337,19 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(
         other.cancel()
 
 
-def half_open(pi: Pi) -> None:
-    """As after an outage."""
-    tried = pi.first.breaker
-    tried.open(0.0)
-    tried.healthy(time.monotonic())
-
-
 @pytest.mark.parametrize("path", [CHATS, "/tokenize"])
-async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monkeypatch, path):
+async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
+    monkeypatch, path
+) -> None:
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
     go = asyncio.Event()
     chats = [CHUNKED, go.wait, GOOD[1], HANG]  # its first token is enough
     counts = [go.wait, answer(200, {"tokens": [1]})]
     async with pi_with(chats if path == CHATS else counts, GOOD) as (pi, backend):
-        half_open(pi)
+        tried = pi.first.breaker
+        tried.open(0.0)
+        tried.healthy(time.monotonic())
         async with busy(pi, backend, path, {**CHAT, "content": "a b"}):
             waiting = start(pi, "/v1/completions", {"prompt": "x"})
             await in_line(pi)

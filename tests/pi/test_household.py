@@ -339,12 +339,6 @@ def begin(pi: Pi, key: str, path: str, text: str, **more: Any) -> asyncio.Task[R
     return asyncio.create_task(pi.post(path, {**body, **more}, X_API_Key=key))
 
 
-def tire(pi: Pi) -> None:
-    """Let all guests have had their share of this minute."""
-    now = time.monotonic()
-    pi.gateway.dispatcher.state.visits = [(name, now - 30, now - 10) for name in ("tom", "tim")]
-
-
 async def test_a_guest_makes_room_with_the_text_so_far() -> None:
     slow = [HEAD, chunk(token("a", 1)), HANG]
     gate = asyncio.Event()
@@ -353,7 +347,8 @@ async def test_a_guest_makes_room_with_the_text_so_far() -> None:
         await until(lambda: [one.tokens for one in pi.at(0)] == [1])
         stream = begin(pi, TOM, "/v1/complete/stream", "x =")
         await until(lambda: [one.tokens for one in pi.at(0)] == [1, 1])
-        tire(pi)
+        now = time.monotonic()  # all guests have had their share of this minute
+        pi.gateway.dispatcher.state.visits = [(one, now - 30, now - 10) for one in ("tom", "tim")]
         family = [begin(pi, ANNA, "/v1/complete", "x ="), begin(pi, BEN, CHATS, "two")]
         *tokens, done = (await stream).events
         assert [one["token"] for one in tokens] == ["a"]

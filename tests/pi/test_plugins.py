@@ -357,7 +357,6 @@ def test_what_ollamas_clients_ask_for_first(pi: Pi) -> None:
 FENCED = "Here it is:\n\n```abap\nb = 1.\n```\n\nI renamed `a`.\n"
 CHANGED = [  # the language, the VPS's text, its reason, what comes, what the VPS gets
     ("shellscript", "b=1\n", "block", "b=1\n", "shell"),
-    ("typescriptreact", "b=1\n", "block", "b=1\n", "typescript"),
     ("abap", FENCED, "stop", "b = 1.\n", None),
     ("", FENCED, "stop", "b = 1.\n", None),
     ("abap", "````\nb = 1.\n\n````", "stop", "b = 1.\n", None),

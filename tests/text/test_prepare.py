@@ -290,11 +290,6 @@ def instructed(text: str, instruction: str | None = None) -> tuple[str, list[str
     return question["content"], result.kept["parts"]
 
 
-def shared(text: str, other: str) -> float:
-    """The part of `other` that a cache of `text` saves."""
-    return common_length(text, other) / len(other)
-
-
 @pytest.mark.parametrize("prompt", ["x", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500])
 def test_what_fits_is_sent_unchanged(prompt: str) -> None:
     result, around = prepared(prompt), {"suffix": "\n)\n", "filename": "a.py"}
@@ -391,7 +386,8 @@ def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
 def test_someone_typing_keeps_the_cache() -> None:
     lines = PYTHON_FILE.splitlines(keepends=True)
     prompts = [prepared("".join(lines[:at])).body["prompt"] for at in range(1700, 1800)]
-    saved = sorted(itertools.starmap(shared, itertools.pairwise(prompts)))
+    pairs = itertools.pairwise(prompts)
+    saved = sorted(common_length(*pair) / len(pair[1]) for pair in pairs)  # by a cache
     assert sum(saved) / len(saved) > 0.95
     assert saved[5] > 0.9  # 95 of 100 lines; at the others the window moves
 
@@ -461,33 +457,35 @@ spm   | text       | all
 """
 
 
+def read_in_time(above: str, below: str, layout: str, read: list[str]) -> tuple[Prepared, Prepared]:
+    """What is sent of a gap, and what in 50 tokens' time beside these parts that have been read."""
+    fields = {"prompt": above, "suffix": below, "language": "python"}
+    whole = prepare(fields, "infill", 3000, layout=layout)
+    text = whole.up_to_cursor
+    known = {"text": text[:-60], "half": text[: len(text) // 2], "other": "another text"}
+    known["most"] = text[: len(text) * 7 // 8]
+    enough = int(whole.weight / 3.5) + 20  # tokens, a few of them marks
+    assert prepare(fields, "infill", 3000, enough, (), layout) == whole
+    return whole, prepare(fields, "infill", 3000, 50, [known[name] for name in read], layout)
+
+
 def test_what_cannot_be_read_in_time_is_left_out() -> None:
     for row in READ.strip().splitlines():
         layout, parts, sent = map(str.strip, row.split("|"))
         read, is_whole = parts.split(), sent == "all"
-        fields = {"prompt": FAR, "suffix": BELOW, "language": "python"}
-        whole = prepare(fields, "infill", 3000, layout=layout)
-        text = whole.up_to_cursor
-        known = {"text": text[:-60], "half": text[: len(text) // 2], "other": "another text"}
-        known["most"] = text[: len(text) * 7 // 8]
-        result = prepare(fields, "infill", 3000, 50, [known[name] for name in read], layout)
+        whole, result = read_in_time(FAR, BELOW, layout, read)
         if is_whole:
             assert result == whole
         else:
             assert result.cut
             assert 0.6 * NEAR < result.weight <= NEAR
-        enough = int(whole.weight / 3.5) + 20  # tokens, a few of them marks
-        assert prepare(fields, "infill", 3000, enough, (), layout) == whole
         # With little text above, the suffix fills the window.
-        short = {"prompt": FAR[:500], "suffix": PYTHON_FILE[500:9000], "language": "python"}
-        whole = prepare(short, "infill", 3000, layout=layout)
-        known["text"] = whole.up_to_cursor[:-60]
-        result = prepare(short, "infill", 3000, 50, [known[name] for name in read], layout)
+        whole, result = read_in_time(FAR[:500], PYTHON_FILE[500:9000], layout, read)
         if layout == "psm" and is_whole:  # each key reads it anew
             assert result.up_to_cursor == whole.up_to_cursor
             assert 0.7 * NEAR < weigh(result.body["suffix"]) <= NEAR
             assert not result.cut
-        elif "text" in read:
+        elif is_whole:
             assert result == whole
         else:
             assert result.cut == (layout != "psm")

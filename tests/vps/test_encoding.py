@@ -5,7 +5,6 @@ measure.
 from __future__ import annotations
 
 import ast
-import fcntl
 import io
 import json
 import os
@@ -267,15 +266,6 @@ def test_what_a_killed_run_left_is_removed(lab):
     assert lab.found() == NONE
     lab.tune()
     assert lab.left() == ["m.gguf", "m.gguf.json"]
-
-
-def test_only_one_process_tunes(lab):
-    lab.path.parent.mkdir(parents=True)
-    with lab.path.with_name(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        message = "another process is tuning a model; expected to be the only one"
-        with pytest.raises(TuneError, match=message):
-            lab.tune()
 
 
 # ------------------------------------------------------------------------------------- what is used

@@ -544,8 +544,6 @@ def test_unload(real):
     assert real.unload("gpt")[1]["code"] == "MODEL_NOT_FOUND"
     with real.begun():
         held = real.model()["memory_mb"]
-        status, body = real.unload()
-        assert (status, body["code"]) == (409, "MODEL_BUSY")
     wait_until(lambda: real.active() == 0)
     before = real.process.rss_kb() / 1024
     status, body = real.unload()
