@@ -654,6 +654,7 @@ TYPES = {
     "UNAUTHORIZED": "authentication_error",
     "MODEL_NOT_FOUND": "not_found_error",
     "INTERNAL_ERROR": "server_error",
+    "RATE_LIMIT": "rate_limit_error",
     "VPS_UNAVAILABLE": "unavailable_error",
 }
 

@@ -32,7 +32,6 @@ from scripted import (
     pi_for,
     pi_with,
     script,
-    statuses,
     token,
 )
 
@@ -279,42 +278,21 @@ async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> Asy
     await backend.left.wait()
 
 
-async def test_whoever_waits_too_long_gets_a_clear_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(completion.WAIT_SECONDS, "chat", 0.05)
-    async with pi_with(GOOD, [HANG]) as (pi, backend):
-        await infill(pi)  # one place of two is kept for the next one
-        async with busy(pi, backend, CHATS, CHAT):
-            reply = await start(pi, CHATS, {**CHAT, "seed": 5})
-            message = "expected at most 2 completions at a time; try again later"
-            wanted = {"message": message, "type": "rate_limit_error", "param": None}
-            assert reply.status == 429
-            assert reply.json == {"error": wanted | {"code": "RATE_LIMIT"}}
-            assert pi.line == {}
-
-
-async def test_a_dialects_request_waits_while_the_vps_is_busy():
-    """Another Pi may have taken its places. Our own API's clients get its 429 at once, as they are
-    promised.
-    """
-    busy = error(429, "RATE_LIMIT", "expected at most 2 requests at a time")
-    async with pi_with([busy], [busy], GOOD, [busy]) as (pi, backend):
-        assert (await infill(pi)).json["content"] == "ab"
-        assert (await pi.complete()).status == 429
-        assert len(backend.completions) == 4
-
-
 async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
-    monkeypatch,
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
     body = {"prompt": "x"}
     async with pi_with([HANG], max_concurrent=1) as (pi, backend), busy(pi, backend, CHATS, CHAT):
         first = start(pi, "/v1/completions", body)
         await until(lambda: any(one.deadline - time.monotonic() < 0.4 for one in pi.line))
         began = time.monotonic()
-        assert await statuses(start(pi, "/v1/completions", body), first) == [429, 429]
+        for reply in await asyncio.gather(start(pi, "/v1/completions", body), first):
+            message = "expected at most 1 completions at a time; try again later"
+            assert (reply.status, reply.json["error"]["message"]) == (429, message)
         assert pi.gateway.broadcasts.shared == 1
         assert time.monotonic() - began >= 0.5
+        assert pi.line == {}
 
 
 async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(

@@ -138,6 +138,8 @@ async def test_an_accepted_request_joins_the_one_that_is_being_written():
         assert [(await one).json["content"] for one in (joined, first)] == [" + b", " + b"]
         assert len(backend.completions) == 2
         assert await shown(pi) == 4
+        assert pi.gateway.requests == pi.first.requests_total == 2
+        assert (await pi.stats())["unnamed"]["completions"] == 2
 
 
 OTHERS: list[tuple[str, dict[str, Any]]] = [
@@ -279,11 +281,7 @@ async def test_one_that_waits_in_the_line_for_nobody_ends():
         await backend.left.wait()
 
 
-HOUSE = {"a": Client("anna"), "b": Client("ben"), "t": Client("tom", 1)}
-
-
-def ahead_of(pi: Pi, key: str) -> asyncio.Task[Reply]:
-    return start(pi, "/infill", {**FILE, **BEHIND, "speculative": True}, X_API_Key=key)
+HOUSE = {"a": Client("anna"), "t": Client("tom", 1)}
 
 
 async def test_a_guest_who_joins_has_a_place_and_makes_room():
@@ -321,26 +319,6 @@ async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
         cut, read, _ = backend.completions
         assert read["max_tokens"] == 0
         assert len(cut["prompt"]) < len(read["prompt"])
-
-
-async def test_asked_ahead_twice_and_joined_once_is_one_completion() -> None:
-    gate = asyncio.Event()
-    writing = script(gate.wait, " + b", confidence=0.7)
-    async with pi_with(writing, clients=HOUSE) as (pi, backend):
-        asked = [ahead_of(pi, "a")]
-        await until(lambda: backend.running == 1)
-        asked.append(ahead_of(pi, "b"))  # joins without waiting
-        await until(lambda: len(pi.readers) == 2)
-        asked.append(start(pi, "/infill", {**FILE, **BEHIND}, X_API_Key="b"))
-        await until(lambda: pi.active == 1)
-        gate.set()
-        assert {(await one).json["content"] for one in asked} == {" + b"}
-        gateway, counting = pi.gateway, pi.gateway.counting
-        assert (gateway.requests, gateway.fleet.first.requests_total) == (1, 1)
-        assert counting.failed == 0
-        assert sum(tally.ended.total() for tally in counting.tallies.values()) == 1
-        people = counting.people.total
-        assert [people[name][:2] for name in ("anna", "ben")] == [(0, 0), (1, 1)]
 
 
 FIRST = {**FILE, "t_max_predict_ms": 250, "response_fields": ["content", "tokens_cached"]}

@@ -95,19 +95,19 @@ class Vps:
         assert status == 200, answer
         return answer
 
-    def fields(self, prompt: str | None, more: dict[str, Any]) -> dict[str, Any]:
-        fields = {"model": SMALL, "max_tokens": 24, "temperature": 0, "stop_at": "none", **more}
-        return fields if prompt is None else {"prompt": prompt, **fields}
+    def fields(self, prompt: str, more: dict[str, Any]) -> dict[str, Any]:
+        usual = {"model": SMALL, "max_tokens": 24, "temperature": 0, "stop_at": "none"}
+        return {"prompt": prompt, **usual, **more}
 
-    def complete(self, prompt: str | None, **more: Any) -> dict[str, Any]:
+    def complete(self, prompt: str, **more: Any) -> dict[str, Any]:
         return dict(self.get("/v1/inference", "POST", self.fields(prompt, more)))
 
-    def refusal(self, prompt: str | None, **more: Any) -> tuple[int, str, str]:
+    def refusal(self, prompt: str, **more: Any) -> tuple[int, str, str]:
         status, body = self.ask("POST", "/v1/inference", self.fields(prompt, more))
         return status, body["code"], body["message"]
 
     @contextlib.contextmanager
-    def stream(self, prompt: str | None, **more: Any) -> Iterator[Stream]:
+    def stream(self, prompt: str, **more: Any) -> Iterator[Stream]:
         request = {"json": self.fields(prompt, more), "headers": HEADERS}
         with self.client.stream("POST", "/v1/inference/stream", **request) as answer:
             yield Stream(answer)
