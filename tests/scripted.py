@@ -357,18 +357,16 @@ async def pi_for(
     ]
     gateway = Gateway(Config(**{"backends": tuple(configs), **USUAL, **config}))
     server = Server(gateway, ROUTES, gateway.config.access)
-    tasks = set[asyncio.Task[None]]()
-    if probing:
-        tasks.add(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
+    probes = gateway.fleet.probe_forever(gateway.probed) if probing else asyncio.sleep(0)
+    task = asyncio.create_task(probes)
     pi = Pi(gateway=gateway, server=server, port=await server.start("127.0.0.1", 0))
     try:
         if probing:
             await until(lambda: pi.probes > 0)
         yield pi
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        task.cancel()
+        await asyncio.wait([task])
         await server.stop(0)
         for backend in pi.backends:
             backend.kind.client.close()

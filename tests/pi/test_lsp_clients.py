@@ -95,14 +95,12 @@ class Terminal:
             "--keep-unit",
             "--console=interactive",
             machine,
-        ]
-        nspawn += [
             f"--directory={debian}",
             f"--bind={folder}/home:{HOME}",
             f"--chdir={HOME}/project",
+            f"--bind-ro={ROOT}/cerebrum_lsp.py:/cerebrum_lsp.py",
+            *(f"--setenv={name}={value}" for name, value in settings.items()),
         ]
-        nspawn += [f"--bind-ro={ROOT}/cerebrum_lsp.py:/cerebrum_lsp.py"]
-        nspawn += [f"--setenv={name}={value}" for name, value in settings.items()]
         self.run("new-session", "-d", "-x", "100", "-y", "30", *nspawn, *command, "sum.py")
         self.process = int(self.run("display-message", "-p", "#{pane_pid}"))
 

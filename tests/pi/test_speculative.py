@@ -214,7 +214,6 @@ async def test_a_backend_that_costs_money_is_not_asked():
 
 
 REFUSALS = {
-    "overloaded": [error(503, "OVERLOADED")],
     "no model": [error(404, "MODEL_NOT_FOUND")],
     "too long": [error(400, "INVALID_REQUEST", prompt_tokens=5000, n_ctx=4096)],
     "wrong key": [error(401, "UNAUTHORIZED")],

@@ -28,14 +28,6 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, errors="replace")
 
 
-def stanzas() -> str:
-    """This machine's archives, for packages of sources."""
-    files = sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))
-    found = "\n\n".join(file.read_text() for file in files).split("\n\n")
-    used = [stanza for stanza in found if "URIs: http" in stanza]
-    return "\n\n".join(used).replace("Types: deb\n", "Types: deb-src\n") + "\n"
-
-
 def fetch_sources() -> str:
     """Unpack the original sources of PACKAGES below SOURCES. Returns why Debian's archive cannot be
     reached, or "".
@@ -47,7 +39,10 @@ def fetch_sources() -> str:
         return "needs apt-get"
     (lists / "partial").mkdir(parents=True, exist_ok=True)
     listed = SOURCES / "debian.sources"
-    listed.write_text(stanzas())
+    files = sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))  # this machine's archives
+    found = "\n\n".join(file.read_text() for file in files).split("\n\n")
+    used = "\n\n".join(stanza for stanza in found if "URIs: http" in stanza)
+    listed.write_text(used.replace("Types: deb\n", "Types: deb-src\n") + "\n")
     options = [f"-oDir::Cache={SOURCES}", f"-oDir::Etc::sourcelist={listed}"]
     options += ["-oDir::Etc::sourceparts=-", f"-oDir::State::Lists={lists}"]
     updated = run("apt-get", "update", "-q", *options)

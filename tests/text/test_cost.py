@@ -202,10 +202,11 @@ def test_no_text_is_expensive(work: Work, language: str) -> None:
     texts = {(unit, start): repeated(unit, start) for unit, start in cases}
     texts |= {("many names", ""): many_names, ("deep", ""): deep}
 
-    def is_suspect(name: tuple[str, str]) -> bool:
-        return growth(work, language, texts[name], FEW, MAX_OF_FEW) > MAX_OF_FEW
-
-    suspect = list(filter(is_suspect, texts))
+    suspect = [
+        name
+        for name, text in texts.items()
+        if growth(work, language, text, FEW, MAX_OF_FEW) > MAX_OF_FEW
+    ]
     grown = {name: growth(work, language, texts[name], CHARACTERS) for name in suspect}
     assert {name: times for name, times in grown.items() if times > MAX_GROWTH} == {}
 

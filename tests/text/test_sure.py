@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from test_ending import tokens_of
 
@@ -17,7 +19,7 @@ TYPED = "def f(a):\n    ", "\n    return x\n"
 # By name: prompt, suffix and stop strings, tokens (see `tokens_of`), and what goes out after each,
 # with | between them, and at the model's own end if the text has not ended before; then why it
 # ends, if not by the model or its doubt.
-CASES = {
+CASES: dict[str, Any] = {
     "no token": (ASSIGNED, "", ""),
     "an unlikely first word": (ASSIGNED, "a²", ""),
     "a product": (ASSIGNED, "a⁸ +⁷ b⁴", "|a +|"),

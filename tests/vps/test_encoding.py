@@ -139,8 +139,6 @@ def test_the_faster_types_are_written(lab):
     assert outcome.passport._asdict() == expected
     types = {tensor.name: tensor.type for tensor in Source(lab.path).tensors}
     assert types["blk.0.ffn_down.weight"] == "Q4_1"
-    assert types["blk.1.ffn_down.weight"] == types["output.weight"] == "Q8_0"
-    assert types["token_embd.weight"] == "Q6_K"  # only looked up
     assert lab.left() == ["m.gguf", "m.gguf.json"]
     assert reported == [("writing", done, len(types)) for done in range(1, len(types) + 1)]
 

@@ -518,7 +518,6 @@ STATUSES = {
     0: True,
     3: False,
     -6: ModelError,
-    -11: ModelError,
     1: OSError,
     -9: OSError,
     -14: ModelError,

@@ -603,7 +603,7 @@ def test_files_that_cannot_be_loaded(tmp_path, models, reference):
     head = whole.read_bytes()[: 8 << 20]
     damaged = bytearray(head)
     damaged[64:4096:64] = bytes(byte ^ 0xFF for byte in head[64:4096:64])
-    files = {"truncated": head, "header": head[:1000], "empty": b"", "damaged": damaged}
+    files = {"truncated": head, "empty": b"", "damaged": damaged}
     files["magic"] = b"GGUF" + bytes(1 << 20)
     folder = tmp_path / "models"
     (folder / "directory.gguf").mkdir(parents=True)
