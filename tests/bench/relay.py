@@ -1,8 +1,8 @@
 """What the Pi's daemon adds to a stream: delay, CPU time, memory, and how long it takes to start.
 
-    python tests/bench/relay.py [--seconds 4] [--rounds 3]
+    python tests/bench/relay.py [--seconds 4] [--rounds 3] [--streams 2] [--pace 200] [--clients 8]
 
-A scripted backend in a process of its own sends 2 streams of token events, paced at 200 tokens/s
+A scripted backend in a process of its own sends streams of token events, paced at so many tokens/s
 each. This process reads them directly, through cm4d.py, and through a relay on asyncio streams that
 does nothing else, in turn, several rounds in one run, so that a busy machine slows all of them. A
 second cm4d.py serves the same streams in the dialects of OpenAI and llama.cpp. Prints one line of
@@ -14,6 +14,8 @@ JSON:
     peak_rss_mb          VmHWM at the end of everything
     start_s              from exec to `listening on …` (mean of 2)
     openai, llama        the same figures in these dialects
+    requests_per_s       of so many clients that ask again and again for one token, through cm4d.py
+    request_added_ms     such a request's time, less the same without a relay (medians)
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import servers
 from harness import Daemon, daemon, post, program
 from scripted import CHUNKED, END, HEALTH, MODELS, answer, chunk, event, token
 
-STREAMS, PACE = 2, 200  # tokens/s each
 STATE = answer(200, HEALTH | MODELS)  # the answer to any GET
 VPS = "/v1/inference/stream"
 PATHS = {
@@ -72,18 +75,18 @@ def read_request(peer: socket.socket) -> bytes:
 def serve(peer: socket.socket) -> None:
     with contextlib.suppress(OSError, SystemExit), peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        asked = re.search(rb"paced (\d+) (\d+)", read_request(peer))
+        asked = re.search(rb"paced (\d+) (\d+) (\d+)", read_request(peer))
         if asked:
-            send_paced(peer, int(asked[1]), int(asked[2]))
+            send_paced(peer, *map(int, asked.groups()))
         else:
             peer.sendall(STATE)
 
 
-def send_paced(peer: socket.socket, count: int, number: int) -> None:
+def send_paced(peer: socket.socket, count: int, pace: int, late_us: int) -> None:
     peer.sendall(CHUNKED)
-    start = time.perf_counter() + 0.05 + number / (PACE * STREAMS)  # the streams take turns
+    start = time.perf_counter() + 0.05 + late_us / 1e6
     for n in range(1, count + 1):
-        time.sleep(max(0.0, start + n / PACE - time.perf_counter()))
+        time.sleep(max(0.0, start + n / pace - time.perf_counter()))
         peer.sendall(chunk(token(f"{time.monotonic_ns()}", n)))
     done = event(**END | {"total_tokens": count})
     peer.sendall(chunk(done) + b"0\r\n\r\n")
@@ -130,8 +133,9 @@ class Target:
     cpu_us: list[float] = field(default_factory=list)
 
 
-def ask(target: Target, count: int, number: int) -> socket.socket:
-    fields = {"prompt": f"# paced {count} {number}\nx =", "language": "python", "stream": True}
+def ask(target: Target, count: int, pace: int, late_us: int) -> socket.socket:
+    prompt = f"# paced {count} {pace} {late_us}\nx ="
+    fields = {"prompt": prompt, "language": "python", "stream": True}
     peer = socket.create_connection(("127.0.0.1", target.port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     body = json.dumps(fields).encode()
@@ -154,17 +158,35 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
                     peer.close()
 
 
-def run_paced(target: Target, seconds: float) -> None:
-    count = int(seconds * PACE)
-    peers = [ask(target, count, number) for number in range(STREAMS)]
+def run_paced(target: Target, seconds: float, streams: int, pace: int) -> None:
+    count = int(seconds * pace)
+    turn_us = 1_000_000 // (pace * streams)
+    peers = [ask(target, count, pace, number * turn_us) for number in range(streams)]
     cpu = servers.cpu_ns(target.pid)
     seen = 0
     for now, data in receive(peers):
         for stamp in re.findall(TEXT, data):
             seen += 1
             target.delays_ns.append(now - int(stamp))
-    assert seen == count * STREAMS, f"{target.name}: {seen} tokens of {count * STREAMS}"
+    assert seen == count * streams, f"{target.name}: {seen} tokens of {count * streams}"
     target.cpu_us.append((servers.cpu_ns(target.pid) - cpu) / seen / 1000)
+
+
+def run_requests(target: Target, seconds: float, clients: int) -> list[float]:
+    """The seconds of each request."""
+    end = time.perf_counter() + seconds
+    found = list[float]()
+
+    def run(_: int) -> None:
+        while (begun := time.perf_counter()) < end:
+            with ask(target, 1, 1000, 0) as peer:
+                while peer.recv(65536):
+                    pass
+            found.append(time.perf_counter() - begun)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(run, range(clients)))
+    return found
 
 
 def figures(target: Target, direct: Target) -> dict[str, float]:
@@ -185,8 +207,7 @@ def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
 
     port = start("direct", "backend")
     start("bare", "bare", f"{port}")
-    # One more place is for infills.
-    settings = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": f"{STREAMS + 1}"}
+    settings = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MAX_CONCURRENT": "512"}
     settings["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{port}"
     for name in ("cm4d", "openai"):
         started[name] = stack.enter_context(daemon("cm4d", folder / name, **settings))
@@ -195,7 +216,9 @@ def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
 
 
 def main() -> None:
-    options = servers.parser_of(__doc__, seconds=4.0, rounds=3).parse_args()
+    usual = {"streams": 2, "pace": 200, "clients": 8}
+    options = servers.parser_of(__doc__, seconds=4.0, rounds=3, **usual).parse_args()
+    load = options.streams, options.pace
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started = start_all(folder, stack)
@@ -203,20 +226,27 @@ def main() -> None:
             name: Target(name, relay.process.pid, relay.port) for name, relay in started.items()
         }
         for target in targets.values():
-            run_paced(target, 0.5)  # warm
+            run_paced(target, 0.5, *load)  # warm
             target.delays_ns.clear()
             target.cpu_us.clear()
         for _ in range(options.rounds):
             for target in targets.values():
-                run_paced(target, options.seconds)
+                run_paced(target, options.seconds, *load)
+        times = {
+            name: run_requests(targets[name], options.seconds, options.clients)
+            for name in ("direct", "cm4d")
+        }
         direct = targets.pop("direct")
-        result = {name: figures(target, direct) for name, target in targets.items()}
+        result: dict[str, Any] = {name: figures(target, direct) for name, target in targets.items()}
         native = result["cm4d"]["cpu_us_per_token"]
         for name, found in result.items():
             found["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)
     ratio = round(native / result["bare"]["cpu_us_per_token"], 2)
     starts = [started[name].start_seconds for name in ("cm4d", "openai")]
     start_s = round(statistics.median(starts), 3)
+    result["requests_per_s"] = round(len(times["cm4d"]) / options.seconds, 1)
+    added = statistics.median(times["cm4d"]) - statistics.median(times["direct"])
+    result["request_added_ms"] = round(1000 * added, 2)
     print(json.dumps({"cpu_to_bare": ratio, "start_s": start_s, **result}))
 
 
