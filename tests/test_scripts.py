@@ -442,15 +442,14 @@ LISTS = [  # commands, what the server answers, what is shown, what is said
 ]
 
 
-@pytest.mark.parametrize(("commands", "answered", "shown", "said"), LISTS)
-def test_what_the_server_lists(
-    repl: Repl, commands: str, answered: bytes, shown: str, said: list[str]
-) -> None:
-    repl.backend.models = repl.backend.stats = answered
-    said = [message.format(url=repl.url) for message in said]
-    assert repl.converse(*commands.splitlines()) == (shown, said)
-    path = "/v1/stats" if commands == ":stats" else "/v1/models"
-    assert [line for line, _, _ in repl.backend.asked] == [f"GET {path} HTTP/1.1"]
+def test_what_the_server_lists(repl: Repl) -> None:
+    for commands, answered, shown, said in LISTS:
+        repl.backend.asked.clear()
+        repl.backend.models = repl.backend.stats = answered
+        messages = [message.format(url=repl.url) for message in said]
+        assert repl.converse(*commands.splitlines()) == (shown, messages)
+        path = "/v1/stats" if commands == ":stats" else "/v1/models"
+        assert [line for line, _, _ in repl.backend.asked] == [f"GET {path} HTTP/1.1"]
 
 
 def test_last_and_save(repl: Repl) -> None:
@@ -990,17 +989,17 @@ def test_what_cannot_be_done_changes_no_file(
 CARRIED = ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1=,old\r\n", "k-_1=\nnext line"]
 
 
-@pytest.mark.parametrize("stdin", CARRIED)
-def test_a_key_is_carried_over(tmp_path: Path, stdin: str) -> None:
-    real = write(tmp_path / "real", "CEREBRUM_API_KEY=older,old\nA=1\n")
+def test_a_key_is_carried_over(tmp_path: Path) -> None:
     env = tmp_path / ".env"
     env.symlink_to("real")
-    credential = write(tmp_path / NAME, "old\n")
-    said = f"key set in: {env} {credential}\n"
-    assert keygen("--set", env, credential, stdin=stdin) == (0, said, "")
-    assert env.is_symlink()
-    assert texts(env, credential) == ["CEREBRUM_API_KEY=k-_1=\nA=1\n", "k-_1=\n"]
-    assert mode(real) == mode(credential) == 0o600
+    for stdin in CARRIED:
+        real = write(tmp_path / "real", "CEREBRUM_API_KEY=older,old\nA=1\n")
+        credential = write(tmp_path / NAME, "old\n")
+        said = f"key set in: {env} {credential}\n"
+        assert keygen("--set", env, credential, stdin=stdin) == (0, said, "")
+        assert env.is_symlink()
+        assert texts(env, credential) == ["CEREBRUM_API_KEY=k-_1=\nA=1\n", "k-_1=\n"]
+        assert mode(real) == mode(credential) == 0o600
 
 
 def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:

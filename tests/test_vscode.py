@@ -75,13 +75,13 @@ def test_the_file_has_all_that_vs_code_wants() -> None:
     assert all(asset.get("Path") in names for asset in manifest.iter(f"{schema}Asset"))
 
 
-@pytest.mark.parametrize("damaged", ["{", "[]", '{"name": 1}'])
-def test_a_damaged_folder_is_no_extension(tmp_path: Path, damaged: str) -> None:
+def test_a_damaged_folder_is_no_extension(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         vsix.pack(tmp_path)
-    (tmp_path / "package.json").write_text(damaged)
-    with pytest.raises(ValueError, match=r"^Expecting |: expected "):
-        vsix.pack(tmp_path)
+    for damaged in ("{", "[]", '{"name": 1}'):
+        (tmp_path / "package.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"^Expecting |: expected "):
+            vsix.pack(tmp_path)
 
 
 async def test_the_pi_hands_them_out_without_a_key() -> None:

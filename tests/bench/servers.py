@@ -93,8 +93,6 @@ class Result:
     """
 
     marks: list[tuple[float, int]] = field(default_factory=list)
-    text: str = ""
-    done: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ttft(self) -> float:
@@ -118,16 +116,17 @@ class Server:
     port: int
     model: str = ""  # the model id of vpsd; "" means llama-server
 
-    def request(
-        self, prompt: str, tokens: int, stop: str, more: dict[str, Any]
-    ) -> tuple[str, dict[str, Any]]:
-        """The path and the fields of one completion, as this server wants them."""
+    def events(
+        self, prompt: str, tokens: int, stop: str = "", **more: Any
+    ) -> AbstractContextManager[Iterator[dict[str, Any]]]:
+        """The events of one completion. See `events_of`."""
+        url = f"http://127.0.0.1:{self.port}"
         asked = prompt.chat_ml() if isinstance(prompt, Question) else ""
         body: dict[str, Any] = {"temperature": 0, "stop": [stop] if stop else []}
         if not self.model:
             body["prompt"] = asked or prompt
             body |= {"n_predict": tokens, "stream": True, "cache_prompt": True}
-            return "/completion", body
+            return events_of(f"{url}/completion", **body)
         if asked:
             # Mode "instruct" would hold the answer back until it cannot be a fenced block any more.
             body["mode"] = "complete"
@@ -135,14 +134,7 @@ class Server:
         else:
             body["prompt"] = prompt
         body |= {"model": self.model, "max_tokens": tokens, "stop_at": "none", **more}
-        return "/v1/inference/stream", body
-
-    def events(
-        self, prompt: str, tokens: int, stop: str = "", **more: Any
-    ) -> AbstractContextManager[Iterator[dict[str, Any]]]:
-        """The events of one completion. See `events_of`."""
-        path, body = self.request(prompt, tokens, stop, more)
-        return events_of(f"http://127.0.0.1:{self.port}{path}", **body)
+        return events_of(f"{url}/v1/inference/stream", **body)
 
     def complete(self, prompt: str, tokens: int, stop: str = "", **more: Any) -> Result:
         result = Result()
@@ -153,15 +145,13 @@ class Server:
                 now = time.perf_counter() - begin
                 if event.get("error"):
                     raise SystemExit(f"{event}")
-                if event.get("done") or event.get("stop"):
-                    result.done = event
                 text = event.get("token") or event.get("content") or ""
-                result.text += text
                 if self.model and text:
                     count = event["total_tokens"]
                 else:
                     count += len(event.get("tokens", ()))
-                if text or (result.done and not result.marks):  # a model may end at once
+                # A model may end at once.
+                if text or (not result.marks and (event.get("done") or event.get("stop"))):
                     result.marks.append((now, count))
         return result
 
