@@ -375,13 +375,11 @@ def daemon(
 
 
 @contextlib.contextmanager
-def with_weights(
-    folder: Path, model: str = "qwen_0_5b", **more: Any
-) -> Iterator[tuple[Daemon, Daemon]]:
-    """cm4d, and vpsd with the weights of one model, without which the test is skipped."""
-    weights, models = FILES[model], folder / "models"
+def with_weights(folder: Path, **more: Any) -> Iterator[tuple[Daemon, Daemon]]:
+    """cm4d, and vpsd with the weights of the 0.5B, without which the test is skipped."""
+    weights, models = FILES["qwen_0_5b"], folder / "models"
     if not weights.exists():
-        pytest.skip(f"{weights} is missing: python3 vpsd.py fetch {model}")
+        pytest.skip(f"{weights} is missing: python3 vpsd.py fetch")
     models.mkdir()
     (models / weights.name).symlink_to(weights)
     easy: dict[str, Any] = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
