@@ -84,6 +84,11 @@ async def in_line(pi: Pi) -> None:
     await until(lambda: len(pi.line) == 1)
 
 
+async def read_whole(pi: Pi, backend: Backend) -> None:
+    """Wait until a second request has read what the first one left out."""
+    await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
+
+
 # ----------------------------------------------------------------------------------------- replaced
 
 
@@ -437,7 +442,7 @@ async def test_what_is_near_the_cursor_is_read_first():
     """And then all of the window, unless there is a newer place."""
     async with pi_with(script("a", **TOLD)) as (pi, backend):
         await infill(pi, **PLACE, n_predict=0)
-        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
+        await read_whole(pi, backend)
         near, whole = backend.completions
         assert near["max_tokens"] == whole["max_tokens"] == 0
         assert weigh(near["prompt"]) <= NEAR < WINDOW / 2 < weigh(whole["prompt"])
@@ -458,7 +463,7 @@ async def test_the_rest_of_an_older_place_is_not_read_instead_of_a_newer_one(n_p
         await infill(pi, input_prefix="a = 1\n", prompt="there", n_predict=0)
         go.set()
         assert (await older).status == 200
-        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
+        await read_whole(pi, backend)
         assert backend.completions[1]["prompt"] == "a = 1\nthere"
 
 
@@ -624,7 +629,7 @@ async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later(
     async with pi_with(script("a", **TOLD)) as (pi, backend):
         place = PLACE | {"input_suffix": AFTER, "t_max_prompt_ms": 2500}
         await infill(pi, **place)
-        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
+        await read_whole(pi, backend)
         await infill(pi, **place | {"input_prefix": "another = file\n", "input_suffix": ""})
         await infill(pi, **place | {"prompt": "xy"})
         cut, whole, _, after = backend.completions

@@ -26,7 +26,7 @@ from scripted import (
     script,
     token,
 )
-from test_editors import CHAT, CHATS, FILE, infill, start
+from test_editors import CHAT, CHATS, FILE, infill, read_whole, start
 
 from cerebrum.settings import Client
 
@@ -313,7 +313,7 @@ async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
     told = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
     async with pi_with(script("a", " b", **told)) as (pi, backend):
         await accepted(pi, **many)
-        await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
+        await read_whole(pi, backend)
         await accepted(pi, **many)
         cut, read, _ = backend.completions
         assert read["max_tokens"] == 0
