@@ -118,6 +118,7 @@ def test_openai(client: Any, pi: Pi) -> None:
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+CUT = [[CHUNKED, chunk(token("a", 1))]]  # then the VPS closes the connection
 BROKEN = "VPS backend is unavailable (it ended in the middle of its answer)"
 
 
@@ -128,7 +129,7 @@ def test_openai_raises_our_errors(openai: Any, client: Any, pi: Pi) -> None:
     assert (bad.value.code, bad.value.type) == ("INVALID_REQUEST", "invalid_request_error")
     with pytest.raises(openai.NotFoundError):  # a path that the Pi does not have
         client.embeddings.create(model="", input="text")
-    pi.backend.scripts = [[CHUNKED, chunk(token("a", 1))]]  # then the VPS closes the connection
+    pi.backend.scripts = CUT
     with pytest.raises(openai.APIError) as broken:
         list(client.completions.create(model="", prompt=PREFIX, stream=True))
     assert (broken.value.code, broken.value.message) == ("VPS_UNAVAILABLE", BROKEN)
@@ -163,7 +164,7 @@ def test_ollama(pi: Pi) -> None:
     with pytest.raises(ollama.ResponseError, match="model: expected one of") as wrong:
         client.show("gpt")
     assert wrong.value.status_code == 404
-    pi.backend.scripts = [[CHUNKED, chunk(token("a", 1))]]  # then the VPS closes the connection
+    pi.backend.scripts = CUT
     with pytest.raises(ollama.ResponseError, match=re.escape(BROKEN)):
         list(client.generate("m", "x", raw=True, stream=True))
 
