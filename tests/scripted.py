@@ -272,7 +272,7 @@ class Pi(Client):
     @property
     def probes(self) -> int:
         """Completed probes of the backend that has the fewest."""
-        return min(backend.probes for backend in self.backends)
+        return int(min(backend.probes for backend in self.backends))
 
     @property
     def backends(self) -> Any:
