@@ -77,7 +77,7 @@ frontend pi
     default_backend replicas
 backend replicas
     balance {how}
-    hash-type consistent
+    hash-type consistent sdbm avalanche
 {servers}
 """
 
@@ -196,7 +196,7 @@ def balanced(folder: Path, replicas: list[Engine], how: str) -> Iterator[int]:
     """HAProxy in front of the replicas; its port."""
     port = free_port()
     lines = [
-        f"    server r{number} 127.0.0.1:{one.port} check inter 500ms fall 2 rise 1"
+        f"    server r{number} 127.0.0.1:{one.port} check weight 200 inter 500ms fall 2 rise 1"
         for number, one in enumerate(replicas)
     ]
     file = folder / "haproxy.cfg"
