@@ -635,7 +635,8 @@ def outcome(work: Callable[[], Any]) -> Object:
 
 # ------------------------------------------------------------------------ pure: members of messages
 
-ACCEPTED = "cerebrum.accepted"  # the commands
+# The commands.
+ACCEPTED = "cerebrum.accepted"
 INSTRUCT = "cerebrum.instruct"
 
 

@@ -51,14 +51,7 @@ import ssl
 import time
 import weakref
 from collections import Counter
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from types import SimpleNamespace
@@ -132,7 +125,7 @@ HERE = Path(__file__).resolve().parent
 # ------------------------------------------------------------------------------------ configuration
 
 
-FILES = 4096  # that the unit allows
+FILES = 4096  # open files that systemd's unit allows
 TLS = "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY"
 
 
@@ -262,11 +255,15 @@ def read_completion(members: Members, models: Collection[Model]) -> GenerationRe
     return GenerationRequest(**fields | {"mode": detect_mode(fields)})
 
 
-def find_model(name: Any, models: Iterable[Model]) -> Model:
-    """The model with this id or alias. HttpError 404 if there is none."""
-    for model in models:
-        if name in (model.id, *model.aliases):
-            return model
+def model_named(name: Any, models: Collection[Model]) -> Model | None:
+    """The model with this id or alias."""
+    return next((model for model in models if name in (model.id, *model.aliases)), None)
+
+
+def find_model(name: Any, models: Collection[Model]) -> Model:
+    """As `model_named`. HttpError 404 if there is none."""
+    if model := model_named(name, models):
+        return model
     ids = ", ".join(model.id for model in models)
     raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {ids}, got {describe(name)}")
 
@@ -277,11 +274,11 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> Gener
     from the text and the file names, which a chat lacks.
     """
     fields = wanted.fields
-    named = [model.id for model in models if fields.model in (model.id, *model.aliases)]
+    model = model_named(fields.model, models)
     others = [entry["filename"] for entry in fields.extra]
     language = BY_NAME.get(fields.language.lower())
     language = language or guess_language(fields.filename, fields.prompt, others)
-    return replace(fields, language=language, model=next(iter(named), ""))
+    return replace(fields, language=language, model=model.id if model else "")
 
 
 # -------------------------------------------------------------------------------------- the gateway

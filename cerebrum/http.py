@@ -388,7 +388,7 @@ class Access:
     # By their keys; without any, nobody has such a key.
     clients: Mapping[str, Client] | None = None
     scheme: str = "http"  # of our own origin; `Server` sets it
-    connections: int = MAX_CONNECTIONS  # of all clients
+    connections: int = MAX_CONNECTIONS  # the most, of all clients together
 
     @property
     def needs_key(self) -> bool:

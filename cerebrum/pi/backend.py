@@ -157,7 +157,7 @@ class Prompts:
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         body = passed_fields(attempt) | text.body
-        return Fitted(body, attempt.model, name, room, n_ctx, text, request.affinity)
+        return Fitted(body, attempt.model, name, room, n_ctx, text, request.file)
 
     def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
         """(the most tokens to read for a request, or None; the texts already read for its client

@@ -9,11 +9,9 @@ import functools
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
 from cerebrum.fields import JsonObject, Members
@@ -34,7 +32,6 @@ FINISHED = ("stop", "length", "block", "repeat", "unsure")
 # How sure the model is of the text, in a result.
 SURENESS = ("confidence", "text_confidence", "chance")
 MAX_OPENING = 200  # characters of a chat that tell it from others
-AFFINITY_KEY = os.urandom(16)
 NEVER = 1.0  # a `min_confidence` with which an editor is shown nothing, and no model is asked
 SUPERSEDED = "SUPERSEDED"
 PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
@@ -80,11 +77,6 @@ class CompletionRequest:
         if self.session:
             return self.session
         return f"{self.client} {name}" if self.in_dialect else name
-
-    @property
-    def affinity(self) -> str:
-        """A token of `file` for a balancer, which learns nothing of it."""
-        return blake2b(self.file.encode(), key=AFFINITY_KEY, digest_size=16).hexdigest()
 
 
 def remember(table: dict[Any, Any], key: object, value: object, limit: int) -> None:
@@ -150,7 +142,7 @@ class Fitted(NamedTuple):
     room: int = MAX_TOKENS  # tokens left in the context for the answer
     n_ctx: int = 0  # the context in tokens that the text was fitted to
     text: Prepared = Prepared({}, {}, 0)
-    affinity: str = ""  # as `CompletionRequest.affinity`
+    file: str = ""  # as `CompletionRequest.file`
 
 
 NOTHING_SENT = Fitted({}, "", "")

@@ -575,7 +575,7 @@ class OllamaReply(Reply):
         answer["done_reason"] = reason
         answer["prompt_eval_count"] = result.get("prompt_tokens", 0)
         answer["eval_count"] = result.get("total_tokens", 0)
-        answer |= {f"{name}_duration": round(1e9 * time) for name, time in seconds.items()}
+        answer |= {f"{name}_duration": round(1e9 * value) for name, value in seconds.items()}
         return compact(answer | own_members(result))
 
 

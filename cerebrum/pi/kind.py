@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from hashlib import blake2b
 from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members
@@ -36,6 +38,7 @@ RETRY_AFTER = re.compile("[1-9][0-9]{0,8}")  # its other form, a date, is not re
 MAX_REST_SECONDS = 60
 TOO_MANY = ("RATE_LIMIT", "VPS backend has too many requests; try again later")
 NO_JSON = "its answer is not JSON"
+AFFINITY_KEY = os.urandom(16)
 
 
 class Kind(ABC):
@@ -106,7 +109,7 @@ class Kind(ABC):
     def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
         """Send a request for a completion, and yield its unread answer."""
         name = self.config.affinity_header
-        header = name and f"{name}: {wanted.affinity}"
+        header = name and f"{name}: {affinity(wanted.file)}"
         return self.client.send(*self.write(wanted), self.idle_seconds, header)
 
     async def begin(self, answer: Answer, seconds: float, media: str) -> bool:
@@ -184,6 +187,11 @@ RESULT_FIELDS = {  # of a done event
     "text_confidence": SHARE,
     "chance": SHARE,
 }
+
+
+def affinity(file: str) -> str:
+    """A token of `CompletionRequest.file` for a balancer, which learns nothing of it."""
+    return blake2b(file.encode(), key=AFFINITY_KEY, digest_size=16).hexdigest()
 
 
 # Members that we write into results and errors ourselves: no backend may set them.
