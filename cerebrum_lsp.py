@@ -824,8 +824,8 @@ class Completions:
         pause = self.suggestions.pause(gap)
         if self.is_jetbrains:
             # It calls every request automatic, and has paused before those that are. Where
-            # nothing has changed since the last one, its user asks.
-            is_automatic = document.is_changed
+            # nothing was typed since the last one, its user asks.
+            is_automatic = document.is_changed and document.deleted < 0
             pause = NO_PAUSE_SECONDS
             document.is_changed = False
 
