@@ -388,16 +388,16 @@ def read_ollama(members: Members) -> CompletionRequest:
     members = options | members
     if members.get("images"):
         raise wrong("images", "nothing", members["images"])
-    prompt = read_prompt(members)
-    if members.get("suffix") or members.get("raw") is True or split_fim(prompt):
-        return read_completion(members)
-    if prompt:
+    if not members.get("messages"):
+        prompt = read_prompt(members)
+        if members.get("suffix") or members.get("raw") is True or split_fim(prompt):
+            return read_completion(members)
+        if not prompt:
+            return read_completion(members | {"prompt": "\n", LIMITS[0]: 0})
         texts = {"system": members.get("system", ""), "user": prompt}
         messages = [{"role": role, "content": text} for role, text in texts.items() if text]
         members |= {"messages": messages}
-    if members.get("messages"):
-        return read_chat(members)
-    return read_completion(members | {"prompt": "\n", "num_predict": 0})
+    return read_chat(members)
 
 
 # ------------------------------------------------------------------------------------------ replies
@@ -502,7 +502,7 @@ class ChatReply(Reply):
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
         if whole:
-            return {"message": {"role": "assistant", "content": text}}
+            return said(text)
         return {"delta": {"content": text} if text else {}}
 
 
@@ -583,7 +583,11 @@ class OllamaChatReply(OllamaReply):
     """Ollama's chat: the same with a `message`."""
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
-        return {"message": {"role": "assistant", "content": text}}
+        return said(text)
+
+
+def said(text: str) -> JsonObject:
+    return {"message": {"role": "assistant", "content": text}}
 
 
 def own_members(result: Members) -> JsonObject:

@@ -297,6 +297,8 @@ OF_OLLAMA = [
     ({"messages": SAID, "options": OPTIONS}, "chat", replace(CHAT, **CHOSEN_BY_OPTIONS)),
     ({"prompt": "", "keep_alive": -1}, *LOADS),
     ({"messages": []}, *LOADS),
+    ({"max_tokens": 5}, *LOADS),
+    ({"messages": SAID, "prompt": "other", "raw": True, "suffix": "b"}, "chat", CHAT),
 ]
 
 
