@@ -18,8 +18,8 @@ open; a completion in a dialect first waits for a place or for a breaker's trial
 Pi refuses redirects, inexact framing or JSON, and a stream without a proper end: the client gets
 all whole events up to the fault, then an error event, then a cut. A request that fails before its
 first token goes to the next backend. The same one gets it again only after it closed a spare
-connection without a byte, answered 429, refused the prompt as too long, or could not load one model
-and has another. After the first token nothing is sent again.
+connection without a byte, answered 429, refused the prompt as too long, could not load one model
+and has another, or broke off behind a balancer. After the first token nothing is sent again.
 
 Each class says which state it owns; docs/design.md has them in one table. Everything runs on the
 event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml
@@ -125,7 +125,6 @@ HERE = Path(__file__).resolve().parent
 # ------------------------------------------------------------------------------------ configuration
 
 
-FILES = 4096  # open files that systemd's unit allows
 TLS = "CEREBRUM_CM4_TLS_CERT, CEREBRUM_CM4_TLS_KEY"
 
 
@@ -178,7 +177,7 @@ class Config:
             own_names(self.hosts),
             self.origins,
             self.clients,
-            connections=max(MAX_CONNECTIONS, min(4 * places, FILES // 2)),
+            connections=max(MAX_CONNECTIONS, min(4 * places, os.sysconf("SC_OPEN_MAX") // 2)),
         )
 
     @property

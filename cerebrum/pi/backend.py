@@ -11,7 +11,6 @@ import logging
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -59,7 +58,7 @@ def find_models(models: Sequence[Model], listed: Collection[str]) -> dict[str, s
 
 
 DEFAULT_N_CTX = 4096  # until a backend reports its own
-BUSY_SECONDS = 0.2  # pause before a busy backend is asked again
+BUSY_SECONDS = 0.5  # pause before a busy backend is asked again
 MODELS_SECONDS = 60.0  # the age at which a backend's list of models is fetched again
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -118,7 +117,7 @@ def passed_fields(attempt: Attempt) -> JsonObject:
 
 
 MIN_READ_TOKENS = 32  # for fewer tokens, the time is mostly the first token's
-MAX_READERS = 8  # clients, for each model
+MAX_READERS = 64  # clients, for each model
 MAX_CACHED_EACH = 4  # texts of some 10 KB that a backend has read for one of them
 SAME_BEGINNING = 200  # characters
 FIRST_SPEED = 100.0  # prompt tokens per second, until measured: a small model on two cores
@@ -255,8 +254,8 @@ class Backend:
         self.answering = set[Attempt]()  # that it answers now
         self._warn_anew = functools.lru_cache(1)(log.warning)  # not of the same again
         self._models_until = 0.0
-        # Until when it wants no request, by the request's kind.
-        self.rests = defaultdict[str, float](float)
+        # Until when it wants no request, by the request's mode.
+        self.rests: dict[str, float] = {}
 
     def _configure(self, kind: Kind) -> None:
         self.kind = kind
@@ -458,8 +457,9 @@ class Backend:
             # Unless the backend asks for a pause, only those who are ready to wait make one.
             request = attempt.request
             waits = request.in_dialect and not request.is_spare
-            pause = error.retry_after or BUSY_SECONDS * waits
-            self.rests[request.kind] = time.monotonic() + pause
+            until = time.monotonic() + (error.retry_after or BUSY_SECONDS * waits)
+            mode = request.fields.mode
+            self.rests[mode] = max(until, self.rests.get(mode, 0.0))
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
             self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list

@@ -68,15 +68,14 @@ class CompletionRequest:
 
     @property
     def file(self) -> str:
-        """A name for the session, or else for the file or the chat, in a dialect together with its
-        client. The backend that last served it probably has the beginning of the prompt in its
-        cache.
+        """A name for the session, or else for the client's file or chat; "" if our own API names
+        none. The backend that last served it probably has the beginning of the prompt in its cache.
         """
         first, *_ = self.fields.messages or ({"content": ""},)
         name = self.fields.filename or first["content"][:MAX_OPENING]
         if self.session:
             return self.session
-        return f"{self.client} {name}" if self.in_dialect else name
+        return f"{self.client} {name}" if self.in_dialect or name else ""
 
 
 def remember(table: dict[Any, Any], key: object, value: object, limit: int) -> None:

@@ -30,6 +30,7 @@ from cerebrum.pi.completion import (
 )
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum.pi.kind import TOO_MANY
+from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, internal_error, log
 
 # ----------------------------------------------------------------------------- policy: the decision
@@ -124,7 +125,7 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     # 2. What has failed this completion is not asked again, but for a 429 after its pause.
     options = untried(completion, options)
     able = backends_of(state.fleet, options)
-    rests = [backend.rests[request.kind] for backend in able]
+    rests = [backend.rests.get(request.fields.mode, 0.0) for backend in able]
     resume = min((end for end in rests if end > now), default=math.inf)
     until = min(resume, deadline)
     # 3. May any of them be asked? A trial may end at any moment, since each key that somebody types
@@ -170,12 +171,14 @@ def untried(completion: Completion, options: Options) -> Options:
     for attempt in completion.attempts:
         is_busy = attempt.code == "RATE_LIMIT" and completion.request.in_dialect
         if attempt.code and not is_busy:
-            failed[attempt.backend, attempt.model if attempt.code in WITHOUT_MODEL else ""] += 1
+            has_died = isinstance(attempt.error, BackendFailure) and not attempt.error.late
+            model = attempt.model if attempt.code in WITHOUT_MODEL else ""
+            failed[attempt.backend, model] += 1 if has_died else 2
 
     def may_try(backend: Backend, model: str) -> bool:
-        """Behind a balancer, another replica may answer what one has failed."""
-        replicas = 2 if backend.config.affinity_header else 1
-        return failed[backend.id, model] + failed[backend.id, ""] < replicas
+        """Behind a balancer, another replica may answer what one has broken off."""
+        most = 2 if backend.config.affinity_header else 1
+        return failed[backend.id, model] + failed[backend.id, ""] < most
 
     return [
         (model, [other for other in having if may_try(other, model)]) for model, having in options
@@ -193,7 +196,7 @@ def which_admit(
     backends: Sequence[Backend], request: CompletionRequest, now: float
 ) -> list[Backend]:
     """The backends that may be asked; those in trouble only if there are no others."""
-    awake = [backend for backend in backends if backend.rests[request.kind] <= now]
+    awake = [backend for backend in backends if backend.rests.get(request.fields.mode, 0.0) <= now]
     admitting = [backend for backend in awake if backend.breaker.admits]
     return [backend for backend in admitting if not backend.breaker.trouble] or admitting
 

@@ -22,7 +22,16 @@ from typing import Any
 
 from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.pi.completion import Fitted, Pairs
-from cerebrum.pi.upstream import JSON, LATE, Answer, BackendConfig, BackendFailure, Upstream, blamed
+from cerebrum.pi.upstream import (
+    EVENT_STREAM,
+    JSON,
+    LATE,
+    Answer,
+    BackendConfig,
+    BackendFailure,
+    Upstream,
+    blamed,
+)
 from cerebrum_common import HttpError, Model
 
 ASIDE_SECONDS = 2.0  # /health and /v1/models, which are answered in milliseconds
@@ -108,7 +117,7 @@ class Kind(ABC):
 
     def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
         """Send a request for a completion, and yield its unread answer."""
-        name = self.config.affinity_header
+        name = wanted.file and self.config.affinity_header
         header = name and f"{name}: {affinity(wanted.file)}"
         return self.client.send(*self.write(wanted), self.idle_seconds, header)
 
@@ -129,7 +138,8 @@ class Kind(ABC):
             if answer.status < 200:
                 return False
         after = RETRY_AFTER.fullmatch(answer.retry_after)
-        if after and answer.status in (429, 503):
+        # To a probe, a 503 says that the backend is not well.
+        if after and answer.status in (429, 503) and media == EVENT_STREAM:
             busy = HttpError(*TOO_MANY)
             busy.retry_after = min(int(after[0]), MAX_REST_SECONDS)
             raise busy

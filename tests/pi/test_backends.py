@@ -114,6 +114,7 @@ BAD_HEADER = "backend 1: affinity_header: expected a string of the form "
 BAD_TABLES = [
     ([ATTIC | {"affinity_header": "Host"}], BAD_HEADER),
     ([ATTIC | {"affinity_header": "X-A: b\r\nC"}], BAD_HEADER),
+    ([ATTIC | {"affinity_header": "X-request-ID"}], BAD_HEADER),
     ([7], "backend 1: expected a table, got something else"),
     ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
     ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
@@ -639,6 +640,7 @@ FILES = [
     ("/v1/chat/completions", {"messages": [SYSTEM, *SAID]}, "c"),
     ("/v1/chat/completions", {"messages": [SYSTEM, *SAID, *SAID]}, "c"),
     ("/v1/chat/completions", {"messages": SAID}, "d"),
+    ("/v1/complete", {"filename": "a.py", "prompt": "x", "language": "python"}, "a"),
 ]
 
 
@@ -656,6 +658,8 @@ async def test_a_balancer_learns_which_requests_belong_together() -> None:
             tokens.setdefault(name, set()).add(token)
         assert [len(found) for found in tokens.values()] == [1, 1, 1, 1]
         assert len(set.union(*tokens.values())) == 4
+        assert (await pi.complete()).status == 200  # of no file: the balancer chooses
+        assert "x-replica" not in backend.asked[-1][1]
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -670,10 +674,24 @@ async def test_a_pause_that_an_engine_asks_for(status: int, after: str, pause: i
             assert (reply.status, reply.json["code"]) == (429, "RATE_LIMIT")
             assert reply.all("Retry-After") == []
         first = pi.gateway.fleet.first
-        assert first.rests[""] == pytest.approx(begun + pause, abs=2)
+        assert first.rests == {"complete": pytest.approx(begun + pause, abs=2)}
         assert first.breaker.failures == 0
         assert len(backend.completions) == 1
-        assert (await pi.post("/completion", {"prompt": "x"})).status == 200
+        assert (await pi.complete(suffix="x")).status == 200
+
+
+async def test_a_later_refusal_shortens_no_pause() -> None:
+    gate = asyncio.Event()
+    plain = head(429, "Content-Length: 0")
+    patient = head(429, "Content-Length: 0", "Retry-After: 30")
+    async with pi_before([gate.wait, plain], [patient]) as (pi, backend):
+        first = asyncio.create_task(pi.complete())
+        await backend.begun.wait()
+        await pi.complete()
+        rests = dict(pi.gateway.fleet.first.rests)
+        gate.set()
+        assert (await first).status == 429
+        assert pi.gateway.fleet.first.rests == rests
 
 
 @pytest.mark.parametrize("after", ["0", "-1", "soon", "Wed, 02 Dec 2026 00:00:00 GMT"])
@@ -685,15 +703,12 @@ async def test_a_pause_that_is_no_number_of_seconds(after: str) -> None:
 
 
 async def test_another_replica_is_asked() -> None:
-    """Here the balancer's own error. What one replica has begun, no other goes on with."""
+    """Here the balancer's own error."""
     async with (
         Backend([[head(502, "Content-Length: 0")], VLLM], models=LISTED) as backend,
         pi_for(engine(backend.port, affinity_header="X-Replica")) as pi,
     ):
         assert (await pi.complete()).status == 200
-        backend.scripts = [[*VLLM[:2]]]  # then it closes the connection
-        assert (await pi.stream()).events[-1]["code"] == UNAVAILABLE
-        assert len(backend.completions) == 3
 
 
 def listing(**about: Any) -> bytes:
@@ -890,9 +905,12 @@ async def test_what_an_engine_lists(
         await pi.gateway.fleet.first.learn_models()
         assert (await pi.complete()).status == 200
         backend.models = answer(429, {})  # it asks for patience
-        await pi.gateway.fleet.first.probe()
-        assert pi.gateway.fleet.available
-        assert pi.gateway.fleet.first.models_loaded == ["qwen_0_5b"]
+        first = pi.gateway.fleet.first
+        await first.probe()
+        assert (first.breaker.trouble, first.models_loaded) == ("", ["qwen_0_5b"])
+        backend.models = head(503, "Content-Length: 0", "Retry-After: 7")
+        await first.probe()
+        assert first.breaker.trouble == "VPS backend is unavailable (it answered 503)"
 
 
 # The engine, what its list reports, our settings, and the length that counts.

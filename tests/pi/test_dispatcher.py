@@ -32,7 +32,7 @@ from cerebrum.pi.dispatcher import (
     whose_turn,
 )
 from cerebrum.pi.fleet import Fleet
-from cerebrum.pi.upstream import BackendFailure
+from cerebrum.pi.upstream import LATE, BackendFailure, TooLong
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, Model
 
@@ -130,7 +130,7 @@ class Case:
             ids = self.backends[backend.id].split()
             backend.models = None if ids == ["unknown"] else {model: {} for model in ids}
             backend.breaker = breaker(self.health.get(backend.id, CLOSED))
-            backend.rests[self.request.kind] = NOW + self.rests.get(backend.id, 0)
+            backend.rests[self.mode] = NOW + self.rests.get(backend.id, 0)
         return fleet
 
     def state(self) -> State:
@@ -259,8 +259,6 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     ({"attempts": [("a", "big", MISSING), ("b", "big", FAILED)]}, "small@a"),
     ({"attempts": [("a", "big", MISSING)]}, "big@b"),
     ({"attempts": [("a", "big", MISSING)], "backends": {"a": "big small"}}, "small@a"),
-    ({"attempts": [("a", "big", MISSING)], "backends": {"a": "big small"},
-      "model": "big"}, "MODEL_LOAD_FAILED"),
     ({"attempts": [("a", "big", MISSING), ("b", "big", FAILED)],
       "model": "big"}, "MODEL_LOAD_FAILED"),
     ({"attempts": [("a", "big", FAILED)], "running": "b -, b -"}, "VPS_UNAVAILABLE"),
@@ -284,7 +282,10 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     # Behind a balancer, a second replica is asked, and no third one.
     (REPLICAS | {"attempts": [("a", "big", FAILED)]}, "big@a"),
     (REPLICAS | {"attempts": [("a", "big", FAILED)] * 2}, "VPS_UNAVAILABLE"),
-    (REPLICAS | {"attempts": [("a", "big", MISSING)] * 2, "model": "big"}, "MODEL_LOAD_FAILED"),
+    # All replicas would refuse it, or be as slow.
+    (REPLICAS | {"attempts": [("a", "big", MISSING)], "model": "big"}, "MODEL_LOAD_FAILED"),
+    (REPLICAS | {"attempts": [("a", "big", TooLong({}))]}, "INVALID_REQUEST"),
+    (REPLICAS | {"attempts": [("a", "big", BackendFailure(LATE))]}, "VPS_UNAVAILABLE"),
     # Reading ahead waits for an idle backend of a kind that costs nothing, and for those that
     # wait.
     ({"ahead": True}, "big@a"),
@@ -346,13 +347,12 @@ def test_decide(case: dict[str, Any], expected: str) -> None:
     assert decided(Case(**case)) == expected
 
 
-FILES = [("", "", "f.py"), ("infill", "", "me f.py"), ("", "s", "s"), ("infill", "s", "s")]
-
-
-@pytest.mark.parametrize(("kind", "session", "file"), FILES)
-def test_the_file_of_a_request(kind: str, session: str, file: str) -> None:
-    """Of a dialect it is one of the client's."""
-    assert Case(kind=kind, session=session).request.file == file
+def test_the_file_of_a_request() -> None:
+    """It is the client's, unless our own API names none."""
+    for kind in ("", "infill"):
+        assert Case(kind=kind).request.file == "me f.py"
+        assert Case(kind=kind, session="s").request.file == "s"
+        assert CompletionRequest(kind, ASKED, client="me").file == (kind and "me ")
 
 
 VISITS = [("tom", 930.0, 935.0), ("tom", 935.0, 945.0), ("tim", 941.0, 946.0)]
