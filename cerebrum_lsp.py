@@ -509,12 +509,12 @@ def read_answer(host: str, status: int, content: bytes) -> Object:
         answer = json.loads(content)
     except ValueError:
         answer = None
+    kind = Busy if status in BUSY else PiError
     if not isinstance(answer, dict):
-        raise PiError(f"expected the Pi at {host}, got an answer that is not JSON")
+        raise kind(f"expected the Pi at {host}, got an answer that is not JSON")
     if status != 200:
         nested = answer.get("error")  # the dialects' form of an error
         message = (nested if isinstance(nested, dict) else answer).get("message")
-        kind = Busy if status in BUSY else PiError
         raise kind(f"the Pi answers {status}: {message}")
     return answer
 

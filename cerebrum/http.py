@@ -66,7 +66,8 @@ MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memor
 # The CRLF before it, 16 digits of a chunk size, room for an ignored extension, and a CRLF.
 MAX_CHUNK_LINE_BYTES = 258
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
-# 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB.
+# 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB, and
+# more connections need more.
 MAX_CONNECTIONS = 256
 # Sockets accepted at a time; with the limits above, well below the usual 1,024 open files.
 MAX_ACCEPTS = 64
@@ -419,8 +420,8 @@ class Access:
         found = [key for key in keys if hmac.compare_digest(given, key.encode("utf-8"))]
         if not found:
             expected = "expected the API key in the header X-API-Key"
-            challenge = (("WWW-Authenticate", "Bearer"),)  # RFC 9110 section 15.5.2 requires one
-            raise HttpError("UNAUTHORIZED", expected, headers=challenge)
+            # RFC 9110 section 15.5.2 requires this header.
+            raise HttpError("UNAUTHORIZED", expected, headers=(("WWW-Authenticate", "Bearer"),))
         client = clients.get(found[0])
         return client.name if client else ""
 
@@ -830,7 +831,7 @@ class Server:
         connection = Connection(reader, writer)
         task = asyncio.current_task()
         assert task is not None
-        if len(self.connections) >= self.access.connections:
+        while len(self.connections) >= self.access.connections:  # a reload may lower it
             self._make_room()
         self.connections[task] = connection
         try:

@@ -32,7 +32,7 @@ from cerebrum.pi.completion import (
     text_event,
 )
 from cerebrum.pi.counting import Counting, Usage
-from cerebrum.pi.dispatcher import Dispatcher
+from cerebrum.pi.dispatcher import MAX_SERVED, Dispatcher
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, internal_error
 
@@ -278,7 +278,9 @@ class Subscriber:
                     raise broadcast.failure
                 else:
                     await broadcast.changed.wait()
-                    if self.at == len(broadcast.pairs) and not (broadcast.failure or self.replaced):
+                    # Nothing comes before "started": an error can still be an HTTP status.
+                    is_read = 0 < self.at == len(broadcast.pairs)
+                    if is_read and not (broadcast.failure or self.replaced):
                         yield "idle", None
             if not self.waits:
                 raise HttpError(SUPERSEDED, "other requests came first")
@@ -345,6 +347,9 @@ class Broadcasts:
         if request.fields.max_tokens == 0:
             self.dispatcher.read_ahead(request)
             return self._without_text(completion, "length")  # it replaces nothing
+        if subscriber.waits and request.kind == "infill" and not request.guest:
+            editors = self.dispatcher.state.editors
+            remember(editors, request.client, completion.started, MAX_SERVED)
         if request.fields.min_confidence == NEVER:
             broadcast = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):

@@ -51,7 +51,7 @@ class History:
         """
         described: JsonObject = {"step_s": HISTORY_STEP_SECONDS}
         for name, totals in zip(SERIES, zip(*self._totals, strict=True), strict=True):
-            described[name] = [new - old for old, new in pairwise(totals)]
+            described[name] = [max(0, new - old) for old, new in pairwise(totals)]
         return described
 
 

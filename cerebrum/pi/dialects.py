@@ -610,9 +610,8 @@ def timings(result: Members) -> JsonObject:
     cached = result.get("cached_tokens", 0)
     read = result.get("prompt_tokens", 0) - cached
     written = result.get("total_tokens", 0)
-    predicting = max(0.0, whole - loading - seconds)
     known = {"cache_n": cached} | timing("prompt", read, seconds)
-    return known | timing("predicted", written, predicting)
+    return known | timing("predicted", written, max(0.0, whole - loading - seconds))
 
 
 def timing(name: str, count: int, seconds: float) -> JsonObject:
@@ -658,8 +657,12 @@ def time_of(seconds: float) -> str:
 
 def write_ollama_model(model: Model, n_ctx: int, created: int) -> JsonObject:
     """A model in Ollama's list, and by itself. One with fill-in-the-middle tokens can `insert`."""
-    details = {"format": "gguf", "family": FAMILY, "parameter_size": model.parameters}
-    details["quantization_level"] = model.quantization
+    details = {
+        "format": "gguf",
+        "family": FAMILY,
+        "parameter_size": model.parameters,
+        "quantization_level": model.quantization,
+    }
     about = {"general.architecture": FAMILY, f"{FAMILY}.context_length": n_ctx}
     return {
         "name": model.id,

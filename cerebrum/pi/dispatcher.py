@@ -30,7 +30,6 @@ from cerebrum.pi.completion import (
 )
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum.pi.kind import TOO_MANY
-from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, internal_error, log
 
 # ----------------------------------------------------------------------------- policy: the decision
@@ -171,9 +170,9 @@ def untried(completion: Completion, options: Options) -> Options:
     for attempt in completion.attempts:
         is_busy = attempt.code == "RATE_LIMIT" and completion.request.in_dialect
         if attempt.code and not is_busy:
-            has_died = isinstance(attempt.error, BackendFailure) and not attempt.error.late
             model = attempt.model if attempt.code in WITHOUT_MODEL else ""
-            failed[attempt.backend, model] += 1 if has_died else 2
+            # A BackendFailure counts once, unless it came late; whatever else counts twice.
+            failed[attempt.backend, model] += 1 + getattr(attempt.error, "late", True)
 
     def may_try(backend: Backend, model: str) -> bool:
         """Behind a balancer, another replica may answer what one has broken off."""
@@ -362,7 +361,7 @@ class Dispatcher:
     def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
         self.state = State(fleet)
         # Prompts that are read ahead, now or later, by client.
-        self.ahead: dict[str, CompletionRequest] = {}
+        self.ahead: dict[str, Completion] = {}
         self._count_work = count_work
 
     @property
@@ -376,15 +375,13 @@ class Dispatcher:
         """Give a completion a place; it must `hold` the place at once. HttpError if there is none
         for it.
         """
-        request = completion.request
         state = self.state
         await state.fleet.know()
+        request = completion.request  # somebody may wait for a speculative one by now
         if request.speculative:
             if place := decide_spare(state, request, time.monotonic()):
                 return self._assign(completion, place)
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
-        if request.kind == "infill" and not request.guest:
-            remember(state.editors, request.client, time.monotonic(), MAX_SERVED)
         called = state.line[completion] = asyncio.Future[Attempt]()
         try:
             while not called.done() and (until := self.advance().get(completion)):
@@ -407,9 +404,12 @@ class Dispatcher:
             # Those that are being ended are cut, but a client may be slow to take its last text.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for other, where in [*self.state.places.items()]:
-                        if where is backend and other.evicted and other != attempt:
-                            await other.ended.wait()
+                    for ended in [
+                        other.ended
+                        for other, where in self.state.places.items()
+                        if where is backend and other.evicted and other != attempt
+                    ]:
+                        await ended.wait()
             yield backend
         except HttpError as error:
             attempt.error = None if attempt.evicted else error
@@ -422,7 +422,7 @@ class Dispatcher:
         the others. If nobody waits, idle backends read ahead.
         """
         state = self.state
-        waiting = [*self.state.line]
+        waiting = [*state.line]
         waits = {}
         running = Counter(
             attempt.completion.client for attempt in state.answering if not attempt.evicted
@@ -522,7 +522,7 @@ class Dispatcher:
         """
         fields = replace(request.fields, progress=True)
         ahead = replace(request, fields=fields, session="", ahead=True, speculative=False)
-        remember(self.ahead, ahead.client, ahead, MAX_AHEAD)
+        remember(self.ahead, ahead.client, Completion(ahead), MAX_AHEAD)
         for attempt in self.state.places:
             older = attempt.request
             if older.ahead and (older.client == ahead.client or older.guest > ahead.guest == 0):
@@ -541,15 +541,18 @@ class Dispatcher:
         the client has asked for another place meanwhile.
         """
         request = attempt.request
-        if attempt.sent.text.cut and request.client not in self.ahead:
+        asked = self.ahead.get(request.client)
+        if attempt.sent.text.cut and (not asked or asked.started <= attempt.begun):
             fields = replace(request.fields, max_tokens=0, prompt_ms=0)
             self.read_ahead(replace(request, fields=fields))
 
     def _advance_reading(self) -> None:
         """Begin to read the prompts for which a backend is idle, those of guests last."""
-        for request in sorted(self.ahead.values(), key=lambda request: request.guest > 0):
-            if place := decide_spare(self.state, request, time.monotonic()):
-                self._begin_reading(Completion(request), place)
+        begun = [attempt.completion for attempt in self.state.places]
+        for completion in sorted(self.ahead.values(), key=lambda other: other.request.guest > 0):
+            place = decide_spare(self.state, completion.request, time.monotonic())
+            if place and completion not in begun:
+                self._begin_reading(completion, place)
 
     def _begin_reading(self, completion: Completion, place: Assign) -> None:
         attempt = self._assign(completion, place)

@@ -47,7 +47,7 @@ RETRY_AFTER = re.compile("[1-9][0-9]{0,8}")  # its other form, a date, is not re
 MAX_REST_SECONDS = 60
 TOO_MANY = ("RATE_LIMIT", "VPS backend has too many requests; try again later")
 NO_JSON = "its answer is not JSON"
-AFFINITY_KEY = os.urandom(16)
+AFFINITY_KEY = os.urandom(16)  # so that a balancer learns nothing of a file
 
 
 class Kind(ABC):
@@ -117,8 +117,10 @@ class Kind(ABC):
 
     def ask(self, wanted: Fitted) -> AbstractAsyncContextManager[Answer]:
         """Send a request for a completion, and yield its unread answer."""
-        name = wanted.file and self.config.affinity_header
-        header = name and f"{name}: {affinity(wanted.file)}"
+        header = ""
+        if wanted.file and (name := self.config.affinity_header):
+            token = blake2b(wanted.file.encode(), key=AFFINITY_KEY, digest_size=16)
+            header = f"{name}: {token.hexdigest()}"
         return self.client.send(*self.write(wanted), self.idle_seconds, header)
 
     async def begin(self, answer: Answer, seconds: float, media: str) -> bool:
@@ -197,11 +199,6 @@ RESULT_FIELDS = {  # of a done event
     "text_confidence": SHARE,
     "chance": SHARE,
 }
-
-
-def affinity(file: str) -> str:
-    """A token of `CompletionRequest.file` for a balancer, which learns nothing of it."""
-    return blake2b(file.encode(), key=AFFINITY_KEY, digest_size=16).hexdigest()
 
 
 # Members that we write into results and errors ourselves: no backend may set them.

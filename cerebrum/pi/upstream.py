@@ -100,10 +100,9 @@ def parse_url(text: str, name: str) -> Endpoint:
         )
     scheme, authority, host, port, prefix = match.groups()
     tls = scheme == "https"
-    usual_port = 443 if tls else 80
     # The address that an engine gives its users often ends in /v1.
     prefix = prefix.rstrip("/").removesuffix("/v1")
-    return Endpoint(host.strip("[]"), int(port or usual_port), authority, prefix, tls)
+    return Endpoint(host.strip("[]"), int(port or (443 if tls else 80)), authority, prefix, tls)
 
 
 def read_backends(
@@ -316,6 +315,7 @@ class Reader(asyncio.Protocol):
         self.unread = b""  # bytes that have come and that nobody has read
         self._came = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, idle: float) -> None:
         """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS.
@@ -331,7 +331,7 @@ class Reader(asyncio.Protocol):
         if left <= 0:
             self.cut()
         else:
-            self._loop.call_later(min(left, idle), self._check, idle, deadline)
+            self._timer = self._loop.call_later(min(left, idle), self._check, idle, deadline)
 
     def cut(self) -> None:
         """Close the connection. A read returns what has come, then b""."""
@@ -350,6 +350,8 @@ class Reader(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.end = self.end or (BROKEN if exc else ENDED)
+        if self._timer:
+            self._timer.cancel()  # it would keep a TLS connection's 0.3 MB until it fires
         self._came.set()
 
     def eof_received(self) -> None:

@@ -398,7 +398,8 @@ class GapInLine(Gap):
 
     def on_start(self) -> None:
         scanner = self.scanner
-        if scanner.indent < self.floor and not scanner.in_parens and not scanner.closer:
+        in_parens = scanner.stack and scanner.stack[-1].kind in "(["
+        if scanner.indent < self.floor and not in_parens and not scanner.closer:
             self.on_leaving(self.meeting.edge)
             self.doubt = 0.0
 

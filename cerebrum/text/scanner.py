@@ -86,10 +86,6 @@ class Scanner:
         return (self.opener, self.closer) in self.language.comments
 
     @property
-    def in_parens(self) -> bool:
-        return bool(self.stack) and self.stack[-1].kind in "(["
-
-    @property
     def is_over(self) -> bool:
         """Whether the statement has ended with its line, in a language without semicolons."""
         return self.language.line_ends and self.starting and self.last not in UNFINISHED

@@ -59,11 +59,6 @@ class Instance:
     def idle(self) -> bool:
         return not self.users and not self.leaving
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is loaded."""
-        return self.ready.done() and not self.leaving
-
 
 # What of a model's entry a loaded model depends on.
 how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "draft")
@@ -153,7 +148,8 @@ class Pool:
     @property
     def ready(self) -> dict[str, Instance]:
         """The loaded models."""
-        return {id: known for id, known in self.instances.items() if known.is_ready}
+        known = self.instances.items()
+        return {id: one for id, one in known if one.ready.done() and not one.leaving}
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the

@@ -135,8 +135,8 @@ class Vocabulary:
         if layout == "spmv2" and self.fim[2] < 0:
             layout = "psm"  # nothing would part the suffix from the prefix behind it
         self.layout = layout
-        declared = api.llama_vocab_fim_sep(self.vocab)
-        self.file_token: int = max(declared, *map(self.token_of, FILE_TOKENS))
+        tokens = map(self.token_of, FILE_TOKENS)
+        self.file_token: int = max(api.llama_vocab_fim_sep(self.vocab), *tokens)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:

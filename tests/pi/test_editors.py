@@ -246,6 +246,7 @@ async def test_the_error_of_a_shared_completion_reaches_every_reader():
     async with pi_with(refused, [CHUNKED, chunk(token("a", 1))]) as (pi, _):
         asked = [start(pi, "/v1/completions", body) for _ in range(2)]
         await until(lambda: len(pi.readers) == 2)
+        pi.readers[0].broadcast.wake()  # as where another reader is replaced
         go.set()
         for reply in await asyncio.gather(*asked):
             assert (reply.status, reply.json["error"]["message"]) == (503, "too little memory")
@@ -392,6 +393,15 @@ async def test_the_newest_place_of_a_client_is_read_and_its_older_one_never_agai
         await until(lambda: len(backend.completions) == 4 and not pi.reads_ahead())
         prompts = [asked["prompt"].rpartition("\n")[2] for asked in backend.completions]
         assert prompts == ["one", "two", "    ret", "two"]
+
+
+async def test_the_rest_of_a_cut_prompt_is_read_before_an_older_place() -> None:
+    async with pi_with([HANG], script("a", **TOLD)) as (pi, backend):
+        await read(pi, "old")
+        await until(lambda: backend.running == 1)
+        await infill(pi, **PLACE)
+        await until(lambda: len(backend.completions) == 3)
+        assert backend.completions[2]["prompt"].endswith("x")
 
 
 # What a backend says of the 400 tokens of 1,000 characters that it reads, and how many of them

@@ -133,6 +133,7 @@ async def test_an_accepted_request_joins_the_one_that_is_being_written():
         assert pi.active == 0
         joined = accepted(pi)
         await until(lambda: pi.active == 1)
+        assert pi.gateway.dispatcher.state.editors
         assert (await start(pi.from_address("127.0.0.2"), CHATS, CHAT)).status == 200
         go.set()
         assert [(await one).json["content"] for one in (joined, first)] == [" + b", " + b"]

@@ -338,6 +338,7 @@ async def test_https_with_a_private_authority(tmp_path):
         https = {"origin": "https://127.0.0.1", "ca_file": f"{tmp_path}/vps.crt"}
         async with pi_for(backend_at(backend.port, **https)) as pi:
             assert [(await pi.complete()).json["completion"] for _ in range(2)] == ["ab", "ab"]
+        await until(lambda: not gc.collect() and BackendReader not in map(type, gc.get_objects()))
         async with pi_for(backend_at(backend.port, **https | {"ca_file": ""})) as pi:
             check_error(reply := await pi.complete(), 503, UNAVAILABLE, "it cannot be reached")
             told = (reply.body + (await pi.get("/health")).body).lower()
