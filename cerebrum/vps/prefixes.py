@@ -143,37 +143,32 @@ class Sequences:
         loses = len(nearest.tokens) > 2 * live
         can_stay = nearest in free and not entry and (self.model.unified or not loses)
         slot = nearest if can_stay else min(free, key=lambda slot: slot.used)
-        stays = slot is nearest and not entry
         # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
         for other in free if self.model.unified else [slot]:
-            if not (stays and other is slot):
+            if other is not nearest or entry:
                 self.park(other)
             elif loses or low:  # what will be cut is stored first
                 self.keep(other)
         # 4. Bring the prefix to the slot.
-        if entry:
-            self._restore(slot, entry)
-        elif not stays and live >= MIN_PREFIX:
-            self._copy(nearest, slot, live)
+        self._bring(slot, entry, nearest, live)
         self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
         slot.low = low
         return slot, guide
 
-    def _restore(self, slot: Slot, entry: Parked) -> None:
-        """Bring a stored sequence to an empty slot. If llama.cpp rejects it, all is read again."""
-        if self.model.restore(slot, entry.state):
+    def _bring(self, slot: Slot, entry: Parked | None, nearest: Slot, length: int) -> None:
+        """Bring a stored sequence to an empty slot, or else a prefix of the nearest one's. All is
+        read again if llama.cpp rejects it, or if there is no memory for a copy: between separate
+        caches it takes some for a while, and may take no more than the saved prompts.
+        """
+        if entry and self.model.restore(slot, entry.state):
             slot.tokens = entry.tokens[:]
-        else:
+        elif entry:
             self.model.cut(slot, 0)
             self.store.entries = [other for other in self.store.entries if other is not entry]
-
-    def _copy(self, source: Slot, target: Slot, length: int) -> None:
-        """Copy a prefix, if there is memory: a copy between separate caches takes some for a while,
-        and may take no more than the saved prompts.
-        """
-        fits = self.model.unified or self.model.state_size(source) <= self.store.budget
-        if fits and self.model.copy_prefix(source, target, length):
-            target.tokens = source.tokens[:]
+        elif slot is not nearest and length >= MIN_PREFIX:
+            fits = self.model.unified or self.model.state_size(nearest) <= self.store.budget
+            if fits and self.model.copy_prefix(nearest, slot, length):
+                slot.tokens = nearest.tokens[:]
 
     def cut_to_budget(self, slot: Slot) -> None:
         """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""

@@ -440,7 +440,15 @@ class Worker(threading.Thread):
             yielding = None if slots or job.low else decoder.run_that_yields()
             if yielding:
                 slots = [yielding.slot]
-            if slots:
+            # A prompt that is being read may soon leave more of this job's beginning. One of low
+            # priority may take long: only another such waits for it.
+            is_coming = any(
+                common_prefix(run.prompt, job.prompt)
+                > common_prefix(run.slot.tokens, job.prompt) + MIN_PREFIX
+                for run in decoder.runs
+                if run.prefilling and (job.low or not run.low)
+            )
+            if slots and (decoder.model.recurrent or not is_coming):
                 self.waiting.remove(job)
                 self._start(job, slots, yielding, decoder)
 

@@ -44,6 +44,7 @@ from test_engine import MANY, ONE
 
 import vpsd
 from cerebrum.vps import llama as vps_llama
+from cerebrum.vps import prefixes
 from cerebrum_common import VERSION
 
 SMALL, LARGE = "qwen_0_5b", "qwen_1_5b"
@@ -509,7 +510,7 @@ def test_the_context_is_filled_exactly(small, reference):
 
 @pytest.mark.parametrize("leaver", [0, 1, None])
 def test_a_prefill_for_two_goes_on_for_those_that_stay(vps, reference, leaver):
-    """Both have the same beginning."""
+    """What both begin with is computed once."""
     preamble = new_prompt(300)
     ends = (" one", " two")
     with vps.stream(preamble + ends[0], max_tokens=4, progress=True) as one:
@@ -519,9 +520,11 @@ def test_a_prefill_for_two_goes_on_for_those_that_stay(vps, reference, leaver):
             if leaver is not None:
                 (one, two)[leaver].close()
             for number in {0, 1} - {leaver}:
-                events = (one, two)[number].events()
+                *events, done = (one, two)[number].events()
                 text = "".join(event.get("token", "") for event in events)
                 reference.check(preamble + ends[number], text, 4)
+                common = done["prompt_tokens"] - 2 * prefixes.MIN_PREFIX
+                assert (done["cached_tokens"] > common) == (leaver is None and number == 1)
 
 
 # ------------------------------------------------------------------------------ sessions and limits
