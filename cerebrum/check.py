@@ -151,10 +151,10 @@ async def has_health(config: Any, member: bytes) -> bool:
 def check_pi(config: Any) -> Findings:
     """The checks of cm4d's Config."""
     yield from check_clients(config)
-    keyed = [b for b in config.backends if b.key_env or b.api == "cerebrum"]
-    keys = {backend.variable: backend.key for backend in keyed}
-    for name in sorted(keys):
-        yield from check_key(name, [keys[name]], SET_KEY)
+    backends = config.backends
+    keys = {b.variable: b.key for b in backends if b.key_env or b.api == "cerebrum"}
+    for name, key in sorted(keys.items()):
+        yield from check_key(name, [key], SET_KEY)
     yield from check_address(config, "CEREBRUM_CM4", b'"vps_available"')
     yield from check_backends(config)
 
@@ -221,8 +221,9 @@ def check_vps(config: Any) -> Findings:
     if installed != LLAMA_CPP:
         mend = f"pip install llama-cpp-python=={LLAMA_CPP}"
         yield "warn", "packages", f"{mend}: its C API differs from {installed}"
-    make_key = "`generate_api_key.sh --write FILE` makes one"
-    yield from check_key("CEREBRUM_API_KEY", config.access.keys, make_key)
+    yield from check_key(
+        "CEREBRUM_API_KEY", config.access.keys, "`generate_api_key.sh --write FILE` makes one"
+    )
     # A connection to systemd's socket could start the daemon.
     if unit := next(filter(Path.exists, SOCKET_UNITS), None):
         yield "ok", "address", f"that of systemd: `systemctl status {unit.name}` shows it"

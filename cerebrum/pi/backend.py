@@ -141,7 +141,7 @@ class Prompts:
         `refused`. `name` is the backend's for the model.
         """
         request = attempt.request
-        fields = attempt.request.fields
+        fields = request.fields
         ratio: float = RATIO
         most = sys.maxsize
         if refused:

@@ -502,7 +502,7 @@ class ChatReply(Reply):
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
         if whole:
-            return said(text)
+            return {"message": {"role": "assistant", "content": text}}
         return {"delta": {"content": text} if text else {}}
 
 
@@ -571,10 +571,11 @@ class OllamaReply(Reply):
             "prompt_eval": spent["prompt_ms"] / 1000,
             "eval": spent["predicted_ms"] / 1000,
         }
-        answer = self.frame(self.part(text), reason)
-        answer["done_reason"] = reason
-        answer["prompt_eval_count"] = result.get("prompt_tokens", 0)
-        answer["eval_count"] = result.get("total_tokens", 0)
+        answer = self.frame(self.part(text), reason) | {
+            "done_reason": reason,
+            "prompt_eval_count": result.get("prompt_tokens", 0),
+            "eval_count": result.get("total_tokens", 0),
+        }
         answer |= {f"{name}_duration": round(1e9 * value) for name, value in seconds.items()}
         return compact(answer | own_members(result))
 
@@ -583,11 +584,7 @@ class OllamaChatReply(OllamaReply):
     """Ollama's chat: the same with a `message`."""
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
-        return said(text)
-
-
-def said(text: str) -> JsonObject:
-    return {"message": {"role": "assistant", "content": text}}
+        return {"message": {"role": "assistant", "content": text}}
 
 
 def own_members(result: Members) -> JsonObject:

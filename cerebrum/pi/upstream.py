@@ -47,8 +47,6 @@ APIS = ("cerebrum", "llama.cpp", "openai")  # each is spoken by a `Kind`
 MAX_N_CTX = 10**7  # tokens; the longest contexts have a million
 LENGTH = Field(int, 1, MAX_N_CTX)  # of a prompt, in tokens
 N_CTX = Field(int, 128, MAX_N_CTX)
-# None that the Pi writes itself.
-AFFINITY_HEADER = "(?!(?i:x-request-id|x-api-key)$)(?:[Xx]-[A-Za-z0-9-]{1,60})?"
 
 
 class Endpoint(NamedTuple):
@@ -133,7 +131,12 @@ BACKEND = {
     "infill": Field(str, default="fim", choices=("fim", "suffix")),
     "max_concurrent": Field(int, 1, MAX_PLACES, 2),
     "n_ctx": Field(int, 0, MAX_N_CTX, 0),
-    "affinity_header": Field(str, default="", pattern=AFFINITY_HEADER),
+    "affinity_header": Field(
+        # None that the Pi writes itself.
+        str,
+        default="",
+        pattern="(?!(?i:x-request-id|x-api-key)$)(?:[Xx]-[A-Za-z0-9-]{1,60})?",
+    ),
 }
 
 

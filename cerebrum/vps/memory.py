@@ -195,14 +195,13 @@ def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
     finally:
         api.llama_free(context)
     log = "\n".join(llama_log.lines)
-    kv_mb = sum(map(float, KV_SIZE_MB.findall(log)))
     compute_mb = sum(map(float, COMPUTE_SIZE_MB.findall(log)))
     if not compute_mb:
         raise ModelError("llama.cpp cannot make a context for this model")
     # Floats, in two buffers.
     logits = 2 * 4 * settings.sequences * settings.outputs * vocabulary
     return {
-        "kv": math.ceil(kv_mb * MB),
+        "kv": math.ceil(sum(map(float, KV_SIZE_MB.findall(log))) * MB),
         "compute": math.ceil(compute_mb * MB) + logits,
         "prompts": settings.cache_mb * MB,
     }

@@ -148,8 +148,11 @@ class Pool:
     @property
     def ready(self) -> dict[str, Instance]:
         """The loaded models."""
-        known = self.instances.items()
-        return {id: one for id, one in known if one.ready.done() and not one.leaving}
+        return {
+            id: instance
+            for id, instance in self.instances.items()
+            if instance.ready.done() and not instance.leaving
+        }
 
     def listed(self, model_id: str) -> Model:
         """The model of models.toml with this id, or HttpError 404 MODEL_NOT_FOUND, which names the
@@ -357,8 +360,7 @@ class Pool:
         """
         used_mb = (resident_bytes() - self.bare_bytes) / MB
         growth_mb = max(0.0, megabytes(self.instances.values()) - used_mb)
-        beside_reserve_mb = available_mb() - self.min_free_mb
-        return min(beside_reserve_mb, cgroup_left_bytes() / MB) - growth_mb
+        return min(available_mb() - self.min_free_mb, cgroup_left_bytes() / MB) - growth_mb
 
     def _saving(self) -> list[Instance]:
         """The instances with saved prompts, which can be dropped."""
