@@ -66,8 +66,8 @@ MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memor
 # The CRLF before it, 16 digits of a chunk size, room for an ignored extension, and a CRLF.
 MAX_CHUNK_LINE_BYTES = 258
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
-# 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB, and
-# more connections need more.
+# 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB,
+# which is too little for more than some 600.
 MAX_CONNECTIONS = 256
 # Sockets accepted at a time; with the limits above, well below the usual 1,024 open files.
 MAX_ACCEPTS = 64

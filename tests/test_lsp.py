@@ -582,6 +582,7 @@ CLIENTS: list[tuple[Any, bool]] = [
     (IDE, True),
     ({"version": "Panda | 2026.1.1 Patch 2 (build AI-261.22158.277)"}, True),
     ({"name": "Neovim", "version": "0.12.0"}, False),
+    ({"version": 2026}, False),
     ({"version": "(build A" * 100_000}, False),
     (5, False),
 ]

@@ -348,8 +348,7 @@ class Broadcasts:
             self.dispatcher.read_ahead(request)
             return self._without_text(completion, "length")  # it replaces nothing
         if subscriber.waits and request.kind == "infill" and not request.guest:
-            editors = self.dispatcher.state.editors
-            remember(editors, request.client, completion.started, MAX_SERVED)
+            remember(self.dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
         if request.fields.min_confidence == NEVER:
             broadcast = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):

@@ -51,6 +51,7 @@ class History:
         """
         described: JsonObject = {"step_s": HISTORY_STEP_SECONDS}
         for name, totals in zip(SERIES, zip(*self._totals, strict=True), strict=True):
+            # A completion's tokens are out of the total between its last token and its end.
             described[name] = [max(0, new - old) for old, new in pairwise(totals)]
         return described
 

@@ -171,7 +171,8 @@ def untried(completion: Completion, options: Options) -> Options:
         is_busy = attempt.code == "RATE_LIMIT" and completion.request.in_dialect
         if attempt.code and not is_busy:
             model = attempt.model if attempt.code in WITHOUT_MODEL else ""
-            # A BackendFailure counts once, unless it came late; whatever else counts twice.
+            # What broke off counts once. A refusal, or a failure that took long, counts twice, so
+            # that it is final behind a balancer, too.
             failed[attempt.backend, model] += 1 + getattr(attempt.error, "late", True)
 
     def may_try(backend: Backend, model: str) -> bool:

@@ -140,7 +140,8 @@ class Kind(ABC):
             if answer.status < 200:
                 return False
         after = RETRY_AFTER.fullmatch(answer.retry_after)
-        # To a probe, a 503 says that the backend is not well.
+        # Only a completion is asked for as events. To a probe, a 503 says that the backend is not
+        # well.
         if after and answer.status in (429, 503) and media == EVENT_STREAM:
             busy = HttpError(*TOO_MANY)
             busy.retry_after = min(int(after[0]), MAX_REST_SECONDS)
