@@ -92,6 +92,7 @@ class Language:
     strings: Words = ('"', "'")  # openings of strings that end with their line
     texts: Words = ()  # openings of strings that may contain a line end
     escape: str = "\\"  # the character before an escaped one
+    raw: Words = ()  # openings of strings without escapes
     closings: tuple[Delimiters, ...] = ()  # of strings that do not close as they open
     lifetimes: bool = False  # ' may also begin the name of a lifetime or of a symbol
     blocks: str = "braces"
@@ -255,7 +256,7 @@ LANGUAGES: dict[str, Language] = {
         types=r"impl\b(?:<[^\n{]{0,160}>)?(?:[^\n{]{0,160}[ \t]for\b)?|trait|mod|extern",
         function="fn",
         names=r"struct|enum|union|type|static(?:[ \t]+mut)?|const|macro_rules!",
-        strings=("'",), texts=(*_RUST_RAW, '"'), lifetimes=True, endings=(".rs",),
+        strings=("'",), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, lifetimes=True, endings=(".rs",),
         aliases=("rs",),
     ),
     "c": replace(_CPP, endings=(".c", ".h")),
@@ -265,7 +266,7 @@ LANGUAGES: dict[str, Language] = {
                    aliases=("c++", "cc")),
     "go": Language(  # no types: Go's methods stand on their own
         uses=r"import\b|package[ \t]", function="func", names="type|var|const",
-        texts=("`",), line_ends=True, endings=(".go",), aliases=("golang",),
+        texts=("`",), raw=("`",), line_ends=True, endings=(".go",), aliases=("golang",),
     ),
     "java": Language(
         uses=r"(?:import|package)[ \t]", types="class|interface|enum|record", also=_METHOD,
@@ -274,7 +275,7 @@ LANGUAGES: dict[str, Language] = {
     "csharp": Language(
         uses=r"(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|namespace[ \t][\w. \t]{1,200};",
         types="class|interface|enum|record|struct|namespace", also=_METHOD,
-        strings=('$"', '"', "'"), texts=_CSHARP_TEXTS, directives=True,
+        strings=('$"', '"', "'"), texts=_CSHARP_TEXTS, raw=_CSHARP_TEXTS, directives=True,
         endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
     ),
     "shell": replace(
@@ -283,7 +284,7 @@ LANGUAGES: dict[str, Language] = {
              r"|(?:(?:export|readonly|declare(?:[ \t]+-\w+)?)[ \t]+)?([A-Z_][A-Z0-9_]*)=",
         clauses="else|elif|then|do", closers="fi|done|esac",
         here_document=r"(?<!<)<<-?[ \t]?",
-        texts=("$'", '"', "'"),
+        texts=("$'", '"', "'"), raw=("'",),
         commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
         filenames=(".bashrc", ".bash_profile", ".bash_aliases", ".profile", ".zshrc", ".zprofile",
                    ".zshenv"),
@@ -292,7 +293,7 @@ LANGUAGES: dict[str, Language] = {
     "kotlin": Language(
         uses=r"(?:import|package)[ \t]",
         types="class|interface|object", function="fun", names="val|var|typealias",
-        texts=('"""',), line_ends=True, endings=(".kt", ".kts"), aliases=("kt",),
+        texts=('"""',), raw=('"""',), line_ends=True, endings=(".kt", ".kts"), aliases=("kt",),
     ),
     "swift": Language(
         uses=r"(?:@testable[ \t]+)?import[ \t]",
@@ -303,7 +304,7 @@ LANGUAGES: dict[str, Language] = {
     "scala": Language(
         uses=r"(?:import|package)[ \t]",
         types="class|object|trait", function="def", names="val|var|type|enum|given",
-        texts=('"""',), lifetimes=True, line_ends=True,
+        texts=('"""',), raw=('"""',), lifetimes=True, line_ends=True,
         endings=(".scala", ".sc", ".sbt"),
     ),
     "dart": Language(
@@ -339,7 +340,7 @@ LANGUAGES: dict[str, Language] = {
         types="class|enum|(?:Describe|Context|InModuleScope)(?=[ \t])",
         function="function", line_comment="#", block_comment=("<#", "#>"), line_ends=True,
         commands=True,
-        strings=(), texts=("@'", '@"', '"', "'"), escape="`",
+        strings=(), texts=("@'", '@"', '"', "'"), raw=("@'",), escape="`",
         closings=(("@'", "\n'@"), ('@"', '\n"@')), endings=(".ps1", ".psm1", ".psd1"),
         aliases=("pwsh", "ps1"),
     ),
@@ -367,7 +368,8 @@ LANGUAGES: dict[str, Language] = {
         function="function", names="local",
         also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b",
         clauses="else|elseif", closers="end|until",
-        line_comment="--", block_comment=("--[[", "]]"), texts=_LUA_RAW,
+        line_comment="--", block_comment=("--[[", "]]"), other_comments=(("--[==[", "]==]"),),
+        texts=_LUA_RAW, raw=_LUA_RAW,
         blocks="lines", endings=(".lua",), aliases=("luajit",),
     ),
     "julia": Language(
@@ -393,7 +395,7 @@ LANGUAGES: dict[str, Language] = {
              r"(?:table|view|function|procedure|trigger|index|type|schema)[ \t]+"
              r"(?:if[ \t]+not[ \t]+exists[ \t]+)?(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+))",
         line_comment="--", other_comments=(("{#", "#}"),), blocks="statements",
-        strings=(), texts=_THREE_QUOTES, commands=True,
+        strings=(), texts=_THREE_QUOTES, raw=_THREE_QUOTES, commands=True,
         endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
     ),
     "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from cerebrum.text.languages import Language
+from cerebrum.text.languages import QUOTES, Language
 
 # ----------------------------------------------------------------------------------- following code
 
@@ -29,13 +29,20 @@ UNFINISHED = tuple(",=(&|+?.:<*/-")
 REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
 # The rest of a line below which a here-document follows; group 1 is the line that ends it.
-HERE = r"\\?['\"]?([A-Z_]\w*+)[^\n<]*+\n\Z"
+# It is no number that a shift of arithmetic has.
+HERE = r"\\?['\"]?([A-Za-z_]\w*+)(?!\)\))[^\n<]*+\n\Z"
+# Before a quote that opens nothing: the escape character, or a word as in `it's` and 1'000, but not
+# the prefix of a string.
+ESCAPED = r"\\[\"']\Z"
+NO_QUOTE = rf"{ESCAPED}|\w(?<!\b[bBeEfFLnNrRtuUxX])(?<!\b[bBfFrRu][bBfFrR8])'\Z"
+NO_OPERATOR = re.compile(r"[\w$@%&>{-]")  # before one of Perl's QUOTES
+BRANCH = re.compile(r"#[ \t]*(if|el|en)\Z")  # of the preprocessor
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
 # unless it is blank.
 TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
 TOKENS_CHARS = 40  # of the statement's end, searched for TOKENS and DOLLARS
 # BEGIN and END open and close no block if one of these follows.
-NO_BEGIN = re.compile(r"(?:;|tran(?:saction)?|work)\Z")
+NO_BEGIN = re.compile(r"(?:[.,;:=<>)]|and|asc?|between|desc|from|i[ns]|or|tran(?:saction)?|work)\Z")
 NO_END = re.compile(r"(?:if|loop|while|repeat|for|case)\Z")
 # The $$ or $tag$ that opens a literal: not at the start of a statement.
 DOLLARS = re.compile(r"\S\s*(?<![\w$])(\$(?:[A-Za-z_]\w*)?\$)\Z")
@@ -80,6 +87,7 @@ class Scanner:
         self.stack = list[Bracket]()  # open brackets
         # Of the closing brackets whose partner is not in the text, the indentation of their lines.
         self.unmatched = list[int]()
+        self.branches = list[int]()  # brackets open above each #if without its #endif
 
     @property
     def in_comment(self) -> bool:
@@ -129,6 +137,8 @@ class Scanner:
         elif char in language.opening_ends and (pair := self._opening()):
             self._enter(*pair)
         elif self.closer:
+            if language.directives:
+                self._read_branch()
             self._in_literal(char)
         else:
             self._in_code(char)
@@ -151,13 +161,21 @@ class Scanner:
         """(opener, closer) completed by the last character, in code or by extending a shorter
         opener (" to \"\"\").
         """
-        begins_regex = self.last in REGEX_BEFORE or self.head.endswith("return ")
         for opener, closer in self.language.delimiters:
+            if not self.tail.endswith(opener):
+                continue
             extends = self.since < len(opener) and opener[: -self.since].endswith(self.opener)
-            opens = extends or (not self.closer and (opener != "/" or begins_regex))
-            if self.tail.endswith(opener) and opens:
+            if extends or (not self.closer and self._opens(opener)):
                 return opener, closer
         return None
+
+    def _opens(self, opener: str) -> bool:
+        """Whether an opener in code opens anything: it may be an operator, or part of a name."""
+        if opener == "/":
+            return self.last in REGEX_BEFORE or self.head.endswith("return ")
+        if opener in QUOTES:
+            return not NO_OPERATOR.match(self.tail[-len(opener) - 1 :])
+        return not re.search(ESCAPED if self.language.commands else NO_QUOTE, self.tail)
 
     def _in_literal(self, char: str) -> None:
         if self.opener == "<<":
@@ -176,6 +194,17 @@ class Scanner:
             self.closer = ""  # an unclosed string ends with its line
             self._in_code(char)
 
+    def _read_branch(self) -> None:
+        """Of the branches of an #if, the brackets that the last one opens count."""
+        match = self.opener == "#" and BRANCH.search(self.tail)
+        word = match[1] if match else ""
+        if word == "if":
+            self.branches.append(len(self.stack))
+        elif word == "en":
+            del self.branches[-1:]
+        elif word and self.branches:
+            del self.stack[self.branches[-1] :]
+
     def _is_lifetime(self, char: str) -> bool:
         """Whether the second character behind a quote shows that it opens none of Rust's."""
         may_be = self.opener == "'" and self.language.lifetimes
@@ -185,14 +214,19 @@ class Scanner:
         """Whether a character of a literal is escaped, or escapes the next one."""
         if self.escaped:
             self.escaped = False
+            self.tail = ""  # it belongs to no end
             return True
-        self.escaped = char == self.language.escape and not self.in_comment
+        language = self.language
+        may_be = language.directives if self.closer == "\n" else not self.in_comment
+        self.escaped = may_be and char == language.escape and self.opener not in language.raw
         return self.escaped
 
     def _leave(self, char: str) -> None:
         """The literal or comment ends with this character."""
         if not self.in_comment:
             self.last = '"'
+        if len(self.closer) > 2:
+            self.tail = ""  # the quote behind """ opens no other """
         self.closer = ""
         if char == "\n":
             self._in_code(char)
@@ -245,10 +279,12 @@ class Scanner:
             self._add(char)
 
     def _end_line(self) -> None:
-        """A header may take several lines."""
+        """A header may take several lines; a label is none."""
         self.starting = True
         self.indent = 0
-        if self.head:
+        if self.last == ":":
+            self.head = ""
+        elif self.head:
             self._add("\n")
 
 
