@@ -56,6 +56,7 @@ CODE = re.compile(
     r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*"
     r"|[\w.]+ = .*|[\w.]+\(.*\))\n"
 )
+OPENS = re.compile(r"(?:^|[:=(\[{,+])\s*\w?\Z")  # above the quotes that open a text
 CALL = re.compile(rf"(?<![\w.])(\w{{1,{NAME_CHARS}}})\(")
 # A line that starts so goes on with the one above, in languages without semicolons.
 GOES_ON = ".?&|+-:=,"
@@ -272,7 +273,7 @@ class LineBlock(Block):
         elif self.scanner.indent and not is_script:  # the block's header is above the prompt
             self.goal = "block"
             self.base = self.scanner.indent - 1
-        elif is_script or (language.indented and not last_line(prompt).strip()):
+        elif is_script or (language.indented and self.scanner.starting):
             self.goal = "script"
         else:
             self.goal = "statement"
@@ -301,6 +302,10 @@ class LineBlock(Block):
         over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
         if self.level > self.base and not over:
             return INSIDE
+        if not self.blank and self.scanner.in_comment:
+            return INSIDE  # right below code, a comment belongs to it
+        if not self.blank and any(opener.startswith(word) for opener, _ in language.comments):
+            return UNDECIDED
         if self.level < self.base:
             return OUTSIDE
         if self.goal == "member" and not (self.blank and self.mark):
@@ -321,7 +326,7 @@ class BracketBlock(Block):
     """
 
     # What is completed: a "block", perhaps with the call that has it as an argument, or a
-    # "statement"; "" if it has not begun.
+    # "statement", or a line of the preprocessor, a "directive"; "" if it has not begun.
     goal = ""
     depth = 0  # the goal is complete when no more brackets are open
     clauses = False  # an `else` or the like may go on with it
@@ -335,12 +340,18 @@ class BracketBlock(Block):
         things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         head = scanner.head.strip()
         is_over = braces and scanner.is_over
-        begun = head and not is_over and not language.imports.match(last_line(head))
-        if things:
+        in_parens = stack and stack[-1].kind in "(["
+        begun = head and not is_over and (in_parens or not language.imports.match(last_line(head)))
+        if language.blocks == "brackets" and stack:
+            self._choose(len(stack) - 1)
+        elif things:
             self._choose(things[0])
+        elif language.directives and scanner.closer and scanner.opener == "#":
+            self.goal = "directive"
         elif begun or is_announced(language, prompt):
             self.goal = "statement"
             self.depth = braces[-1] + 1 if braces else 0
+            self.clauses = CONTROL.search(head) is not None
         elif braces:
             self._choose(braces[-1])
 
@@ -367,6 +378,8 @@ class BracketBlock(Block):
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
         self.complete = False
+        if self.goal == "directive":
+            return True
         if not self.goal or len(scanner.stack) > self.depth:
             return False
         ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
@@ -393,7 +406,8 @@ class StatementBlock(Block):
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        is_open = scanner.stack or scanner.head.strip()
+        # MySQL's DELIMITER is followed by the sign that ends the statement.
+        is_open = scanner.stack or scanner.head.strip().lower() not in ("", "delimiter $")
         return line != "" and scanner.last != "" and not is_open
 
 
@@ -401,8 +415,10 @@ def starts_in_docstring(prompt: str, quotes: str) -> bool:
     """Whether the prompt's first triple quotes close a docstring, in which the prompt then
     begins.
     """
-    rest, _, below = prompt.partition(quotes)[2].partition("\n")
-    return not rest.strip() and CODE.search("\n" + below.partition(quotes)[0]) is not None
+    above, _, below = prompt.partition(quotes)
+    rest, _, below = below.partition("\n")
+    closes = not rest.strip() and not OPENS.search(above)
+    return closes and CODE.search("\n" + below.partition(quotes)[0]) is not None
 
 
 def scan(language: Language, prompt: str) -> Scanner:
@@ -505,10 +521,9 @@ class Ending:
         for stage in self.stages:
             stage.bits = bits
             text, why = stage.feed(text)
+            bits = stage.bits
             if reason and not why:
-                # In a gap within a line, all that the model is sure of belongs to it, as all does
-                # that it writes before it ends by itself.
-                text += stage.flush(whole=reason != "unsure" or stage.in_line)
+                text += stage.flush(whole=reason != "unsure")
             reason = why or reason
         return text, reason
 

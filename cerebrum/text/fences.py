@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 
 from cerebrum.text.languages import LANGUAGES, Language, language_named
-from cerebrum.text.scanner import LINE_CHARS
+from cerebrum.text.scanner import LINE_CHARS, scanner_of
 from cerebrum.text.stages import FENCE, Stage
 
-OPENING = re.compile(r"(`{3,}+)([^`\n]*+)")
+OPENING = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 THINKS = "<think>"
 THOUGHT = "</think>"
 # An answer's blocks in these are not the code, unless there are no others.
@@ -57,6 +57,7 @@ class Fences(Stage):
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
+        self._restart("chatter")
         self.feed(begun)
         if self.reason or self.state != "code":  # `begun` has no block that is still open
             self._restart("chatter")
@@ -68,6 +69,7 @@ class Fences(Stage):
     def _restart(self, state: str) -> None:
         """Forget the text up to here."""
         self.state = state
+        self.scanner = scanner_of(self.language or LANGUAGES["markdown"])
         self.text = []
         self.line_start = self.safe = self.sent = 0
         self.start = self.read
@@ -119,9 +121,10 @@ class Fences(Stage):
             self._restart("chatter")
 
     def read_code(self, line: str) -> None:
-        """A line of the block has ended."""
-        is_fence = line.lstrip().startswith(self.fence)
-        is_bare = not line.strip().strip("`")  # no language is behind it
+        """A line of the block has ended. A fence within a literal or a comment is none."""
+        is_fence = not self.scanner.closer and line.lstrip().startswith(self.fence)
+        is_bare = not line.strip().strip("`~")  # no language is behind it
+        self.scanner.feed(line)
         if is_fence and not is_bare and not self.cut(0, self.line_start).strip():
             self._restart("code")  # the model repeats the opening fence that it was given
         elif is_fence and is_bare and not self.nested:

@@ -56,14 +56,18 @@ class Meeting:
     """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, as
     many as are found nowhere else around the cursor.
 
-    These lines are the `goal`. White space within lines, and blank lines do not count; indentation
-    does. There are three kinds of suffix: it begins with the
-    rest of the cursor's line (`in_line`), which may be the end of any line of the text; or with a
-    whole line, since whole lines are missing (`of_lines`); or nothing is left of the cursor's line.
+    These lines are the `goal`. White space within lines, blank lines, a remark behind code and a
+    `;` or `,` at a line's end do not count; indentation does. There are three kinds of suffix: it
+    begins with the rest of the cursor's line (`in_line`), which may be the end of any line of the
+    text; or with a whole line, since whole lines are missing (`of_lines`); or nothing is left of
+    the cursor's line.
     """
 
-    def __init__(self, text: list[str], prompt: str, suffix: str, in_line: bool) -> None:
+    def __init__(
+        self, text: list[str], prompt: str, suffix: str, in_line: bool, remark: str
+    ) -> None:
         self.text = text  # the gap's own list, which grows
+        self.remark = remark or "\n"  # what begins one; no line has a line end
         self.in_line = in_line
         rest, _, after = suffix.partition("\n")
         self.of_lines = not in_line and rest.strip() != ""
@@ -71,7 +75,8 @@ class Meeting:
         if in_line:
             lines.insert(0, (0, line_of(rest)[1]))
         above = prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1]
-        around = [line_of(line) for line in above if line.strip()] + lines[1:]
+        # No place has lines of both sides.
+        around = [*(line_of(line) for line in above if line.strip()), (-1, ""), *lines[1:]]
         sizes = range(1, min(MEET_LINES, len(lines)) + 1)
         size = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
         self.sure = size > 0  # the lines are found nowhere else
@@ -87,6 +92,10 @@ class Meeting:
         # missing, else before that.
         self.edge = 0
         self.search = Search(self.first)  # in the line so far
+        # What the line has behind the first line of the goal, which begins at `met`; None: it lacks
+        # that line.
+        self.behind: str | None = None
+        self.met = 0
         # Positions in the text: of the line end above, then of each character of the line that is
         # not white space.
         self.places = [-1]
@@ -104,7 +113,7 @@ class Meeting:
 
     def has_first(self) -> bool:
         """Whether the line so far is, or ends with, the first line of the goal."""
-        ends = self.within and self.search.size == len(self.first)
+        ends = self.behind is not None and self._is_more(self.behind)
         if self.in_line:
             return ends
         # A whole line must also have the indentation.
@@ -116,7 +125,10 @@ class Meeting:
             return self.edge
         if not self.within:
             return len(self.text)
-        size = self.search.size
+        return self.met if self.has_first() else self._start_of(self.search.size)
+
+    def _start_of(self, size: int) -> int:
+        """Where the line's last `size` characters that are no white space begin."""
         place = self.places[-size] if size else len(self.text)
         # The text may have fewer blanks here than the suffix.
         return max(place - self.blanks, self.places[-size - 1] + 1)
@@ -132,6 +144,11 @@ class Meeting:
                 self.line += char
             self.search.step(char)
             self.places.append(len(self.text) - 1)
+            if self.within and self.search.size == len(self.first):
+                self.behind = ""
+                self.met = self._start_of(len(self.first))
+            elif self.behind is not None and len(self.behind) < LINE_CHARS:
+                self.behind += char
         elif not self.line:
             self.indent = after_blank(self.indent, char)
         return None
@@ -145,6 +162,7 @@ class Meeting:
         elif self.line:
             self.edge = len(text) - 1 - (text[-2:-1] == ["\r"])
         self.line = ""
+        self.behind = None
         self.indent = 0
         self.search.size = 0
         self.places = [len(text) - 1]
@@ -152,14 +170,24 @@ class Meeting:
 
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
-        return (self.indent, self.line) == self.goal[number]
+        indent, line = self.goal[number]
+        short, long = sorted((line, self.line), key=len)
+        code = short.rstrip(";,")
+        agrees = long.startswith(code) and self._is_more(long[len(code) :])
+        return agrees and indent == self.indent
+
+    def _is_more(self, rest: str) -> bool:
+        """Whether the rest of a line only ends its statement, with or without a remark."""
+        rest = rest.lstrip(";,")
+        return not rest or (rest.startswith(self.remark) and not self.line.startswith(self.remark))
 
     def may_be(self, number: int) -> bool:
         """Whether the line so far may become this line of the goal."""
         if not self.line:
             return True
         indent, line = self.goal[number]
-        return self.indent == indent and line.startswith(self.line)
+        begins = self.indent == indent and line.startswith(self.line)
+        return begins or self.is_line(number)
 
     def _unfinished(self, agrees: Callable[[int], bool]) -> Found:
         """Those of `found` whose next line agrees with the line so far."""
@@ -212,12 +240,15 @@ class Gap(Stage):
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
         self.scanner = scanner
-        self.meeting = Meeting(self.text, prompt, suffix, self.in_line)
+        remark = scanner.language.line_comment
+        self.meeting = Meeting(self.text, prompt, suffix, self.in_line, remark)
         # The least indentation of the suffix's first whole lines: a line that is indented less has
         # left their block. At the end of a file 1, so that a line at the margin has left it.
         below = lines_of(suffix.partition("\n")[2] if self.in_line else suffix)
         self.floor = min((indent for indent, _ in below[:MEET_LINES]), default=1)
         self.depth_at_cursor = len(scanner.stack)
+        # Of the literal at the cursor, if the suffix has it too.
+        self.closer_at_cursor = scanner.closer if scanner.closer in suffix else ""
         # How many of these brackets the suffix closes. A prompt may begin within a block: a bracket
         # that is closed at less indentation was opened above the prompt.
         closing = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
@@ -255,7 +286,7 @@ class Gap(Stage):
         is_over = self.patience < 0 or self.cost > self.doubt
         if is_over and self.enough is not None:
             self.end("block", self.enough)
-        elif char not in "\r`":  # perhaps part of a line end that the suffix has, or of a fence
+        elif char not in "\r`/-":  # perhaps of a line end that the suffix has, a fence or a remark
             place = meeting.held()
             if self.enough is not None:
                 place = min(place, self.enough)
@@ -281,7 +312,7 @@ class Gap(Stage):
             self.bits = 0.0
         is_fence = meeting.line == FENCE and scanner.closer in ("", "`")
         if is_fence and not scanner.language.fences:
-            self.end("stop", meeting.edge)
+            self.end("stop", meeting.edge if self.left_at is None else self.left_at)
 
     def note_end(self, place: int) -> None:
         """The infill could end here. The first such place counts; in an inner block, the latest.
@@ -302,7 +333,7 @@ class Gap(Stage):
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()
         text = self.cut(0).rstrip(" \t")
-        end = self.enough  # None: all of the text belongs to the gap
+        end = None if self.inner else self.enough  # None: all of the text belongs to the gap
         if self.is_suffix(lines):
             end = place
         elif whole:
@@ -330,9 +361,13 @@ class GapOfLines(Gap):
         self.above = indent_of(line_of(last_line(prompt.rstrip())))
         self.below = indent_of(below)
         self.indent = scanner.indent  # of the line
-        # The text goes on with the literal or the lines of the comment at the cursor.
-        self.goes_on = scanner.closer != ""
-        self.inner = self.goes_on or (below[1][0] in OPENING_OF and len(scanner.stack) > 0)
+        self.is_closed = below[1][0] in OPENING_OF  # the suffix begins with a closing bracket
+        same = [at for at, one in enumerate(scanner.stack, 1) if one.indent == self.below]
+        if self.is_closed and same:
+            self.closed_below = same[-1]  # what it closes stays open
+        # The text goes on with the comment at the cursor.
+        self.goes_on = scanner.in_comment
+        self.inner = self.goes_on or (self.is_closed and len(scanner.stack) > 0)
 
     def on_start(self) -> None:
         scanner = self.scanner
@@ -346,20 +381,31 @@ class GapOfLines(Gap):
 
     def on_line(self) -> None:
         self.mark = self.meeting.edge
+        fits = self.fits()
         if self.goes_on:
             self.goes_on = self.inner = self.closer_before != ""
-        if self._fits():
-            self.note_end(self.mark)
+        elif not self.scanner.by_lines and not self.is_closed:
+            self.inner = fits and len(self.scanner.stack) > self.depth_at_cursor
+        if fits:
+            lines, place = self.meeting.at_end()
+            self.note_end(place if self.is_suffix(lines) else self.mark)
 
-    def _fits(self) -> bool:
-        """Whether the suffix fits below the line that has ended."""
+    def fits(self) -> bool:
+        """Whether the suffix fits below the line that has ended: by its indentation, it is within
+        the open brackets.
+        """
         scanner = self.scanner
-        opened = scanner.opened
-        is_open = scanner.closer or len(scanner.stack) > self.depth_at_cursor
-        if is_open or self.cut(-2) == "\\\n":
+        stack = scanner.stack
+        if scanner.closer:
+            return scanner.closer == self.closer_at_cursor
+        if self.cut(-2) == "\\\n":
             return False
-        if opened is not None:
-            return opened < self.below
+        if stack and self.below + self.is_closed <= stack[-1].indent < self.indent:
+            return False
+        if scanner.opened is not None:
+            return scanner.opened < self.below
+        if len(stack) > self.depth_at_cursor:
+            return scanner.last in "(["
         return self.below <= self.indent
 
 
@@ -402,6 +448,16 @@ class GapInLine(Gap):
         if scanner.indent < self.floor and not in_parens and not scanner.closer:
             self.on_leaving(self.meeting.edge)
             self.doubt = 0.0
+
+    def flush(self, whole: bool) -> str:
+        """Signs at the end of a text that was cut off may begin the rest, as the comma in (a,"""
+        place = self.meeting.held()
+        signs = self.cut(place)
+        level = sum((sign in "([{") - (sign in OPENING_OF) for sign in signs)
+        may_be_rest = self.level <= level and not any(map(str.isalnum, signs))
+        if may_be_rest and not whole and self.enough is None:
+            self.enough = place
+        return super().flush(whole)
 
     def is_suffix(self, lines: int) -> bool:
         # Else this is the rest of a line within brackets of the text.

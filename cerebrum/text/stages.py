@@ -36,7 +36,8 @@ class Stage:
     """
 
     start = 0  # where `text` begins in all that went in
-    bits = 0.0  # for `Sure` and `Gap`: the surprise of the token being read, until it is counted
+    # For `Sure` and `Gap`: the surprise of the tokens that have this text, until it is counted.
+    bits = 0.0
     in_line = False  # for `Gap`: the suffix begins with the rest of the cursor's line
     safe = 0  # text before this position may be sent
     sent = 0  # text before this position has been sent
@@ -144,6 +145,7 @@ class Sure(Trimmed):
 
     begun = False  # a letter, a digit or the end of a line has come
     size = 0  # characters of the run that has not ended; 0: there is none
+    waiting = 0.0  # the surprise of tokens whose text has not gone out, in bits
     is_blank = True  # the line so far
 
     def __init__(self, least: float) -> None:
@@ -152,8 +154,12 @@ class Sure(Trimmed):
 
     def feed(self, piece: str) -> tuple[str, str | None]:
         self.doubt -= self.bits
-        self.bits = 0.0
-        return super().feed(piece)
+        self.waiting += self.bits
+        out, reason = super().feed(piece)
+        kept = self.bits if self.sent < len(self.text) else 0.0
+        self.bits = self.waiting - kept if out else 0.0
+        self.waiting -= self.bits
+        return out, reason
 
     def step(self, char: str) -> None:
         before = len(self.text) - 1

@@ -1233,6 +1233,625 @@ def f(a):
 
 def g():
     pass
+=== python block: settings list
+import os
+
+INSTALLED_APPS = [
+    "a",
+«    "b",
+]
+»
+MIDDLEWARE = [
+    "c",
+]
+
+TEMPLATES = {}
+=== python block: call
+parser.add_argument(
+«    "--name",
+    help="x",
+)
+»
+args = parser.parse_args()
+=== python block: dedent of code in a test
+def test_a():
+    code = textwrap.dedent("""
+        def f():
+            return 1
+    """)
+«    assert run(code) == 1
+»
+def test_b():
+    pass
+=== cpp block: below public
+class Stack {
+public:
+«    Stack() = default;
+    void push(int x) { data.push_back(x); }
+private:
+    std::vector<int> data;
+};
+»
+int main() {
+=== cpp block: below private
+class Stack {
+public:
+    Stack();
+private:
+«    int n;
+    int m;
+};
+»
+int main() {
+=== c block: macro with expression in progress
+#define MAX(a, b) \
+«    ((a) > (b) ? (a) : (b))
+»
+int main(void)
+{
+=== c block: two signatures
+#ifdef A
+int f(int x) {
+#else
+int f(long x) {
+#endif
+«    return x;
+}
+»
+int g(int x) {
+    return x;
+}
+=== perl block: bytes divided by the model
+sub f {
+    my $bytes = shift;
+«    my $kb = $bytes/1024;
+    return $kb;
+}
+»
+sub g {
+    return 1;
+}
+=== perl block: not
+sub f {
+«    return 1 if $x =~ m/a/ && $keys!~/b/;
+}
+»
+sub g {
+    return 1;
+}
+=== php block: template
+<?php
+function show($user) {
+    ?>
+    <p>Don't panic, <?= $user ?></p>
+    <?php
+«    return 1;
+}
+»
+function other() {
+    return 2;
+}
+=== shell block: heredoc in lower case
+f() {
+  cat <<eof
+Don't {
+eof
+«  return 1
+}
+»
+g() {
+  return 2
+}
+=== python block: script with a docstring with an example
+"""
+Backup.
+
+Usage::
+
+    backup = Backup("x")
+    backup.run()
+"""
+import os
+
+for name in os.listdir("."):
+«    print(name)
+»x = 1
+y = 2
+=== python block: top-level list, within the line
+xs = [
+    1,
+    «2,
+    3,
+]
+»
+ys = [4]
+=== go block: import list with one
+import (
+	"fmt"
+«	"os"
+)
+»
+func main() {
+}
+=== r block: library call in progress
+library(
+«  dplyr
+)
+»
+f <- function(x) {
+  x
+}
+=== cpp block: slots
+class A : public QObject {
+    Q_OBJECT
+public slots:
+«    void a();
+    void b();
+};
+»
+int main() {
+=== python block: a fence at the margin of a template
+P = """
+Write:
+
+«```
+{code}
+```
+"""
+»
+def f():
+    pass
+=== java block: if at top in a script
+if (x)
+«    y();
+else
+    z();
+»
+w();
+=== rust block: windows path
+fn f() {
+    let p = r"C:\dir\";
+«    p.len();
+}
+»
+fn g() {
+}
+=== csharp block: interpolated verbatim
+class A
+{
+    string F()
+    {
+        var p = $@"{d}\";
+«        return p;
+    }
+»
+    int G() { return 1; }
+}
+=== kotlin block: regex in raw string
+fun f() {
+    val re = """\d+\"""".toRegex()
+«    re.find("x")
+}
+»
+fun g() {
+}
+=== scala block: raw quote at the end
+def f() = {
+  val re = """a "quoted"""".r
+«  re.toString
+}
+»
+def g() = {
+  1
+}
+=== perl block: hash in sort
+sub f {
+    my @s = sort { $a->{y} <=> $b->{y} } @x;
+    my $n = $#s;
+    my ($q, $r) = ($x/2, $y/2);
+«    return $q;
+}
+»
+sub g {
+}
+=== sql block: mysql delimiter
+DELIMITER $$
+CREATE PROCEDURE p()
+BEGIN
+«  SELECT 1;
+END$$
+»
+DELIMITER ;
+SELECT 2;
+=== python stop: a gap inside a docstring's fence
+def f():
+    """Doc.
+
+    ```
+«    f(1)
+»    ```
+    """
+    return 1
+‖    ```
+    """
+    return 1
+=== shell block: the model writes a comment at the margin
+f() {
+«    x=1
+# y=2
+    echo $x
+}
+»
+g() {
+    :
+}
+=== yaml block: a comment at the margin
+a:
+  b:
+«    c: 1
+# d: 2
+    e: 3
+»
+f: 1
+=== ruby block: begin and end of a block comment
+def f
+«  a
+=begin
+text
+=end
+  b
+end
+»
+def g
+end
+=== python block: a gap in a triple-quoted string, the model misses the suffix
+QUERY = """
+SELECT a
+«FROM t
+»JOIN u1 ON u1.id = t.u1
+JOIN u2 ON u2.id = t.u2
+JOIN u3 ON u3.id = t.u3
+JOIN u4 ON u4.id = t.u4
+JOIN u5 ON u5.id = t.u5
+JOIN u6 ON u6.id = t.u6
+JOIN u7 ON u7.id = t.u7
+JOIN u8 ON u8.id = t.u8
+JOIN u9 ON u9.id = t.u9
+JOIN u10 ON u10.id = t.u10
+JOIN u11 ON u11.id = t.u11
+JOIN u12 ON u12.id = t.u12
+JOIN u13 ON u13.id = t.u13
+JOIN u14 ON u14.id = t.u14
+JOIN u15 ON u15.id = t.u15
+JOIN u16 ON u16.id = t.u16
+JOIN u17 ON u17.id = t.u17
+JOIN u18 ON u18.id = t.u18
+‖WHERE x = 1
+"""
+=== none block: a gap of a comment with an apostrophe, the model misses the suffix
+let f x =
+«  (* don't *)
+»  let one = one_thing_of_it and_another in
+  let two = two_thing_of_it and_another in
+  let three = three_thing_of_it and_another in
+  let four = four_thing_of_it and_another in
+  let five = five_thing_of_it and_another in
+  let six = six_thing_of_it and_another in
+  let seven = seven_thing_of_it and_another in
+  let eight = eight_thing_of_it and_another in
+  let nine = nine_thing_of_it and_another in
+  let ten = ten_thing_of_it and_another in
+‖  x + 1
+=== json block: in scripts of a package
+{
+  "name": "a",
+  "scripts": {
+    "a": "b",
+«    "c": "d"
+  },
+»
+  "dependencies": {
+    "x": "1"
+  }
+}
+
+=== python stop: a remark behind the suffix's line
+def add(a, b):
+    «return a + b»
+
+print(add(1, 2))  # Output: 3
+‖
+
+print(add(1, 2))
+=== javascript stop: a semicolon more
+function add(a, b) {
+  «return a + b»
+}
+
+console.log(add(1, 2)); // 3
+‖
+}
+
+console.log(add(1, 2))
+=== javascript stop: a semicolon less
+const x = 1
+«const y = 2
+»const total = x + y
+‖const total = x + y;
+=== go stop: a comma less
+	a: 1,
+«	b: 2,
+»	other: 3
+‖	other: 3,
+=== javascript stop: a remark within whole lines
+const x = 1
+«const y = 2
+»const total = x + y; // 3
+const more = 4; // it
+‖const total = x + y;
+const more = 4;
+=== python end: rest of the line and a remark
+def hello(name):
+    print(«f'Hello {name}!'»)  # This will print "Hello, you!"
+‖)
+
+hello('you')
+=== javascript end: rest of the line and a remark
+function hello(name) {
+  console.log(«name»); // prints
+‖);
+}
+=== javascript stop: another url is no remark
+const a = 1;
+«const url = "http://one";
+»const other = "http://two";
+‖const other = "http://two";
+=== java stop: break twice
+switch (x) {
+case 1:
+    one();
+    break;
+case 2:
+«    two();
+»    break;
+default:
+    three();
+}
+‖    break;
+default:
+    three();
+}
+=== c stop: the line above equals the suffix's first
+switch (x) {
+case 0:
+    break;
+«case 1:
+    one();
+»    break;
+default:
+    three();
+}
+‖    break;
+default:
+    three();
+}
+=== python block: q is not perl's
+x = 1
+«y = 2
+»
+z = 3
+=== perl block: an apostrophe in q{}
+sub f {
+    my $a = q{it's};
+«    return $a;
+}
+»
+sub g {
+}
+=== perl block: y and pipe
+sub f {
+«    my $a = $y|1;
+    return $a;
+}
+»
+sub g {
+}
+=== java block: an escaped quote in a text block
+class A {
+    String f() {
+        var s = """
+            a \""" b
+            """;
+«        return s;
+    }
+»
+    int g() { return 1; }
+}
+=== python block: an escaped quote
+def f():
+    s = """a \""" b"""
+«    return s
+»
+def g():
+    pass
+=== swift block: an escaped quote
+func f() -> String {
+    let s = """
+    a \""" b
+    """
+«    return s
+}
+»
+func g() {
+}
+=== kotlin block: four quotes
+fun f(): String {
+    val s = """say "hi""""
+«    return s
+}
+»
+fun g() {
+}
+=== python end: a notebook's query
+import pandas as pd
+query = """
+select a
+from b
+where c = 1
+"""
+df = pd.read_sql(query, con)
+«df.head()
+»
+=== python block: a comment at the margin
+def f():
+    x = 1
+«    y = 2
+# z = 3
+    return x + y
+»
+def g():
+    pass
+=== makefile block: a comment at the margin
+all:
+	a
+«	b
+# c
+	d
+»
+clean:
+	rm a
+=== lua block: a comment at the margin
+function f()
+  local a = 1
+«  local b = 2
+-- local c = 3
+  return a
+end
+»
+function g()
+end
+=== php block: require begun
+<?php
+require_once(
+«    'a.php'
+);
+»
+function f() {
+    return 1;
+}
+=== c block: do in a define
+#define SWAP(a, b) do { \
+«    int t = a; \
+    a = b; \
+    b = t; \
+} while (0)
+»
+int main(void)
+{
+    return 0;
+}
+=== c block: a define above
+#define SWAP(a, b) do { \
+    int t = a; \
+} while (0)
+
+int main(void)
+{
+«    return 0;
+}
+»
+int f(void)
+{
+=== shell block: a quote in quotes
+f() {
+  echo 'it'\''s'
+«  return 1
+}
+»
+g() {
+  return 2
+}
+=== shell block: shift in arithmetic
+f() {
+  x=$((1<<n))
+«  return 1
+}
+»
+g() {
+  return 2
+}
+=== sql block: begin is a column
+SELECT a
+FROM b
+«WHERE begin < 5;
+»
+SELECT 2;
+=== json block: an inner array
+{
+  "a": [
+    1,
+«    2
+  ],
+»  "b": 2
+}
+=== lua block: a long comment
+--[==[ a
+function x()
+]==]
+function f()
+«  return 1
+end
+»
+function g()
+end
+=== shell block: a gap in a heredoc, the model misses the suffix
+cat <<EOF
+one
+«two
+»three three three three three three three three three three three three three
+four four four four four four four four four four four four four four four four
+five five five five five five five five five five five five five five five five
+six six six six six six six six six six six six six six six six six six six six
+seven seven seven seven seven seven seven seven seven seven seven seven seven seven
+eight eight eight eight eight eight eight eight eight eight eight eight eight eight
+nine nine nine nine nine nine nine nine nine nine nine nine nine nine nine nine
+ten ten ten ten ten ten ten ten ten ten ten ten ten ten ten ten ten ten ten ten
+‖last
+EOF
+=== go block: import of one line is no statement
+package main
+
+import "fmt"
+«
+func main() {
+	fmt.Println(1)
+}
+»
+func g() {
+}
+=== typescript block: ternary by lines
+function f(a: boolean) {
+  const x = a ?
+    1 :
+«    2;
+  return x;
+}
+»
+function g() {
+}
+=== cpp block: case in a switch
+int f(int x) {
+    switch (x) {
+    case 1:
+«        return 1;
+    default:
+        return 2;
+    }
+}
+»
+int g() {
+    return 1;
+}
 '''
 
 # Answers of a chat, the code between « and ».
@@ -1536,6 +2155,45 @@ hm¦ x</think>
 ```python
 «abcdef = 1
 »```
+
+=== python stop: a fence in a docstring
+¦```python
+«def f():
+    '''Example:
+
+    ```
+    f()
+    ```
+    '''
+    return 1
+»```
+
+It returns 1.
+=== python stop: a fence in a string at the margin
+¦```python
+«PROMPT = '''
+```
+{code}
+```
+'''
+»```
+
+=== kotlin stop: a fence in documentation
+¦```kotlin
+«/**
+ * ```
+ * f()
+ * ```
+ */
+fun f() = 1
+»```
+
+=== javascript stop: a fence of tildes
+Here:
+¦~~~js
+«f();
+»~~~
+That is it.
 
 """
 

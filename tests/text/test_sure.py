@@ -9,6 +9,7 @@ from test_ending import tokens_of
 
 from cerebrum.text.confidence import confidence_of
 from cerebrum.text.ending import Ending
+from cerebrum.text.stages import Sure
 
 ASSIGNED = "def f(a):\n    x = ", "\n    return x\n"  # the rest of a line is missing
 CALLED = "f(", ")\n"  # within a line
@@ -45,6 +46,7 @@ CASES: dict[str, Any] = {
     "both characters of a line end": (CALLED, "a,⁹\r\n⁹  b¹", "a,||"),
     "blanks that precede more text": (CALLED, "a,⁹\n  ⁹b⁹ c¹", "a,|||\n  b"),
     "typed indentation": (TYPED, "    x⁹ = 1¹", "|x"),
+    "a comma of the suffix": (("f(a, ", ", b)\n"), "c⁹,⁹ zz¹", "|c|"),
     "a bracket of the suffix": (CALLED, "a)⁹\n\ndef⁹ g¹", "a||", "block"),
 }
 
@@ -72,6 +74,14 @@ def test_a_limit_leaves_what_precedes_the_suffix() -> None:
         ending = Ending("infill", "javascript", *around, "auto", least=least)
         out, reason = ending.feed("c);\n}\n\nfunction g() {\n  ret", 0.97)
         assert (out + ending.flush(whole=False), reason) == ("c", None)
+
+
+def test_surprise_goes_on_with_its_text() -> None:
+    """A gap charges a line for its own tokens, though a word waits until it is whole."""
+    sure, found = Sure(1e-9), list[tuple[str, float]]()
+    for text, sure.bits in (("a", 3.0), ("b c", 1.0), (" =", 2.0)):
+        found.append((sure.feed(text)[0], sure.bits))
+    assert found == [("", 0.0), ("ab", 3.0), (" c =", 3.0)]
 
 
 def test_a_limit_leaves_no_half_word() -> None:
