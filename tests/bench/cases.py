@@ -69,6 +69,7 @@ class Case(NamedTuple):
     prompt: str
     piece: str
     after: str
+    place: int = 0  # of the piece in its file
 
 
 def is_remark(kind: Any) -> bool:
@@ -227,7 +228,7 @@ class Source(Peer):
         text = self.text
         first = text.find("\n", place - PROMPT_CHARS) + 1 if place > PROMPT_CHARS else 0
         after = text[stop : stop + SUFFIX_CHARS]
-        return Case(kind, text[first:place], text[place:stop], after)
+        return Case(kind, text[first:place], text[place:stop], after, place)
 
 
 def sources(folders: list[str], language: str, chance: random.Random) -> Iterator[Source]:

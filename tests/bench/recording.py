@@ -20,7 +20,7 @@ from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
 from cerebrum.vps.prefixes import PrefixStore
 from cerebrum.vps.tokens import common_prefix
 
-SEQUENCES, CONTEXT = 8, 1536
+SEQUENCES, CONTEXT = 16, 1024
 MAX_TOKENS = 160
 
 
@@ -45,6 +45,8 @@ class Reading:
         chances /= chances.sum()
         if int(chances.argmax()) in ends.tolist() and self.end is None:
             self.end = len(self.tokens)
+            if not self.case.get("beyond", True):
+                return None
         chances[ends] = -1
         token = int(chances.argmax())
         piece = model.vocabulary.piece(token)
@@ -54,16 +56,18 @@ class Reading:
         # As on the VPS: where the text is healed alone, the model had no choice.
         self.tokens.append((text, round(float(chances[token]), 4) if piece else 1.0))
         _, reason = self.ending.feed(text)
-        return None if reason or len(self.tokens) == MAX_TOKENS else token
+        most = self.case.get("most", MAX_TOKENS)
+        return None if reason or len(self.tokens) == most else token
 
 
 def begin(model: Llama, case: Case) -> Reading:
-    prompt, suffix = case["prompt"], case["suffix"]
-    request = GenerationRequest(
-        prompt=prompt, suffix=suffix, language=case["language"], mode="infill", heal=True
-    )
+    names = ("prompt", "suffix", "messages", "language")
+    fields = {name: case[name] for name in names if name in case}
+    mode = case.get("mode", "infill")
+    request = GenerationRequest(**fields, mode=mode, heal=True)
     tokens, heal, _ = model.vocabulary.encode(request)
-    ending = Ending("infill", case["language"], prompt, suffix, "auto")
+    stop_at = case.get("stop_at", "auto")
+    ending = Ending(mode, case["language"], case["prompt"], case["suffix"], stop_at)
     return Reading(case, tokens, heal, ending)
 
 
