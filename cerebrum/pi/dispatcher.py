@@ -249,17 +249,12 @@ def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
-    """The guest's attempt to end for this completion; None if it would get no place either. First
-    comes the guest who has held places for longest in the last minute; of this guest's attempts,
-    those that are no infill; and of these the newest, which loses least.
+    """A guest's attempt to end for this completion, perhaps the first of several; None if it would
+    get no place without them either. First comes the guest who has held places for longest in the
+    last minute; of this guest's attempts, those that are no infill; and of these the newest, which
+    loses least.
     """
-
     state = claim.state
-
-    def is_enough(ended: Attempt) -> bool:
-        places = {**state.places}
-        del places[ended]
-        return place_for(claim._replace(state=replace(state, places=places))) is not None
 
     def order(guest: Attempt) -> tuple[float, ...]:
         seconds = state.guest_seconds(guest.completion.client, claim.now)
@@ -268,7 +263,13 @@ def who_makes_room(claim: Claim) -> Attempt | None:
     # An attempt whose answer is whole leaves by itself.
     running = state.running(claim.usable)
     guests = [other for other in running if other.request.guest and not other.reason]
-    return max(filter(is_enough, guests), key=order, default=None)
+    places = {**state.places}
+    left = claim._replace(state=replace(state, places=places))
+    for guest in sorted(guests, key=order, reverse=True):
+        del places[guest]
+        if place_for(left):
+            return guest  # not the first one, which may not be needed then
+    return None
 
 
 def limit_of(backends: Sequence[Backend]) -> int:
@@ -278,7 +279,7 @@ def limit_of(backends: Sequence[Backend]) -> int:
 def spares_editors(claim: Claim) -> bool:
     """Whether a completion leaves a place for editors. After a recent infill, chats and plain
     completions leave one for infills, and one client's infills leave one for another client's.
-    Requests of our own API take any place.
+    A guest's place is as good as a free one for all others. Requests of our own API take any place.
     """
     kind = claim.completion.request.kind
     client = claim.completion.client
@@ -289,6 +290,8 @@ def spares_editors(claim: Claim) -> bool:
     if kind == "infill":
         editors.discard(client)
         alike = [attempt for attempt in alike if attempt.completion.client == client]
+    elif not claim.completion.request.guest:
+        alike = [attempt for attempt in alike if not attempt.request.guest]
     return not (kind and editors) or len(alike) < max(1, limit_of(claim.usable) - 1)
 
 

@@ -324,9 +324,18 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     ({"running": "a - tom, a - tim, b -", "superseded": "b - tom"}, "big@b"),
     (GUEST | {"running": "a - tom, a - tim, b - tom, b - tim"}, "wait 3.0"),
     ({"ahead": True, "running": "a - tom, b - tom"}, "never"),
-    # Not if it would get no place without them either.
-    ({"kind": "chat", "running": "a chat tom, a chat, b chat",
+    # As many as it takes, if a reload has lowered the places.
+    (ALONE | {"running": "a - tom, a - tim, a - tim"}, "end a - tim"),
+    (ALONE | {"running": "a - tom, a - you, a - you"}, "wait 3.0"),
+    # What a guest holds is as good as a free place for an editor.
+    ({"kind": "chat", "running": "a chat tom, a chat, b chat", "editors": {"you": 5}}, "big@b"),
+    (ALONE | {"kind": "chat", "running": "a chat tom, a chat tim",
       "editors": {"you": 5}}, "end a chat tom"),
+    (ALONE | {"kind": "chat", "running": "a chat tom, a chat",
+      "editors": {"you": 5}}, "wait 30.0"),
+    (ALONE | {"kind": "chat", "guest": 1, "running": "a chat tom",
+      "editors": {"you": 5}}, "wait 30.0"),
+    # Not if it would get no place without them either.
     ({"kind": "chat", "running": "a - tom, a chat, b chat, b chat",
       "editors": {"you": 5}}, "wait 30.0"),
     ({"kind": "infill", "running": "a infill me, a infill me, a infill me, b - tom",
