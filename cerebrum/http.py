@@ -742,8 +742,8 @@ class Exchange:
 
 
 class Server:
-    """Runs a task for each connection. Owns the connections, the counts of requests, and the bytes
-    of their bodies.
+    """Runs a task for each connection. Owns the connections and their limit, the counts of
+    requests, and the bytes of their bodies.
     """
 
     def __init__(self, state: Any, routes: Sequence[Route], access: Access) -> None:
@@ -757,6 +757,9 @@ class Server:
         self.answered = Counter({(path, 200): 0 for path in self.routes})
         self.connections: dict[asyncio.Task[None], Connection] = {}  # oldest first
         self.bodies = Counter[str]()  # bytes of the requests being read or answered, by client
+        # Connections at a time. A reload that lowers the limit must end none: the old limit holds
+        # until the connections fit into the new one.
+        self.most = 0
         self.stopping = False
         self._listeners: list[asyncio.Server] = []
         self.tls: ssl.SSLContext | None = None  # of new connections; a reload may replace it
@@ -831,7 +834,10 @@ class Server:
         connection = Connection(reader, writer)
         task = asyncio.current_task()
         assert task is not None
-        while len(self.connections) >= self.access.connections:  # a reload may lower it
+        count = len(self.connections)
+        if count <= self.access.connections:
+            self.most = self.access.connections
+        if count >= self.most:
             self._make_room()
         self.connections[task] = connection
         try:

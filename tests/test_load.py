@@ -355,6 +355,29 @@ async def test_one_connection_too_many_closes_the_oldest_idle_one(begun: bytes) 
         assert [(await read_reply(reader)).status for reader, _ in (busy, third)] == [200, 200]
 
 
+async def test_a_reload_that_lowers_the_limit_ends_no_connection() -> None:
+    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
+        server.access = replace(server.access, connections=5)
+        peers = [await stack.enter_async_context(connect(port)) for _ in range(4)]
+        for _, writer in peers:
+            writer.write(SLOW)
+        await until(lambda: server.bodies.total() == 4 * len(BODY))
+        server.use(replace(server.access, connections=2))
+        assert (await ask(port, HEALTH)).status == 200
+        slow.release.set()
+        for reader, writer in peers:
+            assert (await read_reply(reader)).status == 200
+            writer.write(HEALTH)
+            assert (await read_reply(reader)).status == 200
+        await stack.enter_async_context(connect(port))
+        await until(lambda: len(server.connections) == 5)
+        for _, writer in peers[1:]:
+            writer.close()
+        await until(lambda: len(server.connections) == 2)
+        await stack.enter_async_context(connect(port))
+        await ends(peers[0][0])
+
+
 @pytest.mark.parametrize("begun", [b"", SLOW])
 async def test_the_address_with_most_connections_makes_room(begun: bytes) -> None:
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
