@@ -142,9 +142,11 @@ LOGARITHM = Field(float, -(10**9), 0)  # of a probability
 
 
 def read_probability(members: Members) -> float | None:
-    """The probability of the tokens in an event of llama-server's; None if it does not tell."""
+    """The probability of the tokens in an event of llama-server's; None if it does not tell. Of
+    what comes from a draft it tells 1, without the candidates that we ask for.
+    """
     tokens = map(members_of, items_of(members.get("completion_probabilities")))
-    logarithms: list[Any] = [token.get("logprob") for token in tokens]
+    logarithms: list[Any] = [token.get("top_logprobs") and token.get("logprob") for token in tokens]
     if not logarithms or not all(map(LOGARITHM.accepts, logarithms)):
         return None
     return math.exp(sum(logarithms))
@@ -291,7 +293,8 @@ class Translator:
         stop_at = fields.get("stop_at", "auto")
         indent = fields.get("indent", 0)
         self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops, least)
-        self.written = list[Written]()  # tokens whose probability is known
+        self.written = list[Written]()
+        self.is_told = True  # the probability of all text
         self.sent = list[str]()
         self.events = Events()
         self.characters = Characters()
@@ -362,6 +365,7 @@ class Translator:
             self.deadline = min(self.deadline, now + self.seconds)  # the first one stays
             self.tokens += 1
             self.has_line |= "\n" in text
+            self.is_told &= probability is not None
             text = self.characters.feed(text)
         if probability is not None:
             self.written.append((text, probability))
@@ -382,7 +386,8 @@ class Translator:
         self.done = True
         counts = valid_members(self.counts, RESULT_FIELDS)
         counts["total_tokens"] = counts.get("total_tokens") or self.tokens
-        counts |= confidence_of(self.written, self.ending.start, "".join(self.sent))
+        if self.is_told:
+            counts |= confidence_of(self.written, self.ending.start, "".join(self.sent))
         return "done", {"finish_reason": reason, **counts}
 
 

@@ -57,10 +57,13 @@ async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
 
 def told(text: str, *probabilities: Any) -> bytes:
     """An event of llama-server, with the probability of each of its tokens."""
-    tokens = [{"token": text, "logprob": probability} for probability in probabilities]
+    tokens = [{"token": text, "logprob": one, "top_logprobs": [{}]} for one in probabilities]
     return llama_chunk(text, 1, **({"completion_probabilities": tokens} if tokens else {}))
 
 
+# What it says of a token that it has accepted from a draft.
+PLACEHOLDER = [{"id": 7, "token": " + 2", "bytes": [32], "logprob": 0.0, "top_logprobs": []}]
+DRAFTED = llama_chunk(" + 2", 1, completion_probabilities=PLACEHOLDER)
 HALF = math.log(0.5)
 WHOLE = ("1 + 2 + 3", "stop", None)
 # By name: the events of llama-server, the text, why it ends, its chance.
@@ -75,6 +78,8 @@ LLAMA: dict[str, tuple[list[bytes], tuple[str, str, float | None]]] = {
         ("1", "unsure", 0.99),
     ),
     "no probability": ([told("1"), told(" + 2 + 3")], WHOLE),
+    "from a draft": ([told("1", -0.01), DRAFTED, told(" + 3", -0.01)], WHOLE),
+    "unsure behind a draft": ([DRAFTED, told(" + 3", 3 * HALF)], (" + 2", "unsure", None)),
     "an empty list": ([llama_chunk("1 + 2 + 3", 1, completion_probabilities=[])], WHOLE),
     "no number": ([told("1", "low"), told(" + 2 + 3", None)], WHOLE),
     "more than 1": ([told("1", 0.1), told(" + 2 + 3", True)], WHOLE),
@@ -95,7 +100,8 @@ async def test_llama_server_tells_its_probabilities(name: str) -> None:
         assert "n_probs" not in backend.completions[-1]
 
 
-async def test_a_chat_is_never_cut() -> None:
+@pytest.mark.parametrize("least", [0.2, 1])
+async def test_a_chat_is_never_cut(least: float) -> None:
     answered = [
         CHUNKED,
         *map(chunk, [told("Hello wor"), told("ld")]),
@@ -103,6 +109,6 @@ async def test_a_chat_is_never_cut() -> None:
         b"0\r\n\r\n",
     ]
     async with pi_before(answered, api="llama.cpp") as (pi, _):
-        said = {"messages": [{"role": "user", "content": "hi"}], "min_confidence": 0.2}
+        said = {"messages": [{"role": "user", "content": "hi"}], "min_confidence": least}
         reply = (await pi.post("/v1/chat/completions", {**said, "stream": True})).body.decode()
         assert reply.index("Hello wor") < reply.index('"ld"')
