@@ -70,7 +70,6 @@ CHAT_FIELDS = {
     "seed": Field(int, -(2**63), 2**64 - 1),
     "stream": FLAG,
     **dict.fromkeys(LIMITS, INTEGER),
-    "min_confidence": RULES["min_confidence"],
 }
 CODE_FIELDS = {
     **CHAT_FIELDS,
@@ -81,6 +80,7 @@ CODE_FIELDS = {
     "t_max_predict_ms": LIMIT,
     "filename": NAME,
     "language": NAME,
+    "min_confidence": RULES["min_confidence"],
     "suggest": Field(str, choices=tuple(SUGGEST)),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
@@ -135,7 +135,6 @@ def read_sampling(read: Members, stops: list[str], limit: int = DEFAULT_TOKENS) 
         "top_p": top_p,
         "seed": seed,
         "stop": stops,
-        "min_confidence": read["min_confidence"],
     }
 
 
@@ -301,8 +300,8 @@ def read_code(
     `special` as in `read_stops`.
     """
     sampling = read_sampling(read, read_stops(members, special))
-    if sampling["min_confidence"] is None:
-        sampling["min_confidence"] = SUGGEST[read["suggest"] or suggest]
+    least = read["min_confidence"]
+    sampling["min_confidence"] = SUGGEST[read["suggest"] or suggest] if least is None else least
     for name in ("prompt_ms", "predict_ms"):
         sampling[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
     names = {name: read[name] for name in ("filename", "language")}
@@ -390,10 +389,11 @@ def read_ollama(members: Members) -> CompletionRequest:
         raise wrong("images", "nothing", members["images"])
     if not members.get("messages"):
         prompt = read_prompt(members)
-        if members.get("suffix") or members.get("raw") is True or split_fim(prompt):
-            return read_completion(members)
-        if not prompt:
+        suffix = members.get("suffix")
+        if not prompt and not suffix:
             return read_completion(members | {"prompt": "\n", LIMITS[0]: 0})
+        if suffix or members.get("raw") is True or split_fim(prompt):
+            return read_completion(members)
         texts = {"system": members.get("system", ""), "user": prompt}
         messages = [{"role": role, "content": text} for role, text in texts.items() if text]
         members |= {"messages": messages}

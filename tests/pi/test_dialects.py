@@ -296,6 +296,7 @@ OF_OLLAMA = [
     ({"messages": SAID, "options": None, "keep_alive": "5m", "think": False}, "chat", CHAT),
     ({"messages": SAID, "options": OPTIONS}, "chat", replace(CHAT, **CHOSEN_BY_OPTIONS)),
     ({"prompt": "", "keep_alive": -1}, *LOADS),
+    ({"prompt": "", "raw": True}, *LOADS),
     ({"messages": []}, *LOADS),
     ({"max_tokens": 5}, *LOADS),
     ({"messages": SAID, "prompt": "other", "raw": True, "suffix": "b"}, "chat", CHAT),
