@@ -131,7 +131,7 @@ class Prompts:
     def __init__(self, counts_exactly: bool) -> None:
         self.speed: dict[str, float] = {}  # prompt tokens per second, by model
         self._counts_exactly = counts_exactly
-        # By client and model, the latest last: texts up to a cursor, the newest last.
+        # By client and model, the latest last: texts in the order of reading, the newest last.
         self._read: dict[tuple[str, str], list[str]] = {}
 
     def fit(
@@ -201,14 +201,14 @@ class Prompts:
             speed = fresh / seconds
             self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
         if request.kind in ("infill", "completion"):
-            self._remember((request.client, model), attempt.sent.text.up_to_cursor)
+            self._remember((request.client, model), attempt.sent.text.as_read)
 
     def learn_progress(self, attempt: Attempt, progress: Members) -> None:
         """Learn which part of a prompt has been read ahead, since the next request ends reading."""
         done = progress.get("done", -1)
         total = progress.get("total", -1)
         if progress.get("stage") == "prefill" and COUNT.accepts(done) and COUNT.accepts(total):
-            text = attempt.sent.text.up_to_cursor
+            text = attempt.sent.text.as_read
             read = text[: len(text) * done // max(total, 1)]
             if len(read) > SAME_BEGINNING:
                 self._remember((attempt.request.client, attempt.model), read)

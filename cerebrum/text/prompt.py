@@ -201,7 +201,7 @@ class Prepared(NamedTuple):
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
     kept: Kept  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text
-    up_to_cursor: str = ""  # its text up to there, in the order in which the backend reads it
+    as_read: str = ""  # its text in the order in which the backend reads it
     cut: bool = False  # to limit the prefill, so reading all of it later helps
 
 
@@ -386,10 +386,10 @@ def prepare_text(
     files = render_extra(extra)
     share = LAST_SHARE if layout == "psm" else SUFFIX_SHARE
     before, after = window(prompt, suffix, language, min(room - weigh(files), most), share)
-    up_to_cursor = files + read_first(after, layout) + before
-    whole = up_to_cursor
+    whole = files + as_read(before, after, layout)
     read = max((common_length(whole, text) for text in cached), default=0)
-    fresh = weigh(whole[read:])
+    up_to_cursor = files + before if layout == "psm" else whole  # each key reads the rest anew
+    fresh = weigh(up_to_cursor[read:])
     if fresh > fresh_room:
         near = NEAR
         while 2 * near <= min(fresh_room, most):
@@ -398,9 +398,9 @@ def prepare_text(
         if read < len(files):
             extra = []
             files = ""
-        up_to_cursor = files + read_first(after, layout) + before
-    elif layout == "psm":
-        after = fit_start(after, fresh_room - fresh)  # which each key reads anew
+    elif weigh(whole[read:]) > fresh_room:
+        after = fit_start(after, fresh_room - fresh)
+    text = files + as_read(before, after, layout)
 
     # "heal": vpsd may rewrite the prompt's last token.
     body: dict[str, Any] = {"mode": mode, "prompt": before, "heal": True}
@@ -410,7 +410,7 @@ def prepare_text(
         body["extra"] = extra
     sizes = len(before) + len(after), len(prompt) + len(suffix)
     kept = kept_of(*sizes, window=before != prompt, suffix=after != suffix)
-    return Prepared(body, kept, weigh(files + before + after), up_to_cursor, up_to_cursor != whole)
+    return Prepared(body, kept, weigh(files + before + after), text, text != whole)
 
 
 def window(prompt: str, suffix: str, language: Language, room: int, share: int) -> tuple[str, str]:
@@ -450,11 +450,10 @@ def steady_suffix(suffix: str) -> str:
     return ADDED.sub("", suffix, count=1)
 
 
-def read_first(suffix: str, layout: str) -> str:
-    """The part of the suffix that a backend reads before the prefix."""
-    if layout == "spmv2":
-        return steady_suffix(suffix)
-    return suffix if layout == "spm" else ""
+def as_read(before: str, after: str, layout: str) -> str:
+    """The text around the cursor in the order in which a backend reads it."""
+    behind = steady_suffix(after) if layout == "spmv2" else after
+    return "".join(arrange_gap(layout, ("", "", ""), before, behind))
 
 
 def fit_extra(extra: Sequence[File], room: int) -> list[File]:

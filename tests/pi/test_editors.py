@@ -651,6 +651,17 @@ async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later(
         assert after["suffix"] == whole["suffix"]
 
 
+async def test_a_suffix_that_is_cut_to_be_read_in_time_is_sent_whole_once_it_is_read() -> None:
+    async with pi_with(script("ab", **TOLD), script(**TOLD), script("cd", **TOLD)) as (pi, backend):
+        place = PLACE | {"input_prefix": "", "input_suffix": AFTER}
+        await infill(pi, **place)
+        await read_whole(pi, backend)
+        assert [(await infill(pi, **place)).json["content"] for _ in range(2)] == ["cd"] * 2
+        cut, whole, last = [asked["suffix"] for asked in backend.completions]
+        assert weigh(cut) <= NEAR < weigh(whole)
+        assert last == whole
+
+
 SUFFIX_FIRST = answer(
     200, {"models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096, "fim_layout": "spmv2"}]}
 )

@@ -433,7 +433,7 @@ def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
     read, before = 0, ""
     for end in range(200):
         fields = {"prompt": above + PYTHON_FILE[:end], "suffix": below, "language": "python"}
-        text = prepare(fields, "infill", 3000, None, (), "spmv2").up_to_cursor
+        text = prepare(fields, "infill", 3000, None, (), "spmv2").as_read
         assert text.startswith(below[:100])
         assert text.endswith(fields["prompt"][-100:])
         read += len(text) - common_length(text, before)
@@ -444,9 +444,11 @@ def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
 FAR = PYTHON_FILE[:8000]
 BELOW = PYTHON_FILE[8000:9000]
 # The layout, the parts that have been read ("text" is a read prompt without its last 60
-# characters), and what is sent: all of the window, or what is near the cursor.
+# characters, "above" its part above the cursor), and what is sent: all of the window, or what is
+# near the cursor.
 READ = """
 psm   |            | near
+psm   | above      | all
 psm   | text       | all
 psm   | other text | all
 spmv2 |            | near
@@ -461,9 +463,10 @@ def read_in_time(above: str, below: str, layout: str, read: list[str]) -> tuple[
     """What is sent of a gap, and what in 50 tokens' time beside these parts that have been read."""
     fields = {"prompt": above, "suffix": below, "language": "python"}
     whole = prepare(fields, "infill", 3000, layout=layout)
-    text = whole.up_to_cursor
+    text = whole.as_read
     known = {"text": text[:-60], "half": text[: len(text) // 2], "other": "another text"}
     known["most"] = text[: len(text) * 7 // 8]
+    known["above"] = whole.body["prompt"][:-60]
     enough = int(whole.weight / 3.5) + 20  # tokens, a few of them marks
     assert prepare(fields, "infill", 3000, enough, (), layout) == whole
     return whole, prepare(fields, "infill", 3000, 50, [known[name] for name in read], layout)
@@ -481,14 +484,14 @@ def test_what_cannot_be_read_in_time_is_left_out() -> None:
             assert 0.6 * NEAR < result.weight <= NEAR
         # With little text above, the suffix fills the window.
         whole, result = read_in_time(FAR[:500], PYTHON_FILE[500:9000], layout, read)
-        if layout == "psm" and is_whole:  # each key reads it anew
-            assert result.up_to_cursor == whole.up_to_cursor
+        if parts == "above":  # each key reads it anew
+            assert result.body["prompt"] == whole.body["prompt"]
             assert 0.7 * NEAR < weigh(result.body["suffix"]) <= NEAR
-            assert not result.cut
+            assert result.cut
         elif is_whole:
             assert result == whole
         else:
-            assert result.cut == (layout != "psm")
+            assert result.cut
 
 
 def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:
