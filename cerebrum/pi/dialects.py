@@ -1,5 +1,5 @@
-"""Other people's dialects: the APIs of OpenAI, llama.cpp and Ollama, as editors and tools speak
-them.
+"""Other people's dialects: the APIs of OpenAI, Mistral, llama.cpp and Ollama, as editors and tools
+speak them.
 
 A `Dialect` reads a client's request into a `CompletionRequest`, with fields like those of our own
 API, and writes the answer in the client's format (`Reply`), whole or as a stream.
@@ -17,8 +17,8 @@ limit above ours is lowered, and of several completions the first is returned. H
 field that cannot be served.
 
 Pure: no socket, no clock, no state. Standard library only. The formats come from the clients'
-sources (llama.vim, llama.vscode, Zed, Continue, minuet, codecompanion, Tabby, the packages
-openai and ollama), and from the documentation of OpenAI, llama-server and Ollama.
+sources (llama.vim, llama.vscode, Zed, Continue, kilocode, minuet, codecompanion, Tabby, the
+packages openai and ollama), and from the documentation of OpenAI, Mistral, llama-server and Ollama.
 """
 
 from __future__ import annotations
@@ -346,6 +346,12 @@ def read_completion(members: Members) -> CompletionRequest:
     return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
 
 
+def read_fim(members: Members) -> CompletionRequest:
+    """POST /v1/fim/completions: Mistral's gap, even at the end of a file."""
+    seed = members.get("random_seed")
+    return read_completion({"suffix": "", "seed": seed, **present(members)})
+
+
 def read_infill(members: Members) -> CompletionRequest:
     """POST /infill: llama-server's completion between two texts. `prompt` continues
     `input_prefix`.
@@ -496,6 +502,7 @@ class ChatReply(Reply):
     prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    always = False  # a `delta` has a content, also after the last text
 
     def begin(self) -> bytes:
         return sse(self.frame({"delta": {"role": "assistant", "content": ""}}))
@@ -503,7 +510,13 @@ class ChatReply(Reply):
     def part(self, text: str, whole: bool = False) -> JsonObject:
         if whole:
             return {"message": {"role": "assistant", "content": text}}
-        return {"delta": {"content": text} if text else {}}
+        return {"delta": {"content": text} if text or self.always else {}}
+
+
+class FimReply(ChatReply):
+    """Mistral's answer: a chat's. Without a content, Continue would add "undefined" to the code."""
+
+    always = True
 
 
 class LlamaReply(Reply):
@@ -711,7 +724,8 @@ OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_completion, Repl
 OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply)
 COMPLETION = Dialect(("/completion",), read_completion, LlamaReply)
 INFILL = Dialect(("/infill",), read_infill, LlamaReply)
-DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, COMPLETION, INFILL)
+FIM_COMPLETION = Dialect(("/v1/fim/completions", "/fim/completions"), read_fim, FimReply)
+DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, FIM_COMPLETION, COMPLETION, INFILL)
 OLLAMA = (
     Dialect(("/api/generate",), read_ollama, OllamaReply),
     Dialect(("/api/chat",), read_ollama, OllamaChatReply),

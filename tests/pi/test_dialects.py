@@ -19,6 +19,7 @@ from cerebrum.pi.completion import CompletionRequest
 from cerebrum.pi.dialects import (
     COMPLETION,
     FIM,
+    FIM_COMPLETION,
     INFILL,
     INFILL_FIELDS,
     OLLAMA,
@@ -35,6 +36,7 @@ from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError
 
 DIALECTS = {"text": OPENAI_TEXT, "chat": OPENAI_CHAT, "completion": COMPLETION, "infill": INFILL}
+DIALECTS["fim"] = FIM_COMPLETION
 ALL = list(DIALECTS)
 SAID = [{"role": "user", "content": "hi"}]
 BASES = {name: {"prompt": "x"} for name in ALL}
@@ -50,6 +52,7 @@ DEFAULTS = {
     "chat": ("chat", GenerationRequest(max_tokens=2048, messages=SAID, mode="chat", stop=[])),
     "completion": ("completion", CODE),
     "infill": ("infill", replace(CODE, extra=[], min_confidence=0.1)),
+    "fim": ("infill", CODE),
 }
 NULLED = [*TEXT_FIELDS, *INFILL_FIELDS, "stop", "stream_options", "input_extra"]
 NULLED += ["response_fields", "tools", "unheard_of"]
@@ -157,6 +160,8 @@ READ = [
     ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
     ("text", {"suggest": "never"}, "completion", {"min_confidence": 1.0}),
     ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
+    ("fim", {"random_seed": 7, "min_tokens": 9}, "infill", {"seed": 7}),
+    ("fim", {"prompt": "", "suffix": "b"}, "infill", {"prompt": "", "suffix": "b"} | FILLS),
     (
         "infill",
         {
@@ -490,6 +495,11 @@ def test_openai_chat() -> None:
     end = framed % (b'"delta":{}', b'"stop"')
     assert (reply.begin(), reply.text(SURROGATES)) == (sse(begin), sse(piece))
     assert reply.end(RESULT) == sse(end, b"[DONE]")
+    gap = reply_to("fim", stream=True)
+    assert gap.whole("x", RESULT) == reply.whole("x", RESULT)
+    assert (gap.begin(), gap.text(SURROGATES)) == (sse(begin), sse(piece))
+    end = end.replace(b"{}", b'{"content":""}')
+    assert gap.end(RESULT) == sse(end, b"[DONE]")
 
 
 def test_llama() -> None:

@@ -45,6 +45,7 @@ MORE = {  # examples of the members that no `Field` checks
     },
     "/v1/completions": {"prompt": ["a"], "stop": "b", "stream_options": {"include_usage": True}},
     "/v1/chat/completions": {"messages": SAID, "stop": ["b"], "stream_options": None},
+    "/v1/fim/completions": {"prompt": "a", "suffix": "b", "random_seed": 1, "stop": "c"},
     "/completion": {"prompt": "a", "response_fields": ["content"]},
     "/infill": {"prompt": "", "stop": None, "input_extra": [{"filename": "a.py", "text": "b"}]},
     "/api/generate": {"prompt": "a", "suffix": "b", "options": {"stop": ["b"], "seed": 1}},
