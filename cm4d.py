@@ -511,6 +511,7 @@ async def complete_stream(gateway: Gateway, request: Request) -> Response:
 # the backend answers.
 NATIVE_EVENTS: dict[str, Callable[[Any], bytes]] = {
     "started": lambda _: b"",
+    "waiting": lambda place: b": waiting, place %d in the line\n\n" % place,
     "idle": lambda _: SSE_COMMENT,
     "progress": lambda progress: sse_event({"progress": progress}),
     "text": bytes,
@@ -684,8 +685,9 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     wanted = replace(wanted, fields=fields, **gateway.who(request))
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
-    subscriber = Subscriber(gateway.broadcasts, Completion(wanted, notes=request.notes), editor)
-    pairs = subscriber.pairs()
+    completion = Completion(wanted, notes=request.notes)
+    has_comments = dialect.reply.idle != b""
+    pairs = Subscriber(gateway.broadcasts, completion, editor, has_comments).pairs()
     reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
     if wanted.stream:
         return stream_in_dialect(pairs, reply_to)
@@ -807,7 +809,7 @@ METRICS = (
         Metric("cerebrum_completions_active", "Completions that hold a place.",
                "dispatcher.active", "requests_active"),
         Metric("cerebrum_completions_waiting", "Completions that wait for a place.",
-               lambda pi: len(pi.dispatcher.state.line)),
+               lambda pi: len(pi.dispatcher.state.line), "requests_waiting"),
         Metric("cerebrum_shared_total", "Requests that shared a completion.",
                "broadcasts.shared", "shared"),
         Metric("cerebrum_replaced_total", "Infills that a newer one replaced.",

@@ -150,6 +150,7 @@ OF_PI = """
 .replaced int
 .requests_active int
 .requests_total int
+.requests_waiting int
 .shared int
 .speculative bool
 .type_through int

@@ -240,6 +240,10 @@ def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
 # --------------------------------------------------------------------------- following a completion
 
 
+# Longer than an infill waits: editors act on its status. For others a silent connection looks dead.
+WAITING_SECONDS = 5.0
+
+
 @dataclass(slots=True, eq=False)
 class Subscriber:
     """One client's request in a dialect, and its position in a broadcast, which others may read
@@ -249,6 +253,7 @@ class Subscriber:
     broadcasts: Broadcasts
     completion: Completion
     editor: str
+    shows_place: bool = False  # the client is told its place in the line
     broadcast: Broadcast | None = None  # once it has joined
     at: int = 0  # pairs read
     typed: int = 0  # characters of the text that the client typed before
@@ -261,10 +266,10 @@ class Subscriber:
         return self.completion.request
 
     async def pairs(self) -> Pairs:
-        """The pairs of `Gateway.complete` but "progress", which no dialect has. Several "idle" may
-        come as one. A replaced request ends like a completion that a limit has cut, because some
-        editors would show an error to the user; a speculative one fails, or llama.vim would
-        remember the empty text.
+        """The pairs of `Gateway.complete` but "progress", which no dialect has, and "waiting".
+        Several "idle" may come as one. A replaced request ends like a completion that a limit has
+        cut, because some editors would show an error to the user; a speculative one fails, or
+        llama.vim would remember the empty text.
         """
         try:
             broadcast = self.broadcasts.join(self)
@@ -276,12 +281,8 @@ class Subscriber:
                         return
                 elif broadcast.failure:
                     raise broadcast.failure
-                else:
-                    await broadcast.changed.wait()
-                    # Nothing comes before "started": an error can still be an HTTP status.
-                    is_read = 0 < self.at == len(broadcast.pairs)
-                    if is_read and not (broadcast.failure or self.replaced):
-                        yield "idle", None
+                elif pair := await self._wait(broadcast):
+                    yield pair
             if not self.waits:
                 raise HttpError(SUPERSEDED, "other requests came first")
             if not self.at:
@@ -289,6 +290,21 @@ class Subscriber:
             yield "done", {"finish_reason": "replaced"}
         finally:
             self.broadcasts.leave(self)
+
+    async def _wait(self, broadcast: Broadcast) -> Pair | None:
+        """Wait for a change, or for WAITING_SECONDS in the line. Returns a pair if nothing is to be
+        read then.
+        """
+        seconds = WAITING_SECONDS if self.shows_place and not self.at else None
+        try:
+            await asyncio.wait_for(broadcast.changed.wait(), seconds)
+        except TimeoutError:
+            for place, waiting in enumerate(self.broadcasts.dispatcher.advance(), 1):
+                if waiting is broadcast.completion:
+                    return "waiting", place
+        # Nothing else comes before "started": an error can still be an HTTP status.
+        is_read = 0 < self.at == len(broadcast.pairs)
+        return ("idle", None) if is_read and not (broadcast.failure or self.replaced) else None
 
     def _next(self, broadcast: Broadcast) -> Pair:
         event, value = broadcast.pairs[self.at]

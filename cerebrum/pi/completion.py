@@ -107,6 +107,7 @@ def digest_of(fields: GenerationRequest, names: Iterable[str]) -> bytes:
 #     ("begun", None)     a backend responds. `Gateway` replaces it by "started"
 #     ("started", dict)   {"model", "n_ctx", "kept"}. An error before this pair can still be an HTTP
 #                         status. The pair comes again if another backend takes over
+#     ("waiting", int)    the place in the line; from then on an error is no HTTP status
 #     ("idle", None)      nothing new, but the backend is alive
 #     ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for it
 #     ("text", bytes)     whole native token events, relayed without being parsed; `read_text`
@@ -114,7 +115,7 @@ def digest_of(fields: GenerationRequest, names: Iterable[str]) -> bytes:
 #     ("done", dict)      last: the result, a native done event without its member `done`
 #
 # A completion that fails raises HttpError instead of "done".
-Event = Literal["begun", "started", "idle", "progress", "text", "done"]
+Event = Literal["begun", "started", "waiting", "idle", "progress", "text", "done"]
 Pair = tuple[Event, Any]
 Pairs = AsyncGenerator[Pair, None]
 

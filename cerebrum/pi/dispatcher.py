@@ -423,7 +423,7 @@ class Dispatcher:
 
     def advance(self) -> dict[Completion, float]:
         """Give free places to those that wait, in turns, and return when to ask again for each of
-        the others. If nobody waits, idle backends read ahead.
+        the others, the next one first. If nobody waits, idle backends read ahead.
         """
         state = self.state
         waiting = [*state.line]

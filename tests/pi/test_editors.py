@@ -301,6 +301,53 @@ async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
         assert pi.line == {}
 
 
+async def test_a_stream_that_waits_is_told_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broadcast, "WAITING_SECONDS", 0.01)
+    go = asyncio.Event()
+    async with pi_with(gated(go), GOOD, max_concurrent=1) as (pi, backend):
+        running = start(pi, CHATS, CHAT)
+        await backend.begun.wait()
+        waiting = []
+        for path, body in (("/v1/completions", {"prompt": "x"}), (CHATS, CHAT)):
+            waiting.append(await pi.open("POST", path, {**body, "stream": True}))
+            await until(lambda: len(pi.line) == len(waiting))
+        for place, (reader, _) in enumerate(waiting, 1):
+            said = b": waiting, place %d in the line\n\n" % place
+            begun = await reader.readuntil(b"\r\n" + said)
+            assert begun.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert said in await reader.readuntil(said)  # and again
+        assert (await pi.stats())["requests_waiting"] == 2
+        go.set()
+        for reader, _ in waiting:
+            assert b'"a"' in await reader.readuntil(b"data: [DONE]\n\n")
+        assert (await running).status == 200
+
+
+# Whether a request is told its place by then, and the head of its answer.
+WAITED = [
+    ("/v1/completions", {"prompt": "x", "stream": True}, 0.01, 200),
+    ("/v1/completions", {"prompt": "x", "stream": True}, 5.0, 429),
+    ("/v1/completions", {"prompt": "x"}, 0.01, 429),
+    ("/api/generate", {"prompt": "x", "raw": True}, 0.01, 429),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "seconds", "status"), WAITED)
+async def test_an_error_is_an_event_only_behind_a_place(
+    path: str, body: dict[str, Any], seconds: float, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert completion.WAIT_SECONDS["infill"] < broadcast.WAITING_SECONDS
+    monkeypatch.setattr(broadcast, "WAITING_SECONDS", seconds)
+    monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.2)
+    async with pi_with([HANG], max_concurrent=1) as (pi, backend), busy(pi, backend, CHATS, CHAT):
+        reply = await start(pi, path, body)
+        assert (reply.status, reply.clean) == (status, status == 429)
+        assert (b": waiting, place 1 in the line" in reply.body) == (status == 200)
+        assert b"expected at most 1 completions at a time" in reply.body
+        if status == 200:
+            assert data(reply)[-1]["error"]["code"] == "RATE_LIMIT"
+
+
 async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(
     monkeypatch,
 ):
