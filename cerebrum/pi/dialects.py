@@ -67,7 +67,7 @@ CHAT_FIELDS = {
     "model": TEXT,
     "temperature": Field(float, 0, 100, 0.4),  # OpenAI allows 2; values above 1 are lowered
     "top_p": Field(float, 0, 1),
-    "seed": Field(int, -(2**63), 2**64 - 1),
+    **dict.fromkeys(("seed", "random_seed"), Field(int, -(2**63), 2**64 - 1)),
     "stream": FLAG,
     **dict.fromkeys(LIMITS, INTEGER),
 }
@@ -123,7 +123,7 @@ def read_sampling(read: Members, stops: list[str], limit: int = DEFAULT_TOKENS) 
     limits = [read[name] for name in LIMITS]
     limit = next((given for given in limits if given is not None), limit)
     top_p = read["top_p"]
-    seed = read["seed"]
+    seed = read["random_seed"] if read["seed"] is None else read["seed"]
     if top_p is not None:
         top_p = max(top_p, MIN_TOP_P)
     if seed is not None:
@@ -326,8 +326,8 @@ def ask_text(
 
 
 def read_completion(members: Members) -> CompletionRequest:
-    """POST /v1/completions and /completion: a text to complete. `prompt` may carry
-    fill-in-the-middle tokens, or have a layout of its own.
+    """POST /v1/completions, /v1/fim/completions and /completion: a text to complete. `prompt` may
+    carry fill-in-the-middle tokens, or have a layout of its own.
     """
     members = present(members)
     read = read_fields(members, TEXT_FIELDS)
@@ -344,12 +344,6 @@ def read_completion(members: Members) -> CompletionRequest:
     prefix, suffix, filename, extra = split
     filename = filename or read["filename"]
     return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
-
-
-def read_fim(members: Members) -> CompletionRequest:
-    """POST /v1/fim/completions: Mistral's gap, even at the end of a file."""
-    seed = members.get("random_seed")
-    return read_completion({"suffix": "", "seed": seed, **present(members)})
 
 
 def read_infill(members: Members) -> CompletionRequest:
@@ -724,7 +718,7 @@ OPENAI_TEXT = Dialect(("/v1/completions", "/completions"), read_completion, Repl
 OPENAI_CHAT = Dialect(("/v1/chat/completions", "/chat/completions"), read_chat, ChatReply)
 COMPLETION = Dialect(("/completion",), read_completion, LlamaReply)
 INFILL = Dialect(("/infill",), read_infill, LlamaReply)
-FIM_COMPLETION = Dialect(("/v1/fim/completions", "/fim/completions"), read_fim, FimReply)
+FIM_COMPLETION = Dialect(("/v1/fim/completions", "/fim/completions"), read_completion, FimReply)
 DIALECTS = (OPENAI_TEXT, OPENAI_CHAT, FIM_COMPLETION, COMPLETION, INFILL)
 OLLAMA = (
     Dialect(("/api/generate",), read_ollama, OllamaReply),

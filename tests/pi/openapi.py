@@ -77,9 +77,7 @@ OLLAMA = object_of(
 )
 REQUESTS = {
     dialects.OPENAI_TEXT: object_of(dialects.TEXT_FIELDS, True, **PROMPT, stream_options=USAGE),
-    dialects.FIM_COMPLETION: object_of(
-        dialects.TEXT_FIELDS | {"random_seed": dialects.TEXT_FIELDS["seed"]}, True, **PROMPT
-    ),
+    dialects.FIM_COMPLETION: object_of(dialects.TEXT_FIELDS, True, **PROMPT),
     dialects.OPENAI_CHAT: CHAT | {"required": ["messages"]},
     dialects.COMPLETION: object_of(dialects.TEXT_FIELDS, True, **LLAMA),
     dialects.INFILL: object_of(dialects.INFILL_FIELDS, True, **LLAMA, input_extra=EXTRA),

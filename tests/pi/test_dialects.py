@@ -52,7 +52,7 @@ DEFAULTS = {
     "chat": ("chat", GenerationRequest(max_tokens=2048, messages=SAID, mode="chat", stop=[])),
     "completion": ("completion", CODE),
     "infill": ("infill", replace(CODE, extra=[], min_confidence=0.1)),
-    "fim": ("infill", CODE),
+    "fim": ("completion", CODE),
 }
 NULLED = [*TEXT_FIELDS, *INFILL_FIELDS, "stop", "stream_options", "input_extra"]
 NULLED += ["response_fields", "tools", "unheard_of"]
@@ -160,7 +160,7 @@ READ = [
     ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
     ("text", {"suggest": "never"}, "completion", {"min_confidence": 1.0}),
     ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
-    ("fim", {"random_seed": 7, "min_tokens": 9}, "infill", {"seed": 7}),
+    ("fim", {"suffix": "", "random_seed": 0, "min_tokens": 9}, "infill", {"seed": 0}),
     ("fim", {"prompt": "", "suffix": "b"}, "infill", {"prompt": "", "suffix": "b"} | FILLS),
     (
         "infill",
