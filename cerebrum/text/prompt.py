@@ -451,9 +451,12 @@ def steady_suffix(suffix: str) -> str:
 
 
 def as_read(before: str, after: str, layout: str) -> str:
-    """The text around the cursor in the order in which a backend reads it."""
-    behind = steady_suffix(after) if layout == "spmv2" else after
-    return "".join(arrange_gap(layout, ("", "", ""), before, behind))
+    """The text around the cursor in the order in which a backend reads it. A NUL stands for the
+    mark before a suffix that is read last: once the cursor moves down, that must be read again.
+    """
+    if layout == "psm":
+        return f"{before}\0{after}"
+    return (steady_suffix(after) if layout == "spmv2" else after) + before
 
 
 def fit_extra(extra: Sequence[File], room: int) -> list[File]:

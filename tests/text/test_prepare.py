@@ -494,6 +494,15 @@ def test_what_cannot_be_read_in_time_is_left_out() -> None:
             assert result.cut
 
 
+def test_what_was_read_below_the_cursor_is_not_read_above_it() -> None:
+    def fields(cursor: int) -> dict[str, str]:
+        return {"prompt": FAR[:cursor], "suffix": FAR[cursor:2500], "language": "python"}
+
+    read = prepare(fields(200), "infill", 3000).as_read
+    assert read.endswith(FAR[2300:2500])
+    assert prepare(fields(2400), "infill", 3000, 50, [read]).cut
+
+
 def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:
     prompt = "<|file_sep|>original/a.py\n" + "x = 1\n" * 5000
     result = prepared(prompt, budget=100, special=True)
