@@ -686,8 +686,7 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     completion = Completion(wanted, notes=request.notes)
-    has_comments = dialect.reply.idle != b""
-    pairs = Subscriber(gateway.broadcasts, completion, editor, has_comments).pairs()
+    pairs = Subscriber(gateway.broadcasts, completion, editor, dialect.reply.has_comments).pairs()
     reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
     if wanted.stream:
         return stream_in_dialect(pairs, reply_to)
@@ -706,7 +705,7 @@ def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply
     def begin(begun: Members) -> bytes:
         reply = reply_to(begun)
         response.headers = kept_headers(begun["kept"])
-        events.update(text=reply.text, done=reply.end, idle=lambda _: reply.idle)
+        events.update(text=reply.text, done=reply.end)
         replies.append(reply)
         return b"" if replies[1:] else reply.begin()
 

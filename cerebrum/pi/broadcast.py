@@ -253,7 +253,7 @@ class Subscriber:
     broadcasts: Broadcasts
     completion: Completion
     editor: str
-    shows_place: bool = False  # the client is told its place in the line
+    has_comments: bool  # the client's dialect: "waiting" and "idle" can be sent
     broadcast: Broadcast | None = None  # once it has joined
     at: int = 0  # pairs read
     typed: int = 0  # characters of the text that the client typed before
@@ -295,7 +295,7 @@ class Subscriber:
         """Wait for a change, or for WAITING_SECONDS in the line. Returns a pair if nothing is to be
         read then.
         """
-        seconds = WAITING_SECONDS if self.shows_place and not self.at else None
+        seconds = WAITING_SECONDS if self.has_comments and not self.at else None
         try:
             await asyncio.wait_for(broadcast.changed.wait(), seconds)
         except TimeoutError:
@@ -303,7 +303,7 @@ class Subscriber:
                 if waiting is broadcast.completion:
                     return "waiting", place
         # Nothing else comes before "started": an error can still be an HTTP status.
-        is_read = 0 < self.at == len(broadcast.pairs)
+        is_read = 0 < self.at == len(broadcast.pairs) and self.has_comments
         return ("idle", None) if is_read and not (broadcast.failure or self.replaced) else None
 
     def _next(self, broadcast: Broadcast) -> Pair:

@@ -42,7 +42,7 @@ from cerebrum.fields import (
 )
 from cerebrum.pi.completion import CUT, NEVER, SURENESS, CompletionRequest
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
-from cerebrum_common import SSE_COMMENT, HttpError, Model, compact, json_line, sse_block
+from cerebrum_common import HttpError, Model, compact, json_line, sse_block
 
 # ----------------------------------------------------------------------------------------- requests
 
@@ -304,8 +304,8 @@ def read_code(
     sampling["min_confidence"] = SUGGEST[read["suggest"] or suggest] if least is None else least
     for name in ("prompt_ms", "predict_ms"):
         sampling[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
-    names = {name: read[name] for name in ("filename", "language")}
-    fields = GenerationRequest(**sampling, **names, indent=read["n_indent"])
+    sampling |= {"filename": read["filename"], "language": read["language"]}
+    fields = GenerationRequest(**sampling, indent=read["n_indent"])
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
     usage = wants_usage(members)
     return CompletionRequest(
@@ -442,7 +442,7 @@ class Reply:
     whole_object = "text_completion"
     chunk_object = whole_object
     block = staticmethod(sse)  # of a stream
-    idle = SSE_COMMENT  # shows that the connection is alive
+    has_comments = True  # which show that the connection is alive, or a place in the line
 
     def __post_init__(self) -> None:
         # For `TOKEN_TEXT.sub`.
@@ -556,7 +556,7 @@ class OllamaReply(Reply):
     """Ollama's completion of a text, in lines of JSON: {"model", "created_at", "response", …}."""
 
     block = staticmethod(json_line)
-    idle = b""
+    has_comments = False
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
         return {"response": text}
