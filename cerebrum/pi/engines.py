@@ -403,10 +403,7 @@ COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token 
 # ---------------------------------------------------------------------------------------- the kinds
 
 
-REFUSALS = {
-    404: ("MODEL_NOT_FOUND", "VPS backend does not have this model, or does not know this call"),
-    429: TOO_MANY,
-}
+NO_MODEL = "VPS backend does not have this model, or does not know this call"
 
 
 class Engine(Kind):
@@ -423,18 +420,20 @@ class Engine(Kind):
     def refusal(self, status: int, members: Members) -> HttpError:
         error = members.get("error")
         if status in (401, 403):
-            where = f"expected the right one in {self.config.variable}"
-            return Unusable("VPS_UNAVAILABLE", f"VPS backend refuses our key: {where}")
-        if status in REFUSALS:
-            return HttpError(*REFUSALS[status])
-        lengths = read_overflow(error) if status in (400, 413, 422) else None
-        if lengths is not None:
+            return Unusable(
+                "VPS_UNAVAILABLE",
+                f"VPS backend refuses our key: expected the right one in {self.config.variable}",
+            )
+        if status == 404:
+            return HttpError("MODEL_NOT_FOUND", NO_MODEL)
+        if status == 429:
+            return HttpError(*TOO_MANY)
+        lengths = read_overflow(error)
+        if lengths is not None and status in (400, 413, 422):
             return TooLong(lengths)
-        if status == 503 and members_of(error).get("message") == "Loading model":
+        if members_of(error).get("message") == "Loading model":
             return Unusable("VPS_UNAVAILABLE", "VPS backend is loading its model")
-        if status not in range(400, 500) and status != 501:
-            return BackendFailure(f"it answered {status}")
-        return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
+        return super().refusal(status, members)
 
     async def ask_health(self) -> None:
         try:

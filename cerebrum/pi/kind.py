@@ -73,11 +73,14 @@ class Kind(ABC):
 
     parse: Callable[[bytes], JsonObject]  # a JSON object; HttpError if it is none
 
-    @abstractmethod
     def refusal(self, status: int, members: Members) -> HttpError:
         """The client's error if the backend answers with this status and these members.
-        BackendFailure if no working backend would.
+        BackendFailure if no working backend would. Here for members that no kind knows: a 4xx is
+        about the request, maybe by a proxy, and a 501 about the call.
         """
+        if status not in range(400, 500) and status != 501:
+            return BackendFailure(f"it answered {status}")
+        return HttpError("VPS_UNAVAILABLE", f"VPS backend refuses the request ({status})")
 
     # What a kind reports about itself.
 

@@ -89,10 +89,10 @@ def our_error(members: Members, key: str) -> HttpError | None:
     """The client's error if this JSON object has the error format of our daemons, else None."""
     message = members.get("message")
     code = members.get("code", "")
-    is_ours = members.get("error") is True and isinstance(message, str)
-    if not is_ours or not ERROR_CODE.accepts(code):
+    is_error = members.get("error") is True and ERROR_CODE.accepts(code)
+    if not is_error or not isinstance(message, str):
         return None
-    message = CONTROLS.sub(" ", str(message))
+    message = CONTROLS.sub(" ", message)
     if key:  # it goes before the cut, which could leave half of it
         message = message.replace(key, "***")
     message = message[:MAX_MESSAGE_CHARACTERS]
@@ -165,7 +165,7 @@ class Vpsd(Kind):
     def refusal(self, status: int, members: Members) -> HttpError:
         error = our_error(members, self.config.key)
         if error is None or status < 400:
-            return BackendFailure(f"it answered {status}, without Cerebrum's form of an error")
+            return super().refusal(status, members)
         if status in EXPLAINED:
             return Unusable("VPS_UNAVAILABLE", EXPLAINED[status].format(self.config.variable))
         return error
