@@ -1,0 +1,253 @@
+"""Every kind of request against every answer of a backend that fails: what the client gets, what
+the backend is sent, and what is counted.
+
+The promises are those of docs/api.md (errors and their forms), docs/backends.md (what is sent
+again), docs/operate.md (places, the circuit breaker) and docs/household.md (a person's figures).
+To add a kind of request, add its row to KINDS.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any, NamedTuple
+from unittest.mock import ANY
+
+import pytest
+from harness import KEY, Reply, until
+from scripted import CHUNKED, HANG, Backend, answer, backend_at, chunk, head, pi_for, script, token
+from test_backends import LISTED, LONG, llama_chunk, text_chunk
+
+from cerebrum.pi import backend as pi_backend
+from cerebrum.pi import engines, native
+from cerebrum.pi import kind as pi_kind
+from cerebrum.pi.upstream import APIS
+
+# ------------------------------------------------------------------------------------- the requests
+
+# The forms of an error: our own API's, that of most dialects, and that of Ollama's.
+OURS, OPENAIS = "ours", "OpenAI's"
+OLLAMAS = "Ollama's"
+# The path, the form of its errors, and the body.
+KINDS = {
+    "completion": ("/v1/complete", OURS, '{"prompt": "TEXT", "language": "python"}'),
+    "text": ("/v1/completions", OPENAIS, '{"prompt": "TEXT"}'),
+    "FIM by tokens": (
+        "/v1/completions",
+        OPENAIS,
+        '{"prompt": "<|fim_prefix|>TEXT<|fim_suffix|>\\nf(x)\\n<|fim_middle|>"}',
+    ),
+    "chat": (
+        "/v1/chat/completions",
+        OPENAIS,
+        '{"messages": [{"role": "user", "content": "TEXT"}]}',
+    ),
+    "infill": ("/infill", OPENAIS, '{"prompt": "TEXT", "input_suffix": "y", "suggest": "always"}'),
+    "hint": ("/infill", OPENAIS, '{"prompt": "TEXT", "input_suffix": "y", "min_confidence": 0.2}'),
+    "Ollama's generate": ("/api/generate", OLLAMAS, '{"prompt": "TEXT", "suffix": "y"}'),
+    "Ollama's chat": (
+        "/api/chat",
+        OLLAMAS,
+        '{"messages": [{"role": "user", "content": "TEXT"}]}',
+    ),
+    "speculative": (
+        "/infill",
+        OPENAIS,
+        '{"prompt": "TEXT", "input_suffix": "y", "speculative": true}',
+    ),
+    "ahead": ("/infill", OPENAIS, '{"prompt": "TEXT", "input_suffix": "y", "n_predict": 0}'),
+    "tokenize": ("/tokenize", OPENAIS, '{"content": "TEXT"}'),
+}
+NO_STREAM = ("ahead", "tokenize")
+NOBODYS = ("speculative", "ahead", "tokenize")  # no completion of a person
+CASES = [(kind, False) for kind in KINDS]
+CASES += [(kind, True) for kind in KINDS if kind not in NO_STREAM]
+
+# ------------------------------------------------------------------------- the answers of a backend
+
+
+class Promise(NamedTuple):
+    """What is promised of an answer. No code: the client gets a whole text."""
+
+    status: int
+    code: str = ""
+    failures: int = 0  # that the breaker counts
+    sent: int = 1  # requests that the backend gets
+    tokens: int = 0  # of the person
+    then: int = 200  # the status of the next request
+
+
+BAD = Promise(400, "INVALID_REQUEST")
+MISSING = Promise(404, "MODEL_NOT_FOUND")
+NEWER = Promise(409, "SUPERSEDED")
+BUSY = Promise(429, "RATE_LIMIT")
+RESTS = BUSY._replace(then=429)
+FULL = Promise(503, "RESOURCE_EXHAUSTED")
+REFUSED = Promise(503, "VPS_UNAVAILABLE")
+FAILED = REFUSED._replace(failures=1)
+CUT = FAILED._replace(tokens=1)
+AGAIN = Promise(200, sent=2, tokens=2)
+# An API that charges for each token is not asked for what nobody waits for, and counts no tokens.
+UNASKED = {
+    "ahead": Promise(200, sent=0),
+    "speculative": NEWER._replace(sent=0),
+    "tokenize": REFUSED._replace(sent=0, then=503),
+}
+
+SECRET = f"expected /srv/key, got {KEY}"
+PAUSE = ("Retry-After: 60",)
+
+
+def vpsd(status: int, code: str, *headers: str, **more: Any) -> list[bytes]:
+    return page(status, {"error": True, "message": SECRET, "code": code, **more}, *headers)
+
+
+def other(status: int, *headers: str) -> list[bytes]:
+    return page(status, {"error": {"message": SECRET}}, *headers)
+
+
+def page(status: int, members: Any, *headers: str) -> list[bytes]:
+    body = json.dumps(members).encode()
+    return [head(status, f"Content-Length: {len(body)}", *headers, kind="text/html") + body]
+
+
+ONE = {  # the first token, by the backend's API
+    "cerebrum": chunk(token("one ", 1)),
+    "llama.cpp": chunk(llama_chunk("one ", 1, completion_probabilities=[{"logprob": -0.01}])),
+    "openai": chunk(text_chunk("one ")),
+}
+END = b"0\r\n\r\n"
+GOOD = {
+    "cerebrum": script("one ", "two"),
+    "llama.cpp": [CHUNKED, ONE["llama.cpp"], chunk(llama_chunk("two", 2, stop=True)), END],
+    "openai": [CHUNKED, ONE["openai"], chunk(text_chunk("two", "stop")), END],
+}
+TOKENS = [answer(200, {"tokens": [1, 2]})]
+LENGTHS = {"prompt_tokens": 900, "n_ctx": 512}
+# vpsd's answer, another engine's, and what is promised of either.
+ANSWERS: dict[str, tuple[Any, Any, Promise, Promise]] = {
+    "400": (vpsd(400, "INVALID_REQUEST"), other(400), BAD, REFUSED),
+    "400 too long": (vpsd(400, "INVALID_REQUEST", **LENGTHS), page(400, LONG), BAD, BAD),
+    "400 of a proxy": (page(400, SECRET), page(400, SECRET), REFUSED, REFUSED),
+    "401": (vpsd(401, "UNAUTHORIZED"), other(401), REFUSED, REFUSED),
+    "403": (vpsd(403, "FORBIDDEN"), other(403), REFUSED, REFUSED),
+    "404": (vpsd(404, "MODEL_NOT_FOUND"), other(404), MISSING, MISSING),
+    "409": (vpsd(409, "SUPERSEDED"), other(409), NEWER, REFUSED),
+    "413": (vpsd(413, "PAYLOAD_TOO_LARGE"), other(413), REFUSED, REFUSED),
+    "422": (page(422, SECRET), other(422), REFUSED, REFUSED),
+    "429": (vpsd(429, "RATE_LIMIT"), other(429), BUSY, BUSY),
+    "429 and a pause": (vpsd(429, "RATE_LIMIT", *PAUSE), other(429, *PAUSE), RESTS, RESTS),
+    "500": (vpsd(500, "INTERNAL_ERROR"), other(500), REFUSED, FAILED),
+    "502 of a proxy": (page(502, SECRET), page(502, SECRET), FAILED, FAILED),
+    "503": (vpsd(503, "RESOURCE_EXHAUSTED"), other(503), FULL, FAILED),
+    "closed": ([], [], FAILED, FAILED),
+    "silent": ([HANG], [HANG], FAILED, FAILED),
+    "closed behind the head": ([CHUNKED], [CHUNKED], FAILED, FAILED),
+    "closed behind a token": ([CHUNKED, ONE], [CHUNKED, ONE], CUT, CUT),
+    "half an event": (*[[CHUNKED, ONE, chunk(b'data: {"tok'), END]] * 2, CUT, CUT),
+}
+
+
+def promised(api: str, kind: str, name: str) -> Promise:
+    """The promise of an answer, and its exceptions."""
+    promise = ANSWERS[name][2 if api == "cerebrum" else 3]
+    if api == "openai" and kind in UNASKED:
+        return UNASKED[kind]
+    if name == "400 too long" and kind not in ("speculative", "tokenize"):
+        promise = AGAIN  # a shorter prompt
+    if name == "429" and kind not in ("completion", *NOBODYS):
+        promise = AGAIN  # a dialect's request waits
+    if kind == "tokenize":
+        promise = promise._replace(then=200)  # no pause counts
+    if kind in ("speculative", "ahead"):
+        promise = promise._replace(failures=0)
+    if kind == "ahead":
+        promise = promise._replace(status=200, code="")
+    return promise
+
+
+def form_of(form: str, code: str) -> dict[str, Any]:
+    """The JSON of an error with this code."""
+    if form == OLLAMAS:
+        return {"error": ANY}
+    if form == OURS:
+        return {"error": True, "message": ANY, "code": code, "timestamp": ANY}
+    return {"error": {"message": ANY, "type": ANY, "param": None, "code": code}}
+
+
+def outcome(
+    api: str, kind: str, stream: bool, name: str
+) -> tuple[int, Any, bool, int, int, int, int, int]:
+    """(The status, the error, whether a text came, the requests that the backend got, the failures
+    that the breaker counts, the person's completions and tokens, the status of the next request.)
+    """
+    promise = promised(api, kind, name)
+    begins = CHUNKED in ANSWERS[name][0] or (name == "silent" and api != "cerebrum")
+    status = 200 if stream and begins and promise.sent else promise.status
+    has_text = promise.tokens > 0 and (stream or not promise.code) and kind not in NO_STREAM
+    person = (0, 0) if kind in NOBODYS else (1, promise.tokens)
+    error = form_of(KINDS[kind][1], promise.code) if promise.code else None
+    return (status, error, has_text, promise.sent, promise.failures, *person, promise.then)
+
+
+def error_in(reply: Reply) -> Any:
+    """The JSON of the body, or of the last event of a stream that is cut; None for a whole text."""
+    if reply.status == 200 and reply.clean:
+        return None
+    return json.loads(reply.body.strip().splitlines()[-1].removeprefix(b"data: "))
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Give up a silent backend soon, and send its client a comment before."""
+    patch.setattr(native, "BEGIN_SECONDS", 0.04)
+    patch.setattr(pi_kind, "LOAD_SECONDS", 0.04)
+    patch.setattr(engines, "ALIVE_SECONDS", 0.01)
+    patch.setattr(engines.Engine, "idle_seconds", 0.04)
+
+
+@pytest.mark.parametrize(("kind", "stream"), CASES)
+@pytest.mark.parametrize("api", APIS)
+async def test_each_kind_of_request_against_each_error(
+    api: str, kind: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pi_backend, "BUSY_SECONDS", 0.01)
+    good = TOKENS if kind == "tokenize" else GOOD[api]
+    listed = {} if api == "cerebrum" else {"models": LISTED}
+    texts = (f"n{number} = " for number in itertools.count())  # no two requests share an answer
+    async with Backend(**listed) as backend, pi_for(backend_at(backend.port, api=api)) as pi:
+        first, gateway = pi.first, pi.gateway
+
+        async def ask(kind: str) -> Reply:
+            path, _, body = KINDS[kind]
+            path += "/stream" if stream and kind == "completion" else ""
+            asked = json.loads(body.replace("TEXT", next(texts)))
+            reply = await pi.post(path, asked | {"stream": stream})
+            state = gateway.dispatcher.state
+            await until(lambda: not (state.places or state.line or pi.readers))
+            return reply
+
+        async def answers(name: str) -> Any:
+            steps = ANSWERS[name][api != "cerebrum"]
+            backend.scripts = [[ONE[api] if step is ONE else step for step in steps], good]
+            backend.asked.clear()
+            first.rests.clear()
+            first.kind.client.close()  # its spare connection, on which a request may be sent again
+            before = gateway.counting.people.total[""]
+            with monkeypatch.context() as patch:
+                if name == "silent":
+                    hurry(patch)
+                reply = await ask(kind)
+            assert KEY.encode() not in reply.body
+            assert api == "cerebrum" or b"/srv" not in reply.body
+            stats = await pi.stats()
+            assert stats["requests_active"] == 0
+            failures = stats["breaker"]["failures"]
+            completions = stats["unnamed"]["completions"] - before.completions
+            tokens = stats["unnamed"]["tokens"] - before.tokens
+            found = (reply.status, error_in(reply), b'"one' in reply.body, len(backend.completions))
+            backend.scripts = [good]
+            then = await ask("infill" if kind in ("ahead", "speculative") else kind)
+            return (*found, failures, completions, tokens, then.status)
+
+        found = {name: await answers(name) for name in ANSWERS}
+        assert found == {name: outcome(api, kind, stream, name) for name in ANSWERS}
