@@ -15,7 +15,19 @@ from unittest.mock import ANY
 
 import pytest
 from harness import KEY, Reply, until
-from scripted import CHUNKED, HANG, Backend, answer, backend_at, chunk, head, pi_for, script, token
+from scripted import (
+    CHUNKED,
+    HANG,
+    Backend,
+    Pi,
+    answer,
+    backend_at,
+    chunk,
+    head,
+    pi_for,
+    script,
+    token,
+)
 from test_backends import LISTED, LONG, llama_chunk, text_chunk
 
 from cerebrum.pi import backend as pi_backend
@@ -190,11 +202,14 @@ def outcome(
     return (status, error, has_text, promise.sent, promise.failures, *person, promise.then)
 
 
-def error_in(reply: Reply) -> Any:
+def error_in(reply: Reply, form: str) -> Any:
     """The JSON of the body, or of the last event of a stream that is cut; None for a whole text."""
     if reply.status == 200 and reply.clean:
         return None
-    return json.loads(reply.body.strip().splitlines()[-1].removeprefix(b"data: "))
+    last = reply.body.strip().splitlines()[-1]
+    if reply.status == 200 and form != OLLAMAS:
+        last = last.split(b"data: ")[1]
+    return json.loads(last)
 
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
@@ -205,49 +220,96 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engines.Engine, "idle_seconds", 0.04)
 
 
+NUMBERS = itertools.count()  # no two requests share an answer
+
+
+async def ask(pi: Pi, kind: str, stream: bool) -> Reply:
+    """The answer, once every place has been given back."""
+    path, _, body = KINDS[kind]
+    path += "/stream" if stream and kind == "completion" else ""
+    asked = json.loads(body.replace("TEXT", f"n{next(NUMBERS)} = "))
+    reply = await pi.post(path, asked | {"stream": stream})
+    state = pi.gateway.dispatcher.state
+    await until(lambda: not (state.places or state.line or pi.readers))
+    return reply
+
+
+async def ask_at(
+    pi: Pi, backend: Backend, kind: str, stream: bool, name: str, patch: pytest.MonkeyPatch
+) -> Reply:
+    """The answer to a request that this backend answers by the answer of this name, then well."""
+    api = pi.first.config.api
+    steps = ANSWERS[name][api != "cerebrum"]
+    good = TOKENS if kind == "tokenize" else GOOD[api]
+    backend.scripts = [[ONE[api] if step is ONE else step for step in steps], good]
+    backend.asked.clear()
+    pi.first.rests.clear()
+    pi.first.kind.client.close()  # a spare connection, on which a request may be sent again
+    with patch.context() as patched:
+        if name == "silent":
+            hurry(patched)
+        return await ask(pi, kind, stream)
+
+
+def listing(api: str) -> dict[str, bytes]:
+    return {} if api == "cerebrum" else {"models": LISTED}
+
+
 @pytest.mark.parametrize(("kind", "stream"), CASES)
 @pytest.mark.parametrize("api", APIS)
 async def test_each_kind_of_request_against_each_error(
     api: str, kind: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pi_backend, "BUSY_SECONDS", 0.01)
-    good = TOKENS if kind == "tokenize" else GOOD[api]
-    listed = {} if api == "cerebrum" else {"models": LISTED}
-    texts = (f"n{number} = " for number in itertools.count())  # no two requests share an answer
-    async with Backend(**listed) as backend, pi_for(backend_at(backend.port, api=api)) as pi:
-        first, gateway = pi.first, pi.gateway
+    async with Backend(**listing(api)) as backend, pi_for(backend_at(backend.port, api=api)) as pi:
 
-        async def ask(kind: str) -> Reply:
-            path, _, body = KINDS[kind]
-            path += "/stream" if stream and kind == "completion" else ""
-            asked = json.loads(body.replace("TEXT", next(texts)))
-            reply = await pi.post(path, asked | {"stream": stream})
-            state = gateway.dispatcher.state
-            await until(lambda: not (state.places or state.line or pi.readers))
-            return reply
-
-        async def answers(name: str) -> Any:
-            steps = ANSWERS[name][api != "cerebrum"]
-            backend.scripts = [[ONE[api] if step is ONE else step for step in steps], good]
-            backend.asked.clear()
-            first.rests.clear()
-            first.kind.client.close()  # its spare connection, on which a request may be sent again
-            before = gateway.counting.people.total[""]
-            with monkeypatch.context() as patch:
-                if name == "silent":
-                    hurry(patch)
-                reply = await ask(kind)
+        async def found(name: str) -> Any:
+            before = pi.gateway.counting.people.total[""]
+            reply = await ask_at(pi, backend, kind, stream, name, monkeypatch)
             assert KEY.encode() not in reply.body
             assert api == "cerebrum" or b"/srv" not in reply.body
             stats = await pi.stats()
             assert stats["requests_active"] == 0
-            failures = stats["breaker"]["failures"]
             completions = stats["unnamed"]["completions"] - before.completions
             tokens = stats["unnamed"]["tokens"] - before.tokens
-            found = (reply.status, error_in(reply), b'"one' in reply.body, len(backend.completions))
-            backend.scripts = [good]
-            then = await ask("infill" if kind in ("ahead", "speculative") else kind)
-            return (*found, failures, completions, tokens, then.status)
+            sent = len(backend.completions)
+            answered = (reply.status, error_in(reply, KINDS[kind][1]), b'"one' in reply.body, sent)
+            backend.scripts = backend.scripts[1:]
+            then = await ask(pi, "infill" if kind in ("ahead", "speculative") else kind, stream)
+            return (*answered, stats["breaker"]["failures"], completions, tokens, then.status)
 
-        found = {name: await answers(name) for name in ANSWERS}
-        assert found == {name: outcome(api, kind, stream, name) for name in ANSWERS}
+        outcomes = {name: await found(name) for name in ANSWERS}
+        assert outcomes == {name: outcome(api, kind, stream, name) for name in ANSWERS}
+
+
+# After these, no other backend is asked: a token has come, or the fault is the request's.
+FINAL = {
+    "cerebrum": ("closed behind a token", "half an event", "400", "400 too long", "409"),
+    "llama.cpp": ("closed behind a token", "half an event", "400 too long"),
+}
+
+
+@pytest.mark.parametrize(("kind", "stream"), CASES)
+@pytest.mark.parametrize("api", FINAL)
+async def test_which_requests_go_to_the_next_backend(
+    api: str, kind: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that is too long fits, the second time."""
+    async with (
+        Backend(**listing(api)) as backend,
+        Backend([GOOD["cerebrum"]]) as other,
+        pi_for(backend_at(backend.port, "a", api=api), backend_at(other.port, "b")) as pi,
+    ):
+
+        async def found(name: str) -> int:
+            other.asked.clear()
+            pi.gateway.dispatcher.state.served.clear()
+            pi.first.breaker.change("closed", 0.0)
+            pi.first.breaker.trouble = ""
+            pi.first.breaker.failures = 0
+            await ask_at(pi, backend, kind, stream, name, monkeypatch)
+            return len(other.completions)
+
+        outcomes = {name: await found(name) for name in ANSWERS}
+        moves = kind not in NOBODYS
+        assert outcomes == {name: int(moves and name not in FINAL[api]) for name in ANSWERS}

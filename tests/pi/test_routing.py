@@ -153,8 +153,6 @@ async def test_the_models_of_all_backends_are_listed() -> None:
         [RESET],
         [CHUNKED, chunk(event(error=True, message="m", code="MODEL_LOAD_FAILED"))],
         [CHUNKED, chunk(event(progress={"stage": "loading", "done": 1, "total": 2})), RESET],
-        [error(429, "RATE_LIMIT")],
-        [error(401, "UNAUTHORIZED")],
     ],
 )
 async def test_before_the_first_token_the_next_one_is_asked(failure) -> None:
@@ -170,14 +168,6 @@ async def test_before_the_first_token_the_next_one_is_asked(failure) -> None:
         stats = await pi.stats()
         assert (stats["requests_total"], stats["requests_active"]) == (1, 0)
         assert [told["requests_failed"] for told in stats["backends"]] == [1, 1, 0]
-
-
-@pytest.mark.parametrize(("status", "code"), [(400, "INVALID_REQUEST"), (409, "SUPERSEDED")])
-async def test_an_error_about_the_request_is_final(status, code):
-    two = Backend()
-    async with fleet(Backend([[error(status, code)]]), two) as pi:
-        assert (await pi.complete()).status == status
-        assert two.completions == []
 
 
 async def test_one_is_away() -> None:

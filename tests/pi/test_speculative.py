@@ -13,14 +13,11 @@ from scripted import (
     CHUNKED,
     GOOD,
     HANG,
-    RESET,
     Backend,
     Pi,
     answer,
     backend_at,
     chunk,
-    error,
-    event,
     pi_for,
     pi_with,
     script,
@@ -205,37 +202,6 @@ async def test_it_ends_reading_ahead_which_goes_on_afterwards():
         assert (await ahead(pi)).json["content"] == " + b"
         await until(lambda: len(backend.completions) == 3 and not pi.reads_ahead())
         assert [sent["max_tokens"] for sent in backend.completions] == [0, 512, 0]
-
-
-async def test_a_backend_that_costs_money_is_not_asked():
-    async with pi_with(HINT) as (pi, backend):
-        pi.first.kind.reads_ahead = False
-        assert_ended(await ahead(pi))
-        assert backend.completions == []
-
-
-REFUSALS = {
-    "no model": [error(404, "MODEL_NOT_FOUND")],
-    "too long": [error(400, "INVALID_REQUEST", prompt_tokens=5000, n_ctx=4096)],
-    "wrong key": [error(401, "UNAUTHORIZED")],
-    "another 500": [answer(500, {})],
-    "an error event": [CHUNKED, chunk(event(error=True, message="no", code="OVERLOADED"))],
-    "cut": [CHUNKED, chunk(token(" +", 1)), RESET],
-}
-
-
-@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
-async def test_it_is_tried_once_and_its_failure_is_nobodys(refusal: list[Any]):
-    async with pi_with(refusal, refusal, refusal, refusal, GOOD) as (pi, backend):
-        for number in range(4):
-            reply = await ahead(pi, filename=f"{number}.py")
-            assert 400 <= reply.status < 600
-            assert len(backend.completions) == number + 1
-        assert (await pi.get("/health")).status == 200
-        (counts,) = (await pi.stats())["backends"]
-        assert (counts["breaker"]["state"], counts["breaker"]["failures"]) == ("closed", 0)
-        assert counts["requests_failed"] == 0
-        assert (await infill(pi)).json["content"] == "ab"
 
 
 async def test_once_somebody_waits_it_is_tried_again_and_its_failure_counts():

@@ -70,7 +70,6 @@ def length_of(payload: bytes) -> bytes:
 # and what the VPS does.
 FAILED = {
     "reset before any byte": ("without an answer", RESET),
-    "closed before any byte": ("without an answer",),
     "closed inside the head": ("without an answer", CHUNKED[:30]),
     "not HTTP": ("not HTTP/1.1", b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
     "bare LF": ("not HTTP/1.1", b"HTTP/1.1 200 OK\n\n"),
@@ -79,7 +78,6 @@ FAILED = {
     "gzip content": ("Content-Encoding", head(200, "Content-Encoding: gzip")),
     "a head without end": ("not HTTP/1.1", b"HTTP/1.1 200 OK\r\n", Flood(b"A: b\r\n" * 200)),
     "an HTML page": ("type", head(200, "Content-Length: 6", kind="text/html"), b"<html>"),
-    "HTML with 502": ("502", head(502, "Content-Length: 6", kind="text/html"), b"<html>"),
     "a redirect": ("307", head(307, "Location: http://127.0.0.1:1/", "Content-Length: 0")),
     "a redirect as our error": ("302", error(302, "VPS_BUSY")),
     "no content": ("204", head(204)),
@@ -92,21 +90,15 @@ FAILED = {
 # An error of a backend that is up: the client's status and code, part of the message, and what the
 # VPS does.
 REFUSED = {
-    "its 400": (400, "INVALID_REQUEST", "says the VPS", error(400, "INVALID_REQUEST")),
-    "its 404": (404, "MODEL_NOT_FOUND", "says the VPS", error(404, "MODEL_NOT_FOUND")),
-    "its 409": (409, "SUPERSEDED", "says the VPS", error(409, "SUPERSEDED")),
-    "its 429": (429, "RATE_LIMIT", "says the VPS", error(429, "RATE_LIMIT")),
     "its own 500": (500, "MODEL_LOAD_FAILED", "says the VPS", error(500, "MODEL_LOAD_FAILED")),
     "its 503 after a 100": (503, BUSY, "says the VPS", head(100), error(503, BUSY)),
     "its 401": (503, UNAVAILABLE, "do not match", error(401, "UNAUTHORIZED")),
     "its 421": (503, UNAVAILABLE, "CEREBRUM_ALLOWED_HOSTS", error(421, "MISDIRECTED_REQUEST")),
-    "its 500": (503, UNAVAILABLE, "says the VPS", error(500, "INTERNAL_ERROR")),
 }
 
 # A later fault is an error event and a cut.
 SILENT = {  # nothing comes before the fault
     "resets after the head": ("the connection broke in the middle of its answer", CHUNKED, RESET),
-    "dies after the head": ("it ended in the middle of its answer", CHUNKED),
     "a length of 0": ("without saying that it is done", head(200, "Content-Length: 0")),
 }
 BROKEN = {  # part of the message, and what follows the first token
@@ -453,7 +445,6 @@ TRICKLE = list[Any]()
 for byte in CHUNKED:
     TRICKLE += [bytes([byte]), lambda: asyncio.sleep(0.02)]
 LATE = [
-    ([HANG], "did not answer in time"),
     ([b"HTTP/1.1 200 OK\r\n", HANG], "did not answer in time"),
     ([head(503, "Content-Length: 9"), b"{", HANG], "it answered 503"),
     (TRICKLE, "did not answer in time"),
