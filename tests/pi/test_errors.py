@@ -230,7 +230,7 @@ async def ask(pi: Pi, kind: str, stream: bool) -> Reply:
     asked = json.loads(body.replace("TEXT", f"n{next(NUMBERS)} = "))
     reply = await pi.post(path, asked | {"stream": stream})
     state = pi.gateway.dispatcher.state
-    await until(lambda: not (state.places or state.line or pi.readers))
+    await until(lambda: not (state.places or state.line or pi.readers), seconds=10)
     return reply
 
 
