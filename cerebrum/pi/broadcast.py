@@ -523,7 +523,9 @@ class Broadcasts:
         """
         request = completion.request
         now = completion.started
-        prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")  # a model writes no other
+        # A model may write either form of line ends, and an editor inserts its own.
+        text = text.replace("\r\n", "\n")
+        prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")
         above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
         kept = kept_of(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
         shown = 0 if (prompt + text).endswith(above + hint) else len(text)

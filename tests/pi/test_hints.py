@@ -37,6 +37,7 @@ ANSWERS: list[tuple[list[str], float, int, int]] = [
     (["x = |1", "x = 2\ny = |1"], 1, 2, 0),  # the same text, another place
     (["x =|\n  ", "x =\n|"], 1, 3, 1),  # white space is a text
     (["a\r\nx = |foo(\n1)", "a\r\nx = foo(\r\n1)|"], 1, 7, 7),
+    (["a\r\nx = |foo(\r\n1)", "a\r\nx = foo(\r\n|1)", "a\r\nx = foo(\r\n1)|"], 1, 7, 7),
     ([f"{LONG}|foo", f"{LONG[5000:]}foo\ny|"], 1, 3, 3),  # the editor's window moves
     ([f"{LONG}|{LONG}", f"{LONG}{LONG}|"], 1, len(LONG), len(LONG)),
     ([f"{LONG}foo\n{LONG}|foo", f"{LONG}foo\n{LONG}b|"], 1, 3, 0),  # in a copy of the lines above
