@@ -150,8 +150,13 @@ def matches(glob: str, path: str) -> bool:
     glob = re.sub("/$", "/**", glob)
     pattern = re.sub(r"[.+^$()|[\]\\]", r"\\\g<0>", glob)
     pattern = re.sub(r"\*\*/|\*+|\?", lambda wild: WILD.get(wild[0], ".*"), pattern)
-    pattern = re.sub(r"\{([^{}]*)}", lambda texts: f"({texts[1].replace(',', '|')})", pattern)
+    pattern = re.sub(r"\{([^{}]*)}", one_of, pattern)
     return bool(re.search(f"(?is)(^|/){pattern}\\Z", path))
+
+
+def one_of(braces: re.Match[str]) -> str:
+    """The regular expression of the `{a, b}` of a glob."""
+    return f"({'|'.join(map(str.strip, braces[1].split(',')))})"
 
 
 def is_url(text: str) -> bool:
@@ -198,7 +203,9 @@ def read_variables(environment: Mapping[str, str]) -> Object:
             continue
         given[name] = text
         if isinstance(default, tuple):
-            given[name] = re.findall(r"(?:\{[^{}]*\}|[^,])+", text)  # not at the commas of {a,b}
+            # Not at the commas of {a,b}.
+            items = re.findall(r"(?!\s)(?:\{[^{}]*\}|[^,])+", text)
+            given[name] = [item.strip() for item in items]
         elif not isinstance(default, str):
             with contextlib.suppress(ValueError):
                 given[name] = json.loads(text)

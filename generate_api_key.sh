@@ -66,13 +66,11 @@ read_key() {
 	fi
 	IFS= read -r key || [[ -n $key ]] || die "expected a key on stdin, got none"
 	[[ ! -t 0 ]] || echo >&2
-	key=${key%$'\r'}
 	key=${key#CEREBRUM_*API_KEY=}
-	key=${key%%,*}
 	# Characters that need no quotes in an .env, for systemd and for the daemons.
-	[[ $key =~ ^[A-Za-z0-9._~+/=-]+$ ]] ||
+	[[ $key =~ ^([A-Za-z0-9._~+/=-]+)[[:space:]]*(,.*)?$ ]] ||
 		die "expected a key of letters, digits and ._~+/=- on stdin, got something else"
-	printf '%s\n' "$key"
+	printf '%s\n' "${BASH_REMATCH[1]}"
 }
 
 # with_key --write|--set KEY FILE: copies the FILE from stdin to stdout with the key set, in an .env

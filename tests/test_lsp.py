@@ -1002,14 +1002,14 @@ ENVIRONMENT = {
     "CEREBRUM_URL": "http://[::1]:1",
     "CEREBRUM_CM4_API_KEY": "12",
     "CEREBRUM_LSP_TOKENS": "64",
-    "CEREBRUM_LSP_OFF": "markdown,text",
-    "CEREBRUM_LSP_EXCLUDE": "*.{key,pem},{a,b}",
+    "CEREBRUM_LSP_OFF": " markdown ,text, ",
+    "CEREBRUM_LSP_EXCLUDE": "*.{key,pem},\t{a, b}\n",
     "CEREBRUM_LSP_COMPLETION": "true",
 }
 
 
 def test_settings_of_the_environment() -> None:
-    lists = {"off": ("markdown", "text"), "exclude": ("*.{key,pem}", "{a,b}")}
+    lists = {"off": ("markdown", "text"), "exclude": ("*.{key,pem}", "{a, b}")}
     expected = Settings("http://[::1]:1", "12", 64, completion=True, **lists)
     environment = ENVIRONMENT.copy()
     assert first_settings(environment) == (expected, [])

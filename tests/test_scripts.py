@@ -986,7 +986,7 @@ def test_what_cannot_be_done_changes_no_file(
         assert {name: Path(name).read_text() for name in os.listdir()} == before
 
 
-CARRIED = ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1=,old\r\n", "k-_1=\nnext line"]
+CARRIED = ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1= , old\r\n", "k-_1=\nnext line"]
 
 
 def test_a_key_is_carried_over(tmp_path: Path) -> None:

@@ -141,8 +141,13 @@ function matches(glob, path) {
     .replace(/\/$/, "/**")
     .replace(/[.+^$()|[\]\\]/g, "\\$&")
     .replace(/\*\*\/|\*+|\?/g, (wild) => ({ "**/": "(.*/)?", "*": "[^/]*", "?": "[^/]" })[wild] ?? ".*")
-    .replace(/\{([^{}]*)\}/g, (_, several) => `(${several.replaceAll(",", "|")})`);
+    .replace(/\{([^{}]*)\}/g, (_, several) => oneOf(several.split(",")));
   return new RegExp(`(^|/)${source}$`, "is").test(path);
+}
+
+/** The regular expression of one of these texts. @param {string[]} texts */
+function oneOf(texts) {
+  return `(${texts.map((text) => text.trim()).join("|")})`;
 }
 
 module.exports = { blockOf, clip, lacks, matches, MAX_TOKENS, Suggestions, typedSince, unix };
