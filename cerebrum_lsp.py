@@ -108,7 +108,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
     if isinstance(given, dict):
         # Clients that share one object among servers have a section for each.
         given = given.get("cerebrum", given)
-    if given is None:
+    if not given:  # some clients have no settings in the form of [] or false
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
@@ -788,7 +788,8 @@ class Completions:
                     if rest.startswith(text):
                         self.pi.count(None, len(text))
                 document.edit(start, end, text)
-        document.version = get(params, "textDocument.version", int)
+        # Some clients have no number for it.
+        document.version = get(params, "textDocument.version", int, document.version)
         document.is_changed = True
         self.documents[document.uri] = document
 
@@ -959,6 +960,7 @@ class Commands:
     client: Client
     documents: Documents
     pi: Pi
+    has_versions: bool = False  # the client takes edits with the version that they are for
 
     def execute(self, params: Any, request_id: Any) -> Any:
         command = get(params, "command", str)
@@ -975,6 +977,7 @@ class Commands:
         if self.pi.settings.excludes(document.uri):
             raise PiError("this text is never sent; the setting exclude has the names of files")
         start, end = positions(argument)
+        lines = [*document.lines]
         version = document.version
         selection = document.between(start, end)
         line_end = document.line_end(selection)
@@ -992,15 +995,16 @@ class Commands:
             if lacking := lacks(answer):
                 raise PiError(f"{lacking}; nothing was changed")
             is_open = self.documents.get(document.uri) is document
-            if document.version != version or not is_open:
+            if document.lines != lines or not is_open:
                 raise PiError("the text has changed meanwhile; nothing was changed")
             text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             text += selection[len(selection.rstrip("\r\n")) :]
-            changes = {
-                "textDocument": {"uri": document.uri, "version": version},
-                "edits": [{"range": span(start, end), "newText": text}],
-            }
-            params = {"label": "Cerebrum", "edit": {"documentChanges": [changes]}}
+            edits = [{"range": span(start, end), "newText": text}]
+            edit: Object = {"changes": {document.uri: edits}}
+            if self.has_versions:
+                versioned = {"uri": document.uri, "version": version}
+                edit = {"documentChanges": [{"textDocument": versioned, "edits": edits}]}
+            params = {"label": "Cerebrum", "edit": edit}
             self.client.request("workspace/applyEdit", params, self.applied)
 
         return self.client.start(call, work)
@@ -1092,6 +1096,8 @@ class Server:
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
+        versions = "capabilities.workspace.workspaceEdit.documentChanges"
+        self.commands.has_versions = get(params, versions, bool, False)
         with contextlib.suppress(ProtocolError):
             version = get(params, "clientInfo.version", str)
             self.completions.is_jetbrains = JETBRAINS.search(version) is not None

@@ -78,6 +78,7 @@ class Editor:
     """A client: sends messages to a server in a process of its own, and sorts what comes back."""
 
     client: Any = None  # its name and its version
+    able: Any = None  # its capabilities
 
     def __init__(self, environment: dict[str, str], setup: str = "pass") -> None:
         """`setup` is run by the server before it starts."""
@@ -144,8 +145,8 @@ class Editor:
 
     def start(self, options: Any = None, text: str | None = None) -> Any:
         options = {"read_ahead": False, **(options or {})}
-        params = {"capabilities": {}, "initializationOptions": options, "clientInfo": self.client}
-        found = self.ask("initialize", params)
+        params = {"capabilities": self.able or {}, "initializationOptions": options}
+        found = self.ask("initialize", {**params, "clientInfo": self.client})
         self.tell("initialized", {})
         if text is not None:
             self.open(text)
@@ -155,11 +156,11 @@ class Editor:
         document = {"uri": uri, "languageId": language, "version": 1, "text": text}
         self.tell("textDocument/didOpen", {"textDocument": document})
 
-    def type(self, line: int, character: int, text: str, version: int = 2) -> None:
+    def type(self, line: int, character: int, text: str, version: int | None = 2) -> None:
         change = {"range": span((line, character), (line, character)), "text": text}
         self.change(change, version)
 
-    def change(self, change: Any, version: int = 2) -> None:
+    def change(self, change: Any, version: int | None = 2) -> None:
         document = {"uri": URI, "version": version}
         self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
 
@@ -694,7 +695,10 @@ def instructed(text: Any, reason: str = "stop", kept: Any = ("all",)) -> dict[st
 
 
 def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
-    """The client gets the version that the change is for. Its range may be backwards."""
+    """A client that knows `documentChanges` gets the version that the change is for. Its range may
+    be backwards.
+    """
+    editor.able = {"workspace": {"workspaceEdit": {"documentChanges": True}}}
     editor.start()
     editor.open("let b\na=1\nb=2\n", "javascriptreact")
     pi.says(**instructed("total=1"))
@@ -754,11 +758,13 @@ def test_an_instruction_overwrites_nothing_with_less_and_no_newer_text(
     pi.scripts = [[wait_for(end), answer(200, instructed("total\n"))]]
     number = editor.command("cerebrum.instruct", SELECTED)
     wait_until(lambda: len(pi.asked) > count, "the Pi is asked")
-    editor.type(0, 0, "y")
+    editor.type(0, 0, "y", None)  # without a number for the version
     assert "error" in editor.answer(editor.request("made/up"))  # so the change has been read
     end.set()
     message = f"the text has changed meanwhile{NOTHING}"
     assert editor.error(number) == {"code": -32803, "message": message}
+    pi.says(content="1")
+    assert editor.ghost(1, 0) == "1"
 
 
 LINE_ENDS = [  # a text, the selection, the answer, what replaces the selection
@@ -790,8 +796,9 @@ def test_a_changed_selection_keeps_its_line_ends(editor: Editor, pi: Pi) -> None
         editor.open(text)
         pi.says(**instructed(said))
         editor.command("cerebrum.instruct", SELECTED | {"range": span(start, end)})
-        (change,) = editor.called("workspace/applyEdit")["params"]["edit"]["documentChanges"]
-        assert (text, change["edits"][0]["newText"]) == (text, changed)
+        edit = editor.called("workspace/applyEdit")["params"]["edit"]
+        expected = {"range": span(start, end), "newText": changed}
+        assert (text, edit) == (text, {"changes": {URI: [expected]}})
 
 
 # -------------------------------------------------------------------------- a Pi that does not help
@@ -951,8 +958,11 @@ def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_
         assert asked["method"] == "workspace/configuration"
         assert asked["params"] == {"items": [{"section": "cerebrum"}]}
         editor.send(id=asked["id"], result=[{"tokens": 13}])
+        for nothing in ([], [False], [None], None):
+            editor.configure(None)
+            editor.send(id=editor.next()["id"], result=nothing)
         editor.ghost(0, 2)
-        assert pi.body()["n_predict"] == 13
+        assert (pi.body()["n_predict"], editor.came.empty()) == (13, True)
 
 
 def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
@@ -1022,7 +1032,7 @@ def test_settings_of_the_environment() -> None:
 
 URL_EXPECTED = "expected a url such as http://pi.local:7000"
 GIVEN: list[tuple[Any, str]] = [
-    ([], "expected an object of settings, got a list"),
+    ([5], "expected an object of settings, got a list"),
     ({"cerebrum": 5}, "expected an object of settings, got a whole number"),
     ({"url": "http://pi local:7000"}, URL_EXPECTED),
     ({"url": "ftp://pi"}, URL_EXPECTED),
