@@ -91,7 +91,14 @@ from cerebrum.vps.llama import (
     start_library,
     usable_cores,
 )
-from cerebrum.vps.memory import available_mb, check_memory, context_length, fit, needed
+from cerebrum.vps.memory import (
+    available_mb,
+    check_memory,
+    context_length,
+    end_checks,
+    fit,
+    needed,
+)
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.worker import RESUME_BACKLOG, Worker
 from cerebrum_common import (
@@ -345,9 +352,13 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     room_mb = available_mb() - config.min_free_mb
 
     small = [model for model in config.models if model.memory_mb <= room_mb]
-    fitting = [
-        model for model in small if model.sources or is_whole(config.models_dir / model.file)
-    ]
+    fitting = []
+    for model in small:
+        try:
+            if model.sources or is_whole(config.models_dir / model.file):
+                fitting.append(model)
+        except OSError as error:  # the process that reads the file got too little memory, say
+            print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
     if not fitting:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
     with alone_in(config.engine.state_dir) as temporary:
@@ -927,6 +938,7 @@ async def serve(environ: Environment, config: Config) -> int:
         asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())
     )
     measuring.cancel()
+    end_checks()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()
     return int(failed)  # systemd restarts a failed daemon

@@ -117,11 +117,12 @@ COMPUTE_SIZE_MB = re.compile(r"compute buffer size = +([\d.]+) MiB")
 Q8_0_BLOCK_BYTES = 34  # for 32 weights
 
 READ_HEADER = """
-import os, signal, sys
+import contextlib, ctypes, os, signal, sys
 os.environ["GGML_NO_BACKTRACE"] = "1"
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the process that waits
 # A minute, and a second for each 20 MB of the file: about five minutes for a 7B on a slow disk.
 signal.alarm(60 + os.path.getsize(sys.argv[1]) // 20_000_000)
-with open("/proc/self/oom_score_adj", "w") as file:
+with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
     file.write("1000")  # dies before the daemon does
 from cerebrum.vps.memory import read_header
 sys.exit(read_header(sys.argv[1]))
@@ -148,17 +149,26 @@ def accepts(path: Path, _stamp: str) -> bool:
     return status == 0
 
 
+def end_checks() -> None:
+    """End the processes that read a file: the daemon's end waits for the threads that wait for
+    them.
+    """
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            process.kill()
+
+
 def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
     """What a model file takes with each of these settings. OSError or ModelError if the file cannot
     be used.
     """
+    path.open("rb").close()
+    stamp = file_stamp(path)
+    known = forms[0].state_dir / "verified" / f"{path.name}.{stamp}.{llama_cpp.__version__}"
+    if not os.path.exists(known) and accepts(path, stamp):
+        with contextlib.suppress(OSError):  # only the daemon makes the folder
+            known.touch()
     with _asking:  # two threads that ask about one file would both wait for llama.cpp
-        path.open("rb").close()
-        stamp = file_stamp(path)
-        known = forms[0].state_dir / "verified" / f"{path.name}.{stamp}.{llama_cpp.__version__}"
-        if not os.path.exists(known) and accepts(path, stamp):
-            with contextlib.suppress(OSError):  # only the daemon makes the folder
-                known.touch()
         return _needed(path, stamp, tuple(forms))[1]
 
 

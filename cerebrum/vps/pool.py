@@ -14,6 +14,7 @@ import operator
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class Instance:
     estimate: int  # bytes it will use in time: attention's buffers fill as contexts grow
     ready: asyncio.Future[None]  # the worker's `ready`, as a future of the loop
     freed: asyncio.Task[None]  # ends when all of the model's memory is free
+    loaded_as: object = None  # `Pool._how_loaded`
     users: set[object] = field(default_factory=set)
     # Monotonic: a clock that jumps must not unload a model.
     last_used: float = field(default_factory=time.monotonic)
@@ -60,8 +62,7 @@ class Instance:
         return not self.users and not self.leaving
 
 
-# What of a model's entry a loaded model depends on.
-how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "draft")
+how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout")
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
@@ -127,6 +128,8 @@ class Pool:
         self.baton = Baton()
         self.bare_bytes = resident_bytes()  # of this process without a model
         self.loading = asyncio.Lock()  # memory is checked for one load at a time
+        # Of each model, held while it is planned: a new file is checked once, and no thread waits.
+        self.planning = defaultdict[str, asyncio.Lock](asyncio.Lock)
         # Loads that have no worker yet, by model.
         self.starting = dict[str, asyncio.Task[HttpError | None]]()
         # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of
@@ -229,9 +232,14 @@ class Pool:
         load it.
         """
         listed = self.models.get(instance.model.id)
-        if instance.idle and not (listed and how_loaded(listed) == how_loaded(instance.model)):
+        if instance.idle and not (listed and self._how_loaded(listed) == instance.loaded_as):
             log.info("model %s: unloaded, models.toml has changed", instance.model.id)
             instance.worker.stop()
+
+    def _how_loaded(self, model: Model) -> object:
+        """What of models.toml a loaded model depends on: of its entry and its draft model's."""
+        entries = model, self.models.get(model.draft)
+        return [entry and how_loaded(entry) for entry in entries]
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
         """The task that starts to load the model and returns the error if it cannot. The task
@@ -241,6 +249,7 @@ class Pool:
 
         async def load() -> HttpError | None:
             try:
+                await self.plan(model)  # a new file is checked first; others may load meanwhile
                 async with self.loading:
                     await self._load(model)
                 return None
@@ -267,13 +276,14 @@ class Pool:
         """What would be loaded of the model if all idle models were unloaded. HttpError if the file
         cannot be used.
         """
-        free = MB * (self._free_mb() + megabytes(removable(self.instances.values())))
         problem = f"model {model.id} ({model.file})"
         draft = self.models.get(model.draft)
         try:
-            return await asyncio.to_thread(
-                plan_pair, model, draft, self.folder, self.settings, free
-            )
+            async with self.planning[model.id]:
+                free = MB * (self._free_mb() + megabytes(removable(self.instances.values())))
+                return await asyncio.to_thread(
+                    plan_pair, model, draft, self.folder, self.settings, free
+                )
         except ModelError as error:
             reason = f"{problem}: {error}"
             # Since each list of models asks.
@@ -292,7 +302,9 @@ class Pool:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        draft = self.models.get(model.draft)  # as the plan has it: models.toml may change meanwhile
+        # As the plan has them: models.toml may change meanwhile.
+        draft = self.models.get(model.draft)
+        loaded_as = self._how_loaded(model)
         plan = await self.plan(model)
         if plan.settings != self.settings:
             log.warning("model %s: memory allows only %s", model.id, plan.settings.context)
@@ -311,7 +323,7 @@ class Pool:
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
         freed = asyncio.create_task(self._reap(worker))
-        instance = Instance(model, worker, plan.bytes, ready, freed)
+        instance = Instance(model, worker, plan.bytes, ready, freed, loaded_as)
 
         def loaded(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits

@@ -169,6 +169,16 @@ def test_the_first_whose_hints_are_quick_enough_is_chosen(run, monkeypatch):
         assert re.findall(r"^\* (\w+)", out, re.M) == [chosen]
 
 
+def test_a_file_that_cannot_be_checked_is_left_out(run, monkeypatch):
+    def killed(_):
+        raise OSError("it was killed")
+
+    monkeypatch.setattr(vpsd, "is_whole", killed)
+    status, out, err = run(catalog(*MODELS[3:]))
+    assert (status, re.findall(r"^[* ] (\w+)", out, re.M)) == (0, ["slow", "last"])
+    assert err == "vpsd choose: here: it was killed\n"
+
+
 def test_nothing_is_measured_while_a_model_is_tuned(run, tmp_path):
     lock = tmp_path / "state/tuned/.lock"
     lock.parent.mkdir(parents=True)

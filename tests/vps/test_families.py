@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import families
+import psutil
 import pytest
 from harness import CAPTURED, NO_FILE, PATIENCE, ROOT, wait_until
 from test_engine import ask, running, worker_of
@@ -537,6 +538,37 @@ def test_only_llama_cpp_can_refuse_a_header(
     else:
         with pytest.raises(expected):
             accepts(tmp_path, f"{status}")
+
+
+def test_a_check_holds_no_lock_needs_no_file_of_the_system_and_can_be_ended(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+    monkeypatch.setattr(memory, "accepts", lambda *_: held.append(memory._asking.locked()))
+    needed(models / "dense.gguf", [Settings(state_dir=tmp_path)])
+    assert held == [False]
+    header = memory.READ_HEADER.replace("/proc/self/oom_score_adj", f"{tmp_path}/none/none")
+    monkeypatch.setattr(memory, "READ_HEADER", header)
+    assert accepts(models / "dense.gguf", "without it")
+    os.mkfifo(endless := tmp_path / "endless.gguf")
+    run = subprocess.run
+
+    def end_at_once(*command: Any, **options: Any) -> Any:
+        starting = threading.Thread(target=wait_until, args=(has_ended, "there is a child"))
+        starting.start()
+        try:
+            return run(*command, **options)
+        finally:
+            starting.join()
+
+    def has_ended() -> bool:
+        has_child = bool(psutil.Process().children())
+        memory.end_checks()
+        return has_child
+
+    monkeypatch.setattr(memory.subprocess, "run", end_at_once)
+    with pytest.raises(OSError, match=r"got its status -9$"):
+        accepts(endless, "")
 
 
 def test_a_vocabulary_serves_several_threads_and_is_freed_after_the_last() -> None:

@@ -348,8 +348,31 @@ async def test_requests_that_replace_each_other_start_one_load(house):
     block.end.set()
     (await house.begun()).ready.set_result(None)
     await until(lambda: house.worker().submitted == [last.job])
-    assert block.reached == 1
+    assert len(ScriptedWorker.made) == 1
     house.finish(last)
+
+
+async def test_while_a_new_file_is_checked_others_are_planned_and_loaded(house):
+    """And it is checked once, by one thread, however often the models are listed."""
+    checked, end = [], threading.Event()
+
+    def needed(path, forms):
+        if path == house.file():
+            checked.append(path)
+            end.wait(PATIENCE)
+        return [{"weights": MB}] * len(forms)
+
+    house.patch(plan, "needed", needed)
+    waiting = house.ask()
+    lists = [asyncio.create_task(house.listed(A)) for _ in range(9)]
+    await until(lambda: checked)
+    await house.idle(B)
+    assert len(checked) == 1
+    end.set()
+    await asyncio.gather(*lists)
+    (await house.begun()).ready.set_result(None)
+    await until(lambda: house.worker().submitted == [waiting.job])
+    house.finish(waiting)
 
 
 @pytest.mark.parametrize("stopped", ["daemon", "load"])
@@ -626,6 +649,18 @@ async def test_new_marks_of_a_gap_reach_a_loaded_model(house, change):
     await house.ends()
     loader = (await house.idle()).loader
     assert (loader.fim, loader.layout) == (model.fim, model.fim_layout)
+
+
+@pytest.mark.parametrize("change", [{"file": "newer.gguf"}, {"sha256": "1" * 64}])
+async def test_a_new_file_of_a_draft_model_reaches_the_loaded_model(house, change):
+    models = house.pool.models
+    large = replace(models[B], draft=A)
+    house.reconfigure(models=(large, models[A]))
+    worker = await house.idle(B)
+    house.reconfigure(models=(large, replace(models[A], name="renamed")))
+    assert not worker.stopping
+    house.reconfigure(models=(large, replace(models[A], **change)))
+    assert worker.stopping
 
 
 async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house):
