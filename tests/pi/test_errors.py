@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from typing import Any, NamedTuple
 from unittest.mock import ANY
 
@@ -33,42 +34,28 @@ from test_backends import LISTED, LONG, llama_chunk, text_chunk
 from cerebrum.pi import backend as pi_backend
 from cerebrum.pi import engines, native
 from cerebrum.pi import kind as pi_kind
+from cerebrum.pi.breaker import Breaker
 from cerebrum.pi.upstream import APIS
 
 # ------------------------------------------------------------------------------------- the requests
 
-# The forms of an error: our own API's, that of most dialects, and that of Ollama's.
-OURS, OPENAIS = "ours", "OpenAI's"
-OLLAMAS = "Ollama's"
-# The path, the form of its errors, and the body.
+# The path and the body.
 KINDS = {
-    "completion": ("/v1/complete", OURS, '{"prompt": "TEXT", "language": "python"}'),
-    "text": ("/v1/completions", OPENAIS, '{"prompt": "TEXT"}'),
+    "completion": ("/v1/complete", '{"prompt": "TEXT", "language": "python"}'),
+    "text": ("/v1/completions", '{"prompt": "TEXT"}'),
     "FIM by tokens": (
         "/v1/completions",
-        OPENAIS,
         '{"prompt": "<|fim_prefix|>TEXT<|fim_suffix|>\\nf(x)\\n<|fim_middle|>"}',
     ),
-    "chat": (
-        "/v1/chat/completions",
-        OPENAIS,
-        '{"messages": [{"role": "user", "content": "TEXT"}]}',
-    ),
-    "infill": ("/infill", OPENAIS, '{"prompt": "TEXT", "input_suffix": "y", "suggest": "always"}'),
-    "hint": ("/infill", OPENAIS, '{"prompt": "TEXT", "input_suffix": "y", "min_confidence": 0.2}'),
-    "Ollama's generate": ("/api/generate", OLLAMAS, '{"prompt": "TEXT", "suffix": "y"}'),
-    "Ollama's chat": (
-        "/api/chat",
-        OLLAMAS,
-        '{"messages": [{"role": "user", "content": "TEXT"}]}',
-    ),
-    "speculative": (
-        "/infill",
-        OPENAIS,
-        '{"prompt": "TEXT", "input_suffix": "y", "speculative": true}',
-    ),
-    "ahead": ("/infill", OPENAIS, '{"prompt": "TEXT", "input_suffix": "y", "n_predict": 0}'),
-    "tokenize": ("/tokenize", OPENAIS, '{"content": "TEXT"}'),
+    "Mistral's": ("/v1/fim/completions", '{"prompt": "TEXT", "suffix": "y"}'),
+    "chat": ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "TEXT"}]}'),
+    "infill": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "suggest": "always"}'),
+    "hint": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "min_confidence": 0.2}'),
+    "Ollama's generate": ("/api/generate", '{"prompt": "TEXT", "suffix": "y"}'),
+    "Ollama's chat": ("/api/chat", '{"messages": [{"role": "user", "content": "TEXT"}]}'),
+    "speculative": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "speculative": true}'),
+    "ahead": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "n_predict": 0}'),
+    "tokenize": ("/tokenize", '{"content": "TEXT"}'),
 }
 NO_STREAM = ("ahead", "tokenize")
 NOBODYS = ("speculative", "ahead", "tokenize")  # no completion of a person
@@ -86,14 +73,14 @@ class Promise(NamedTuple):
     failures: int = 0  # that the breaker counts
     sent: int = 1  # requests that the backend gets
     tokens: int = 0  # of the person
-    then: int = 200  # the status of the next request
+    rests: bool = False  # the backend is not asked in the next second
 
 
 BAD = Promise(400, "INVALID_REQUEST")
 MISSING = Promise(404, "MODEL_NOT_FOUND")
 NEWER = Promise(409, "SUPERSEDED")
 BUSY = Promise(429, "RATE_LIMIT")
-RESTS = BUSY._replace(then=429)
+RESTS = BUSY._replace(rests=True)
 FULL = Promise(503, "RESOURCE_EXHAUSTED")
 REFUSED = Promise(503, "VPS_UNAVAILABLE")
 FAILED = REFUSED._replace(failures=1)
@@ -103,7 +90,7 @@ AGAIN = Promise(200, sent=2, tokens=2)
 UNASKED = {
     "ahead": Promise(200, sent=0),
     "speculative": NEWER._replace(sent=0),
-    "tokenize": REFUSED._replace(sent=0, then=503),
+    "tokenize": REFUSED._replace(sent=0),
 }
 
 SECRET = f"expected /srv/key, got {KEY}"
@@ -170,7 +157,7 @@ def promised(api: str, kind: str, name: str) -> Promise:
     if name == "429" and kind not in ("completion", *NOBODYS):
         promise = AGAIN  # a dialect's request waits
     if kind == "tokenize":
-        promise = promise._replace(then=200)  # no pause counts
+        promise = promise._replace(rests=False)
     if kind in ("speculative", "ahead"):
         promise = promise._replace(failures=0)
     if kind == "ahead":
@@ -178,38 +165,34 @@ def promised(api: str, kind: str, name: str) -> Promise:
     return promise
 
 
-def form_of(form: str, code: str) -> dict[str, Any]:
+def form_of(path: str, code: str) -> dict[str, Any]:
     """The JSON of an error with this code."""
-    if form == OLLAMAS:
+    if path.startswith("/api/"):
         return {"error": ANY}
-    if form == OURS:
+    if path == "/v1/complete":
         return {"error": True, "message": ANY, "code": code, "timestamp": ANY}
     return {"error": {"message": ANY, "type": ANY, "param": None, "code": code}}
 
 
-def outcome(
-    api: str, kind: str, stream: bool, name: str
-) -> tuple[int, Any, bool, int, int, int, int, int]:
-    """(The status, the error, whether a text came, the requests that the backend got, the failures
-    that the breaker counts, the person's completions and tokens, the status of the next request.)
+def outcome(api: str, kind: str, stream: bool, name: str) -> tuple[Any, ...]:
+    """What `found` finds: the status, the error, whether a text came, the requests that the backend
+    got, the failures that the breaker counts, whether the backend rests, and the person's
+    completions and tokens.
     """
     promise = promised(api, kind, name)
     begins = CHUNKED in ANSWERS[name][0] or (name == "silent" and api != "cerebrum")
     status = 200 if stream and begins and promise.sent else promise.status
     has_text = promise.tokens > 0 and (stream or not promise.code) and kind not in NO_STREAM
     person = (0, 0) if kind in NOBODYS else (1, promise.tokens)
-    error = form_of(KINDS[kind][1], promise.code) if promise.code else None
-    return (status, error, has_text, promise.sent, promise.failures, *person, promise.then)
+    error = form_of(KINDS[kind][0], promise.code) if promise.code else None
+    return (status, error, has_text, promise.sent, promise.failures, promise.rests, *person)
 
 
-def error_in(reply: Reply, form: str) -> Any:
+def error_in(reply: Reply) -> Any:
     """The JSON of the body, or of the last event of a stream that is cut; None for a whole text."""
     if reply.status == 200 and reply.clean:
         return None
-    last = reply.body.strip().splitlines()[-1]
-    if reply.status == 200 and form != OLLAMAS:
-        last = last.split(b"data: ")[1]
-    return json.loads(last)
+    return json.loads(reply.body.strip().splitlines()[-1].removeprefix(b"data: "))
 
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
@@ -225,7 +208,7 @@ NUMBERS = itertools.count()  # no two requests share an answer
 
 async def ask(pi: Pi, kind: str, stream: bool) -> Reply:
     """The answer, once every place has been given back."""
-    path, _, body = KINDS[kind]
+    path, body = KINDS[kind]
     path += "/stream" if stream and kind == "completion" else ""
     asked = json.loads(body.replace("TEXT", f"n{next(NUMBERS)} = "))
     reply = await pi.post(path, asked | {"stream": stream})
@@ -244,6 +227,8 @@ async def ask_at(
     backend.scripts = [[ONE[api] if step is ONE else step for step in steps], good]
     backend.asked.clear()
     pi.first.rests.clear()
+    pi.first.breaker = Breaker()
+    pi.first.breaker.trouble = ""
     pi.first.kind.client.close()  # a spare connection, on which a request may be sent again
     with patch.context() as patched:
         if name == "silent":
@@ -262,21 +247,18 @@ async def test_each_kind_of_request_against_each_error(
 ) -> None:
     monkeypatch.setattr(pi_backend, "BUSY_SECONDS", 0.01)
     async with Backend(**listing(api)) as backend, pi_for(backend_at(backend.port, api=api)) as pi:
+        people = pi.gateway.counting.people.total
 
         async def found(name: str) -> Any:
-            before = pi.gateway.counting.people.total[""]
+            before = people[""]
             reply = await ask_at(pi, backend, kind, stream, name, monkeypatch)
             assert KEY.encode() not in reply.body
             assert api == "cerebrum" or b"/srv" not in reply.body
-            stats = await pi.stats()
-            assert stats["requests_active"] == 0
-            completions = stats["unnamed"]["completions"] - before.completions
-            tokens = stats["unnamed"]["tokens"] - before.tokens
-            sent = len(backend.completions)
-            answered = (reply.status, error_in(reply, KINDS[kind][1]), b'"one' in reply.body, sent)
-            backend.scripts = backend.scripts[1:]
-            then = await ask(pi, "infill" if kind in ("ahead", "speculative") else kind, stream)
-            return (*answered, stats["breaker"]["failures"], completions, tokens, then.status)
+            answered = reply.status, error_in(reply), b'"one' in reply.body
+            rests = max(pi.first.rests.values(), default=0.0) > time.monotonic() + 1
+            counted = len(backend.completions), pi.first.breaker.failures, rests
+            completions = people[""].completions - before.completions
+            return (*answered, *counted, completions, people[""].tokens - before.tokens)
 
         outcomes = {name: await found(name) for name in ANSWERS}
         assert outcomes == {name: outcome(api, kind, stream, name) for name in ANSWERS}
@@ -304,9 +286,6 @@ async def test_which_requests_go_to_the_next_backend(
         async def found(name: str) -> int:
             other.asked.clear()
             pi.gateway.dispatcher.state.served.clear()
-            pi.first.breaker.change("closed", 0.0)
-            pi.first.breaker.trouble = ""
-            pi.first.breaker.failures = 0
             await ask_at(pi, backend, kind, False, name, monkeypatch)
             return len(other.completions)
 
