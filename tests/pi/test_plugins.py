@@ -380,8 +380,8 @@ def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path
             pi.backend.scripts = [script(text, finish_reason=reason)]
             editor.open("x\na\n", language)
             number = editor.command("cerebrum.instruct", SELECTED)
-            applied = editor.called("workspace/applyEdit")["params"]["edit"]["documentChanges"]
-            (edit,) = applied[0]["edits"]
+            changes = editor.called("workspace/applyEdit")["params"]["edit"]["changes"]
+            ((edit,),) = changes.values()
             assert (language, edit["newText"]) == (language, changed)
             asked = pi.backend.completions[-1]
             assert asked.get("language") == known
