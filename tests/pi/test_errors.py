@@ -110,9 +110,10 @@ def page(status: int, members: Any, *headers: str) -> list[bytes]:
     return [head(status, f"Content-Length: {len(body)}", *headers, kind="text/html") + body]
 
 
+SURE = {"logprob": -0.01, "top_logprobs": [{}]}
 ONE = {  # the first token, by the backend's API
     "cerebrum": chunk(token("one ", 1)),
-    "llama.cpp": chunk(llama_chunk("one ", 1, completion_probabilities=[{"logprob": -0.01}])),
+    "llama.cpp": chunk(llama_chunk("one ", 1, completion_probabilities=[SURE])),
     "openai": chunk(text_chunk("one ")),
 }
 END = b"0\r\n\r\n"
