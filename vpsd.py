@@ -617,6 +617,7 @@ class Engine:
         while True:
             await asyncio.sleep(CLEANUP_SECONDS)
             await self.pool.unload_unused()
+            await self.pool.load_kept()
 
     async def stop(self) -> None:
         """End all requests, and unload all models."""

@@ -254,6 +254,7 @@ MODEL = {
     "sha256": Field(str, default="", pattern=r"(?:[0-9a-f]{64})?"),
     **dict.fromkeys(("size", "memory_mb"), Field(int, default=0)),
     "draft": Field(str, default=""),
+    "keep": Field(bool, default=False),
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
     "aliases": Field(list, default=[]),
     "fim": Field(list, 3, 3, []),

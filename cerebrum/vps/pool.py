@@ -83,10 +83,11 @@ def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
 
 def removable(instances: Collection[Instance], spared: str = "") -> list[Instance]:
     """The instances that make room, in this order: those that are leaving, then the idle ones of
-    other models than `spared`, the least recently used first.
+    other models than `spared`, the least recently used first. A model to keep makes no room.
     """
     leaving = [instance for instance in instances if instance.leaving]
-    idle = [instance for instance in instances if instance.idle and instance.model.id != spared]
+    others = [one for one in instances if one.model.id != spared and not one.model.keep]
+    idle = [instance for instance in others if instance.idle]
     return leaving + sorted(idle, key=operator.attrgetter("last_used"))
 
 
@@ -110,6 +111,8 @@ def room_for(
         return going[0]
     figures = ", ".join(f"{name} {size / MB:.0f} MB" for name, size in parts.items())
     left = f"{max(0, most):.0f} MB are free beside the reserve of {reserve_mb:.0f} MB"
+    if kept := [instance.model.id for instance in instances if instance.model.keep]:
+        left += f" and what is kept ({', '.join(kept)})"
     raise HttpError("RESOURCE_EXHAUSTED", f"model {model} needs {need:.0f} MB ({figures}); {left}")
 
 
@@ -135,6 +138,7 @@ class Pool:
         # Models that could not be loaded: the reason, the file's stamp, and the monotonic time of
         # the next try.
         self.failures = dict[str, tuple[str, str, float]]()
+        self.unkept = dict[str, str]()  # models to keep that cannot be loaded: the error's code
 
     def configure(self, models: Sequence[Model], min_free_mb: float, idle_minutes: float) -> None:
         """Apply models and limits. A loaded model whose entry has changed is unloaded once it is
@@ -232,6 +236,7 @@ class Pool:
         load it.
         """
         listed = self.models.get(instance.model.id)
+        instance.model = listed or instance.model
         if instance.idle and not (listed and self._how_loaded(listed) == instance.loaded_as):
             log.info("model %s: unloaded, models.toml has changed", instance.model.id)
             instance.worker.stop()
@@ -293,12 +298,26 @@ class Pool:
             raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
 
     async def measure(self) -> None:
-        """Let llama.cpp say what each model takes, half a second for a file, before a request has
-        to wait for it.
+        """Load the models to keep, and let llama.cpp say what each model takes, half a second for a
+        file, before a request has to wait for it.
         """
+        await self.load_kept()
         for model in self.models.values():
             with contextlib.suppress(HttpError):  # the file is missing or damaged
                 await self.plan(model)
+
+    async def load_kept(self) -> None:
+        """Load the models to keep, or log once why one of them cannot be loaded."""
+        for model in self.models.values():
+            try:
+                if model.keep:
+                    self.check(model.id)
+                    await self._instance(model.id)
+                    self.unkept.pop(model.id, "")
+            except HttpError as error:
+                if self.unkept.get(model.id) != error.code:
+                    log.error("model %s is to be kept, but is not loaded: %s", model.id, error)
+                self.unkept[model.id] = error.code
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
@@ -430,7 +449,8 @@ class Pool:
         for model_id, instance in self.ready.items():
             idle_minutes = (time.monotonic() - instance.last_used) / 60
             # Looked at only now, since a request may have come meanwhile.
-            if instance.idle and idle_minutes >= self.idle_minutes:
+            is_unused = instance.idle and not instance.model.keep
+            if is_unused and idle_minutes >= self.idle_minutes:
                 freed[model_id] = await self._unload(instance)
                 log.info(
                     "model %s: unloaded, %g idle minutes are over", model_id, self.idle_minutes

@@ -483,7 +483,8 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house):
 
 def held(id: str, size: int, state: str, used: float, *users: Any) -> Instance:
     """An instance of so many megabytes, in this state, which was last used then."""
-    model, worker = SimpleNamespace(id=id), SimpleNamespace(stopping=state == "LEAVING")
+    model = SimpleNamespace(id=id, keep=state == "KEPT")
+    worker = SimpleNamespace(stopping=state == "LEAVING")
     instance = Instance(model, worker, size * MB, None, None, last_used=used)
     instance.users = {*users}
     return instance
@@ -503,6 +504,8 @@ def test_room_for_a_model():
     with pytest.raises(HttpError, match=f"^{re.escape(message)}$") as refused:
         pool.room_for("x", parts, 99, 50, HELD)  # nothing is unloaded in vain
     assert refused.value.code == "RESOURCE_EXHAUSTED"
+    with pytest.raises(HttpError, match=re.escape("reserve of 50 MB and what is kept (k)")):
+        pool.room_for("x", parts, 99, 50, [*HELD, held("k", 900, "KEPT", 0)])
     for id, others in (("b", "ca"), ("c", "cba")):  # it makes no room for itself; it is loaded anew
         assert "".join(one.model.id for one in pool.removable(HELD, id)) == others
 
@@ -628,6 +631,26 @@ async def test_new_settings_take_models_and_let_go_on_what_runs(house):
     busy.ended.set_result(None)
     await until(lambda: house.worker() is not busy)
     house.finish(again)
+
+
+async def test_a_model_to_keep_is_loaded_at_the_start_and_stays(house):
+    listed = house.engine.config.models
+    stays = tuple(replace(model, keep=model.id in (A, C)) for model in listed)
+    house.reconfigure(models=stays, idle_minutes=0)
+    house.file(C).unlink()
+    await house.pool.measure()
+    await house.pool.load_kept()  # as the housekeeping does
+    worker = house.worker()
+    worker.ready.set_result(None)
+    await until(lambda: A in house.pool.ready)
+    assert await house.pool.unload_unused() == {}
+    house.room = 0
+    assert (await house.error(house.ask(B))).message.endswith(f" and what is kept ({A})")
+    lines = [line for line in house.caplog.messages if "is to be kept" in line]
+    assert [line.split(",")[0] for line in lines] == [f"model {C} is to be kept"]  # logged once
+    assert not worker.stopping
+    house.reconfigure(models=listed)
+    assert [one.model.id for one in pool.removable(house.pool.instances.values())] == [A]
 
 
 async def test_a_model_that_is_listed_no_more_is_unloaded(house):
