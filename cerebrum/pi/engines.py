@@ -142,8 +142,8 @@ LOGARITHM = Field(float, -(10**9), 0)  # of a probability
 
 
 def read_probability(members: Members) -> float | None:
-    """The probability of the tokens in an event of llama-server's; None if it does not tell. Of
-    what comes from a draft it tells 1, without the candidates that we ask for.
+    """The probability of the tokens in an event of llama-server's; None if it is unknown. A token
+    from a draft has a probability of 1 there, but lacks the candidates that we ask for.
     """
     tokens = map(members_of, items_of(members.get("completion_probabilities")))
     logarithms: list[Any] = [token.get("top_logprobs") and token.get("logprob") for token in tokens]

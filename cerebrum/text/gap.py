@@ -75,7 +75,7 @@ class Meeting:
         if in_line:
             lines.insert(0, (0, line_of(rest)[1]))
         above = prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1]
-        # No place has lines of both sides.
+        # Between both sides stands a line that no text has: the goal is not found across the gap.
         around = [*(line_of(line) for line in above if line.strip()), (-1, ""), *lines[1:]]
         sizes = range(1, min(MEET_LINES, len(lines)) + 1)
         size = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
@@ -92,8 +92,8 @@ class Meeting:
         # missing, else before that.
         self.edge = 0
         self.search = Search(self.first)  # in the line so far
-        # What the line has behind the first line of the goal, which begins at `met`; None: it lacks
-        # that line.
+        # Of the line so far, what follows the first line of the goal; None: that has not come. It
+        # begins at `met`, a position in the text.
         self.behind: str | None = None
         self.met = 0
         # Positions in the text: of the line end above, then of each character of the line that is
@@ -177,7 +177,7 @@ class Meeting:
         return agrees and indent == self.indent
 
     def _is_more(self, rest: str) -> bool:
-        """Whether the rest of a line only ends its statement, with or without a remark."""
+        """Whether the rest of a line is only `;` or `,`, a remark, or nothing."""
         rest = rest.lstrip(";,")
         return not rest or (rest.startswith(self.remark) and not self.line.startswith(self.remark))
 
@@ -347,8 +347,9 @@ class Gap(Stage):
 
 class GapOfLines(Gap):
     """A gap above whole lines, or at the end of a line that has begun. The suffix could follow the
-    first line that leaves no bracket or header open and is not indented less than the suffix, and
-    the text above a line that is indented less than cursor and suffix.
+    first line that leaves open just the brackets and headers that the suffix is in and is not
+    indented less than the suffix, and the text above a line that is indented less than cursor and
+    suffix.
     """
 
     mark = 0  # the end of the last line that is not blank; 0: there is none
@@ -391,8 +392,8 @@ class GapOfLines(Gap):
             self.note_end(place if self.is_suffix(lines) else self.mark)
 
     def fits(self) -> bool:
-        """Whether the suffix fits below the line that has ended: by its indentation, it is within
-        the open brackets.
+        """Whether the suffix fits below the line that has ended. Its indentation shows which of the
+        open brackets it is in.
         """
         scanner = self.scanner
         stack = scanner.stack
@@ -450,7 +451,7 @@ class GapInLine(Gap):
             self.doubt = 0.0
 
     def flush(self, whole: bool) -> str:
-        """Signs at the end of a text that was cut off may begin the rest, as the comma in (a,"""
+        """Leave out signs at the end of a cut text that begin the rest of the line, as a comma."""
         place = self.meeting.held()
         signs = self.cut(place)
         level = sum((sign in "([{") - (sign in OPENING_OF) for sign in signs)

@@ -29,10 +29,10 @@ UNFINISHED = tuple(",=(&|+?.:<*/-")
 REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
 # The rest of a line below which a here-document follows; group 1 is the line that ends it.
-# It is no number that a shift of arithmetic has.
+# A name with )) behind it is a number to shift by, as in $((1<<n)).
 HERE = r"\\?['\"]?([A-Za-z_]\w*+)(?!\)\))[^\n<]*+\n\Z"
-# Before a quote that opens nothing: the escape character, or a word as in `it's` and 1'000, but not
-# the prefix of a string.
+# A quote that opens nothing: behind the escape character, or within a word, as in `it's` and 1'000.
+# Behind the prefix of a string, as in b'', it opens one.
 ESCAPED = r"\\[\"']\Z"
 NO_QUOTE = rf"{ESCAPED}|\w(?<!\b[bBeEfFLnNrRtuUxX])(?<!\b[bBfFrRu][bBfFrR8])'\Z"
 NO_OPERATOR = re.compile(r"[\w$@%&>{-]")  # before one of Perl's QUOTES
@@ -170,7 +170,9 @@ class Scanner:
         return None
 
     def _opens(self, opener: str) -> bool:
-        """Whether an opener in code opens anything: it may be an operator, or part of a name."""
+        """Whether an opener in code opens a literal or comment: it may be an operator or be part of
+        a name instead.
+        """
         if opener == "/":
             return self.last in REGEX_BEFORE or self.head.endswith("return ")
         if opener in QUOTES:
