@@ -279,7 +279,8 @@ class Model:
     `arrange_gap`. A model that only other engines have needs no `file`. `size` is in bytes. A
     `size` or `memory_mb` of 0 is unknown. `shape` has the sizes of its tensors, by the names of
     settings.SHAPE, or is empty. `draft` is the id of a small model that writes ahead of it, or
-    empty. A model to `keep` is loaded at the start and stays in memory.
+    empty; with `early`, that one also answers where this one would be too late. A model to `keep`
+    is loaded at the start and stays in memory.
     """
 
     id: str
@@ -296,6 +297,7 @@ class Model:
     fim: tuple[str, ...]
     fim_layout: str
     draft: str
+    early: bool = True
     shape: Mapping[str, int] = field(default_factory=dict)
     keep: bool = False
 

@@ -226,7 +226,8 @@ def load_config(environ: Environment) -> Config:
 
 # --------------------------------------------------------------------------------- policy: requests
 
-SET_BY_US = ("indent", "predict_ms", "heal", "special", "priority")  # in what vpsd is asked
+# In what vpsd is asked.
+SET_BY_US = ("indent", "predict_ms", "prompt_ms", "heal", "special", "priority")
 FIELDS = {
     **{name: rule for name, rule in RULES.items() if name not in SET_BY_US},
     "prompt": Field(str, required=True),  # may be empty beside a suffix or an instruction

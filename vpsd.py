@@ -497,6 +497,8 @@ class Admission:
 
     def annotate(self, event: Event) -> Event:
         """Note the event's figures. A done event gets the daemon's own members."""
+        if "model" in event:
+            self.notes["model"] = event["model"]
         tokens = event.get("total_tokens")
         if tokens is not None:
             self.notes["tokens"] = tokens
@@ -505,7 +507,8 @@ class Admission:
         if "done" not in event:
             return event
         language = self.job.request.language
-        return event | {"language": language, "model": self.model, "timestamp": timestamp()}
+        model = self.notes["model"]
+        return event | {"language": language, "model": model, "timestamp": timestamp()}
 
 
 class Engine:
@@ -798,7 +801,7 @@ def at_work(engine: Engine) -> dict[str, SimpleNamespace]:
             state.loaded = 1
             state.memory = memory_bytes(worker)
             state.prompts = worker.stored_bytes
-            state.running = sum(bool(slot.run) for slot in worker.slots)
+            state.running = sum(len(decoder.runs) for decoder in worker.decoders)
         state.waiting = max(0, asked[id] - state.running)
     return states
 

@@ -58,6 +58,9 @@ class GenerationRequest:
     max_tokens: int = checked(int, 0, MAX_TOKENS, DEFAULT_TOKENS)  # 0: only read the prompt
     # A completion with a line end stops this long after its first token; 0: no limit.
     predict_ms: int = checked(int, 0, 600_000, 0)
+    # For reading what the cache lacks of a prompt: if that takes longer, less of the prompt is
+    # read, or a draft model answers. 0: no limit.
+    prompt_ms: int = checked(int, 0, 600_000, 0)
     # Without messages: the text ends where the chance that its line is right falls below this.
     min_confidence: float | None = checked(float, 0, 1)
     temperature: float = checked(float, 0, 1, 0.4)
@@ -72,7 +75,6 @@ class GenerationRequest:
     priority: str = checked(str, default="normal", choices=("normal", "low"))
     # The Pi's alone.
     instruction: str | None = None
-    prompt_ms: int = 0  # limits what is read of the prompt; 0: no limit
 
 
 RULES: dict[str, Field] = {

@@ -255,6 +255,7 @@ MODEL = {
     **dict.fromkeys(("size", "memory_mb"), Field(int, default=0)),
     "draft": Field(str, default=""),
     "keep": Field(bool, default=False),
+    "early": Field(bool, default=True),
     "languages": Field(list, default=[], pattern=r"[A-Za-z0-9+#._\-]{1,40}"),
     "aliases": Field(list, default=[]),
     "fim": Field(list, 3, 3, []),

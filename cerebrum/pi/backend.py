@@ -25,15 +25,14 @@ from cerebrum.pi.completion import (
     CompletionRequest,
     Fitted,
     Pairs,
-    remember,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
-from cerebrum.pi.kind import COUNT, Kind, read_result
+from cerebrum.pi.kind import Kind, read_result
 from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
 from cerebrum.request import DEFAULT_TOKENS
 from cerebrum.text.languages import BY_NAME
-from cerebrum.text.prompt import RATIO, TEMPLATE_TOKENS, prepare
+from cerebrum.text.prompt import RATIO, SOON, TEMPLATE_TOKENS, WINDOW, prepare
 from cerebrum_common import HttpError, Model, log
 
 KINDS: dict[str, type[Kind]] = {"cerebrum": Vpsd, "llama.cpp": LlamaServer, "openai": OpenAI}
@@ -116,23 +115,11 @@ def passed_fields(attempt: Attempt) -> JsonObject:
     return passed
 
 
-MIN_READ_TOKENS = 32  # for fewer tokens, the time is mostly the first token's
-MAX_READERS = 64  # clients, for each model
-MAX_CACHED_EACH = 4  # texts of some 10 KB that a backend has read for one of them
-SAME_BEGINNING = 200  # characters
-FIRST_SPEED = 100.0  # prompt tokens per second, until measured: a small model on two cores
-
-
 class Prompts:
-    """Knowledge about one backend's prompts. Owns its reading speeds, and the texts that it has
-    read.
-    """
+    """Fits prompts for one backend."""
 
     def __init__(self, counts_exactly: bool) -> None:
-        self.speed: dict[str, float] = {}  # prompt tokens per second, by model
         self._counts_exactly = counts_exactly
-        # By client and model, the latest last: texts in the order of reading, the newest last.
-        self._read: dict[tuple[str, str], list[str]] = {}
 
     def fit(
         self, attempt: Attempt, name: str, n_ctx: int, layout: str, refused: TooLong | None
@@ -150,24 +137,18 @@ class Prompts:
         budget = budget_of(request, n_ctx)
         if not self._counts_exactly:
             budget = min(int(budget / SPARE), most)
-        limits = int(budget * ratio / RATIO), *self._max_fresh(request, attempt.model)
+        budget = int(budget * ratio / RATIO)
         is_editors = request.kind == "infill"
-        text = prepare(vars(fields), fields.mode, *limits, layout, is_editors)
+        is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
+        # vpsd knows what it has read, and chooses what to read in time.
+        around = WINDOW if self._counts_exactly or not is_limited else SOON
+        text = prepare(vars(fields), fields.mode, budget, layout, is_editors, around)
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
         room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
         body = passed_fields(attempt) | text.body
+        if is_limited:
+            body["prompt_ms"] = fields.prompt_ms
         return Fitted(body, attempt.model, name, room, n_ctx, text, request.file)
-
-    def _max_fresh(self, request: CompletionRequest, model: str) -> tuple[int | None, list[str]]:
-        """(the most tokens to read for a request, or None; the texts already read for its client
-        and model).
-        """
-        limit = request.fields.prompt_ms
-        if limit <= 1:
-            return None, []
-        speed = self.speed.get(model, FIRST_SPEED)
-        reader = (request.client, model)
-        return int(speed * limit / 1000), self._read.get(reader, [])
 
     def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
         """(weight per token, the most tokens) for a retry after a backend has counted too many
@@ -186,42 +167,6 @@ class Prompts:
             return counted > 0
         estimated = attempt.sent.text.weight / RATIO
         return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
-
-    def learn(self, attempt: Attempt, result: Members) -> None:
-        """Learn from a complete answer: the reading speed, and the text that was read."""
-        request = attempt.request
-        model = attempt.model
-        counted = result.get("prompt_tokens", 0)
-        seconds = result.get("ttft") or 0.0
-        if not self._is_plausible(attempt, counted):
-            return
-        fresh = counted - result.get("cached_tokens", 0)
-        # A guest's prompt may have stood still.
-        if seconds > 0.001 and fresh >= MIN_READ_TOKENS and not request.guest:
-            speed = fresh / seconds
-            self.speed[model] = self.speed.get(model, speed) * 0.75 + speed * 0.25
-        if request.kind in ("infill", "completion"):
-            self._remember((request.client, model), attempt.sent.text.as_read)
-
-    def learn_progress(self, attempt: Attempt, progress: Members) -> None:
-        """Learn which part of a prompt has been read ahead, since the next request ends reading."""
-        done = progress.get("done", -1)
-        total = progress.get("total", -1)
-        if progress.get("stage") == "prefill" and COUNT.accepts(done) and COUNT.accepts(total):
-            text = attempt.sent.text.as_read
-            read = text[: len(text) * done // max(total, 1)]
-            if len(read) > SAME_BEGINNING:
-                self._remember((attempt.request.client, attempt.model), read)
-
-    def _remember(self, reader: tuple[str, str], text: str) -> None:
-        """Note a text that the backend has read for this client and model. Texts with the same
-        beginning come from the same file: only the newest is kept. With the suffix first, each
-        place in a file is a text of its own, so each client keeps few.
-        """
-        beginning = text[:SAME_BEGINNING]
-        known = self._read.get(reader, [])
-        others = [other for other in known if not other.startswith(beginning)]
-        remember(self._read, reader, [*others, text][-MAX_CACHED_EACH:], MAX_READERS)
 
 
 # -------------------------------------------------------------------------------------- the backend
@@ -414,7 +359,9 @@ class Backend:
         return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
 
     def _take(self, attempt: Attempt, event: str, value: Any) -> Any:
-        """Count a pair that came, and return its value: of a result, what a backend may set."""
+        """Count a pair that came, and return its value: of a result, what a backend may set. Note
+        which model answers.
+        """
         if event == "done":
             return self._finish(attempt, value)
         if event == "text":
@@ -422,8 +369,8 @@ class Backend:
             if attempt.size > MAX_TEXT_BYTES:
                 raise BackendFailure("its completion is too long")
             self._count(attempt, value.count(b"\n\n"))
-        elif event == "progress" and attempt.request.ahead:
-            self.prompts.learn_progress(attempt, value)
+        elif event == "begun" and value in self.names:
+            attempt.model = value
         return value
 
     def _count(self, attempt: Attempt, tokens: int) -> None:
@@ -439,13 +386,13 @@ class Backend:
         attempt.admission.succeeded(now)
 
     def _finish(self, attempt: Attempt, done: Members) -> JsonObject:
-        """Learn from a whole answer, and return its result, without what no backend may set."""
+        """Count a whole answer, and return its result, without what no backend may set."""
         result = read_result(done)
         reason = result.get("finish_reason", "stop")
         attempt.reason = reason if reason in FINISHED else "other"
         # One event may hold several tokens.
         self._count(attempt, max(0, result.get("total_tokens", 0) - attempt.tokens))
-        self.prompts.learn(attempt, result)
+        attempt.is_cut = "prompt_ms" in attempt.sent.fields and result.get("prompt_cut", False)
         return result
 
     def _learn_refusal(self, attempt: Attempt, error: HttpError) -> None:

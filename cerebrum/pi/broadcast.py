@@ -214,7 +214,6 @@ def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
     another answer.
     """
     request = completion.request
-    attempt = completion.attempt
     last = dict(broadcast.pairs)  # of each event
     begun = last["started"]
     result = last["done"]
@@ -231,7 +230,7 @@ def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
     kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
     is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
-    is_whole = not is_late and not (attempt and attempt.sent.text.cut)
+    is_whole = not (is_late or result.get("prompt_cut"))
     if request.kind == "infill" and request.fields.temperature == 0 and is_whole:
         kept.asked = completion.digest
     return kept

@@ -104,9 +104,10 @@ def digest_of(fields: GenerationRequest, names: Iterable[str]) -> bytes:
 # What becomes of a completion, as pairs of an event's name and its value, in this order. The names
 # depend neither on the client's API nor on the backend's.
 #
-#     ("begun", None)     a backend responds. `Gateway` replaces it by "started"
+#     ("begun", id)       a backend responds (id: None), or says which model answers instead of the
+#                         one that was asked for. `Gateway` replaces it by "started"
 #     ("started", dict)   {"model", "n_ctx", "kept"}. An error before this pair can still be an HTTP
-#                         status. The pair comes again if another backend takes over
+#                         status. The pair comes again if another backend or model takes over
 #     ("waiting", int)    the place in the line; from then on an error is no HTTP status
 #     ("idle", None)      nothing new, but the backend is alive
 #     ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for it
@@ -156,13 +157,14 @@ class Attempt:
 
     completion: Completion
     backend: str  # its id
-    model: str
+    model: str  # that answers
     admission: Admission
     sent: Fitted = NOTHING_SENT
     tokens: int = 0
     size: int = 0  # bytes of the events with text
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the last token came, or the end of a whole answer
+    is_cut: bool = False  # the model that was asked for has not read all of the prompt
     reason: str = ""  # one of FINISHED, or "other", for a whole answer
     # SUPERSEDED or PREEMPTED: it is being ended for another request, which gets its place.
     evicted: str = ""

@@ -524,8 +524,7 @@ class Dispatcher:
         which ends the reading of its older one. Reading stops when the backend gets a request, and
         begins again later: the backend keeps the part that it has read.
         """
-        fields = replace(request.fields, progress=True)
-        ahead = replace(request, fields=fields, session="", ahead=True, speculative=False)
+        ahead = replace(request, session="", ahead=True, speculative=False)
         remember(self.ahead, ahead.client, Completion(ahead), MAX_AHEAD)
         for attempt in self.state.places:
             older = attempt.request
@@ -546,7 +545,7 @@ class Dispatcher:
         """
         request = attempt.request
         asked = self.ahead.get(request.client)
-        if attempt.sent.text.cut and (not asked or asked.started <= attempt.begun):
+        if attempt.is_cut and (not asked or asked.started <= attempt.begun):
             fields = replace(request.fields, max_tokens=0, prompt_ms=0)
             self.read_ahead(replace(request, fields=fields))
 

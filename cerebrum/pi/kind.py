@@ -202,6 +202,7 @@ RESULT_FIELDS = {  # of a done event
     "confidence": SHARE,
     "text_confidence": SHARE,
     "chance": SHARE,
+    "prompt_cut": Field(bool),
 }
 
 

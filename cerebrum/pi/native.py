@@ -143,6 +143,8 @@ def read_event(event: bytes, key: str) -> Pair | None:
         if not COUNT.accepts(members.get("total_tokens")):
             raise BackendFailure("it sent a token without its number")
         return "text", text_event(members["token"], members["total_tokens"])
+    if isinstance(members.get("model"), str):
+        return "begun", members["model"]
     progress = members.get("progress")
     return ("progress", progress) if isinstance(progress, dict) else None
 

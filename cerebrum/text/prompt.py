@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import re
 import string
-import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
@@ -177,6 +176,7 @@ TEMPLATE_TOKENS = {"complete": 4, "infill": 16, "instruct": 64, "chat": 32}
 # and 200 are read while one looks.
 WINDOW = 3200
 NEAR = 800
+SOON = 2 * NEAR  # for an engine that does not say what it has read
 # The suffix gets half of the room, or an eighth where it is read last, and each key reads it anew.
 SUFFIX_SHARE = 2
 LAST_SHARE = 8
@@ -201,8 +201,6 @@ class Prepared(NamedTuple):
     body: dict[str, Any]  # vpsd's fields: `mode`, and `prompt`, `suffix`, `extra` or `messages`
     kept: Kept  # the parts of the user's text that it holds, see `prepare`
     weight: int  # of its text
-    as_read: str = ""  # its text in the order in which the backend reads it
-    cut: bool = False  # to limit the prefill, so reading all of it later helps
 
 
 def fits(text: str, room: int) -> bool:
@@ -270,10 +268,9 @@ def prepare(
     fields: Fields,
     mode: str,
     budget: int,
-    max_fresh: int | None = None,
-    cached: Sequence[str] = (),
     layout: str = "psm",
     is_editors: bool = False,
+    around: int = WINDOW,
 ) -> Prepared:
     """vpsd's fields for a request, with a prompt of about `budget` tokens at most.
 
@@ -282,10 +279,9 @@ def prepare(
     "suffix"]}` if a window of the prompt and the beginning of the suffix are sent. `parts` are
     those that were cut, or else ["all"].
 
-    `max_fresh` limits the tokens to prefill. `cached` holds texts that the backend has prefilled;
-    the longest start that the prompt shares with one of them does not count. `layout` is that of
-    the model's gaps, see `arrange_gap`. An editor's request has a window around the cursor even at
-    the end of a file, where there is no gap.
+    `layout` is that of the model's gaps, see `arrange_gap`. An editor's request has a window around
+    the cursor even at the end of a file, where there is no gap. `around` is the most that a window
+    weighs.
     """
 
     def room_of(tokens: int) -> int:
@@ -297,9 +293,8 @@ def prepare(
     if mode == "instruct":
         prepared = prepare_instruction(fields, room)
     else:
-        fresh_room = sys.maxsize if max_fresh is None else max(room_of(max_fresh), NEAR)
-        most = WINDOW if is_editors or mode == "infill" else room
-        prepared = prepare_text(fields, mode, room, most, fresh_room, cached, layout)
+        most = around if is_editors or mode == "infill" else room
+        prepared = prepare_text(fields, mode, room, most, layout)
     if fields.get("filename"):
         prepared.body["filename"] = fields["filename"]
     return prepared
@@ -360,48 +355,21 @@ def end_of_named(code: str, language: Language, instruction: str, room: int) -> 
 # ------------------------------------------------------------------------- the text around a cursor
 
 
-def prepare_text(
-    fields: Fields,
-    mode: str,
-    room: int,
-    most: int,
-    fresh_room: int,
-    cached: Sequence[str],
-    layout: str,
-) -> Prepared:
-    """The text around the cursor, after the texts of other files if there are any.
-
-    Other files' texts get up to a third of the room, the text around the cursor the rest, but
-    `most` at most. If the backend would have to read more than `fresh_room` of all this, it gets
-    what is near the cursor, and other files' texts only if it has read them all.
+def prepare_text(fields: Fields, mode: str, room: int, most: int, layout: str) -> Prepared:
+    """The text around the cursor, after the texts of other files if there are any. These get up to
+    a third of the room, the text around the cursor the rest, but `most` at most.
     """
     prompt = fields.get("prompt") or ""
     suffix = fields.get("suffix") or ""
     # Written by the client with the model's special tokens; nothing of it may be left out.
     if fields.get("special"):
         kept = kept_of(len(prompt), len(prompt))
-        return Prepared({"mode": mode, "prompt": prompt}, kept, weigh(prompt), prompt)
+        return Prepared({"mode": mode, "prompt": prompt}, kept, weigh(prompt))
     language = syntax(fields)
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     files = render_extra(extra)
     share = LAST_SHARE if layout == "psm" else SUFFIX_SHARE
     before, after = window(prompt, suffix, language, min(room - weigh(files), most), share)
-    whole = files + as_read(before, after, layout)
-    read = max((common_length(whole, text) for text in cached), default=0)
-    up_to_cursor = files + before if layout == "psm" else whole  # each key reads the rest anew
-    fresh = weigh(up_to_cursor[read:])
-    if fresh > fresh_room:
-        near = NEAR
-        while 2 * near <= min(fresh_room, most):
-            near *= 2  # in steps, so that it does not change with each measurement
-        before, after = window(prompt, suffix, language, near, share)
-        if read < len(files):
-            extra = []
-            files = ""
-    elif weigh(whole[read:]) > fresh_room:
-        after = fit_start(after, fresh_room - fresh)
-    text = files + as_read(before, after, layout)
-
     # "heal": vpsd may rewrite the prompt's last token.
     body: dict[str, Any] = {"mode": mode, "prompt": before, "heal": True}
     if mode == "infill":
@@ -410,7 +378,7 @@ def prepare_text(
         body["extra"] = extra
     sizes = len(before) + len(after), len(prompt) + len(suffix)
     kept = kept_of(*sizes, window=before != prompt, suffix=after != suffix)
-    return Prepared(body, kept, weigh(files + before + after), text, text != whole)
+    return Prepared(body, kept, weigh(files + before + after))
 
 
 def window(prompt: str, suffix: str, language: Language, room: int, share: int) -> tuple[str, str]:
@@ -423,6 +391,21 @@ def window(prompt: str, suffix: str, language: Language, room: int, share: int) 
         step = max(1, room // SPARE_STEPS)
         suffix = fit_start(suffix, max(room // share, spare // step * step))
     return fit(prompt, language, room - weigh(suffix)), suffix
+
+
+def nearer(fields: Fields, layout: str) -> Iterator[Fields]:
+    """What may be read instead of a request's text, `fields` from most to least: less of a suffix
+    that each key reads anew; the nearest 400 tokens, and 200.
+    """
+    prompt = fields["prompt"]
+    suffix = fields["suffix"]
+    share = SUFFIX_SHARE
+    if layout == "psm" and suffix:
+        share = LAST_SHARE
+        yield {"suffix": fit_start(suffix, NEAR // share)}
+    for room in (SOON, NEAR):
+        before, after = window(prompt, suffix or "", syntax(fields), room, share)
+        yield {"prompt": before, "suffix": after if suffix else suffix, "extra": ()}
 
 
 def arrange_gap(layout: str, marks: Sequence[Any], prefix: Any, suffix: Any) -> list[Any]:
@@ -450,15 +433,6 @@ def steady_suffix(suffix: str) -> str:
     return ADDED.sub("", suffix, count=1)
 
 
-def as_read(before: str, after: str, layout: str) -> str:
-    """The text around the cursor in the order in which a backend reads it. A NUL stands for the
-    mark before a suffix that is read last: once the cursor moves down, that must be read again.
-    """
-    if layout == "psm":
-        return f"{before}\0{after}"
-    return (steady_suffix(after) if layout == "spmv2" else after) + before
-
-
 def fit_extra(extra: Sequence[File], room: int) -> list[File]:
     """The last of other files' texts that fit, in their order. The room does not depend on the
     file's own text: these texts precede it, and a prompt whose start changes must be prefilled
@@ -477,13 +451,6 @@ def count_fitting(weights: Iterable[int], room: int) -> int:
 def render_extra(extra: Sequence[File]) -> str:
     """Other files' texts as one, to weigh and to compare."""
     return "".join(f"{entry['filename']}\n{entry['text']}\n" for entry in extra)
-
-
-def common_length(text: str, other: str) -> int:
-    """The length of the longest start that two texts share."""
-    lengths = range(1, min(len(text), len(other)) + 1)
-    # The index of the first length that they do not share is the length before it.
-    return bisect_left(lengths, True, key=lambda length: not other.startswith(text[:length]))
 
 
 # ------------------------------------------------------------------------------------------- a chat

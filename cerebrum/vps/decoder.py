@@ -5,19 +5,20 @@ of its result.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 from cerebrum.vps.compute import Compute, ModelTally
-from cerebrum.vps.draft_model import DraftModel
 from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, Case, Drafter, Gain
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
-from cerebrum.vps.schedule import Costs, chunk_size, share_seconds
+from cerebrum.vps.schedule import PAUSE_SECONDS, Costs, chunk_size, share_seconds, who_answers
 from cerebrum_common import HttpError, internal_error
 
+LAST = -1  # the last logits of a decode
 # So many are read at once while nobody waits for them: a draft model's, and those of a prompt that
 # is only read. A request that does not need them aborts them, and they are lost. Fewer take longer
 # each.
@@ -57,11 +58,19 @@ class Decoder:
     drafting: bool
     draft_model: DraftModel | None
     gain: Gain = field(default_factory=Gain)
+    left: float = -math.inf  # when its last run ended; monotonic
+
+    writer = ""  # a draft model's id
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The slots of its jobs."""
+        return self.sequences.slots
 
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        return [slot.run for slot in self.sequences.slots if isinstance(slot.run, Run)]
+        return [slot.run for slot in self.slots if isinstance(slot.run, Run)]
 
     def run_that_yields(self) -> Run | None:
         """The run that gives its slot to a job of normal priority: one of low priority whose prompt
@@ -72,8 +81,32 @@ class Decoder:
                 return run
         return None
 
+    def choose(self, job: Job) -> Decoder:
+        """Who answers now, this model or its draft model. Also chooses what is read for that."""
+        draft_model = self.draft_model if job.is_hint else None
+        prompts = [prompt for prompt, *_ in job.parts]
+        large = map(self.reading_seconds, prompts)
+        # With as little as the last part, a small model is seldom right.
+        small = map(draft_model.reading_seconds, prompts[:-1]) if draft_model else ()
+        streams = 1 + len(self.compute.baton.others(self))
+        limit = job.request.prompt_ms / 1000 / streams
+        is_early, part = who_answers([*large], [*small], limit)
+        job.read(part)
+        return draft_model if draft_model and is_early else self
+
+    def reading_seconds(self, prompt: list[int]) -> float:
+        """How long reading takes what is missing of a prompt; infinity if that is impossible."""
+        model = self.model
+        if not self.slots or len(prompt) >= model.n_ctx or max(prompt) >= model.n_vocab:
+            return math.inf
+        missing = len(prompt) - self.sequences.known(prompt)
+        return self.costs.slowdown * self.costs(missing)
+
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
+        if job.writer != self.writer:
+            job.writer = self.writer
+            job.deliver([{"model": self.writer or job.request.model}])
         slot, guide = self.sequences.take_slot(job.prompt, free, job.low)
         job.progress("prefill", len(slot.tokens), len(job.prompt))
         if job.cached is None:  # else the job itself has read these tokens, before it gave way
@@ -192,7 +225,7 @@ class Decoder:
             worth *= probability
             # An id of the padding may be none of the model, and the end of a text is no token to
             # decode.
-            if token >= draft_model.known or self.model.vocabulary.is_end(token):
+            if token >= self.model.n_vocab or self.model.vocabulary.is_end(token):
                 return
             if worth <= self.costs(size + 1) - self.costs(size):
                 return
@@ -233,8 +266,14 @@ class Decoder:
         is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
-        if not run.job.max_tokens:
+        if self.writer or not run.job.max_tokens:
             size = min(size, AHEAD_TOKENS)
+        if self.draft_model and not run.job.max_tokens:
+            # While somebody types, no answer of the draft model waits long for this chunk. In a
+            # pause it gets longer, and is aborted for the next request.
+            pause = (time.monotonic() - self.draft_model.left) / 2
+            size = min(size, self.costs.longest(max(PAUSE_SECONDS, pause)))
+            run.yields = PAUSE_SECONDS < pause < math.inf
         end = begin + min(size, MAX_CHUNK // len(runs))
         has_logits = end == len(run.prompt) and run.job.max_tokens > 0
         return Work(run, run.prompt[begin:end], int(has_logits))
@@ -407,6 +446,64 @@ class Decoder:
             tally.spoke(run.first_token - submitted, run.last_token - submitted, run.generated)
         if reason:
             tally.ended[reason] += 1
-        run.slot.used = time.monotonic()
+        run.slot.used = self.left = time.monotonic()
         run.sampler.close()
         run.flush()
+
+
+@dataclass(eq=False)
+class DraftModel(Decoder):
+    """A small model of the same family. It says which token it expects next in the large model's
+    sequences, each of which it follows in the slot of the same number. In further slots it answers
+    by itself, where the large model would be too late.
+    """
+
+    _: KW_ONLY
+    writer: str
+    drafts: int  # slots that follow the large model's
+    waiting: list[Job]  # where the large model finds what this one fails to answer
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.sequences.slots[self.drafts :]
+
+    def fail(self, run: Run, error: HttpError) -> None:
+        if run.first_token:
+            super().fail(run, error)
+        elif run.slot.run is run:
+            run.job.is_hint = False
+            self.release(run)
+            self.waiting.append(run.job)
+
+    def follow(self, number: int, tokens: list[int]) -> list[int]:
+        """Cut the slot of this number to what is known of a sequence of `tokens`, which are not
+        empty, and return what it lacks: at least one token, or none if this model cannot have the
+        sequence. The whole sequence is read, since a model that reads only the end of it is right
+        less often.
+        """
+        slot, _ = self.sequences.take_slot(tokens, [self.sequences.slots[number]], False)
+        lacking = tokens[len(slot.tokens) :]
+        fits = len(tokens) + MODEL_LENGTH < self.model.n_ctx
+        return lacking if fits and max(lacking) < self.model.n_vocab else []
+
+    def continuations(self, run: Run, lacking: list[int]) -> Iterator[tuple[int, float]]:
+        """Read what is lacking of a run, then say what comes next, token by token, with
+        probabilities. Each is read when the next one is asked for.
+        """
+        unread = lacking
+        while self.read(run.slot.id, unread, [run]) == 0:
+            token = self.model.greedy(LAST)
+            yield token, self.model.probability(LAST, token)
+            unread = [token]
+
+    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> int | None:
+        """Append these tokens to the slot of this number, for these runs; without any, for nobody
+        yet, and any request may abort it. Returns the answer of `Compute.decode`.
+        """
+        slot = self.sequences.slots[number]
+        code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
+        if runs and begin:  # else nobody waited, or there was no decode
+            self.tally.ahead_seconds += time.perf_counter() - begin
+        if code == 0:  # otherwise `follow` drops the cells that it may have left
+            slot.tokens += tokens
+        return code

@@ -1,28 +1,15 @@
-"""A draft model: a small model that writes ahead of a large one of the same family.
-
-`DraftModel` follows the large model's sequences, and says which token it expects next. It belongs
-to the worker of the large model, whose `Decoder` asks it and checks what it wrote.
-"""
+"""Which small models can write ahead of a large one: those with the same tokens."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.compute import Compute, ModelTally
-from cerebrum.vps.drafts import MODEL_LENGTH
-from cerebrum.vps.job import Run
-from cerebrum.vps.llama import Llama, ModelError, Slot, file_stamp, is_recurrent, load_model
-from cerebrum.vps.schedule import Costs
-from cerebrum.vps.tokens import common_prefix
+from cerebrum.vps.llama import ModelError, file_stamp, is_recurrent, load_model
 from cerebrum.vps.vocabulary import api
 
-LAST = -1  # the last logits of a decode
 MAX_PADDING = 256  # ids that only one of two vocabularies has
 
 
@@ -70,52 +57,3 @@ def _difference(ours: Any, theirs: Any) -> str:
             if read(ours, token) != read(theirs, token):
                 return f"its token {token} is another one"
     return ""
-
-
-@dataclass(eq=False)
-class DraftModel:
-    """A small model that follows the sequences of a large one, each in the slot of the same number.
-
-    Owned by the large model's worker; every call is from its thread.
-    """
-
-    model: Llama
-    costs: Costs
-    compute: Compute
-    tally: ModelTally
-    known: int  # ids that both models have
-    slots: Sequence[Slot]
-
-    def follow(self, number: int, tokens: list[int]) -> list[int]:
-        """Cut the slot of this number to what it has of a sequence of `tokens`, which are not
-        empty, and return what it lacks: at least one token, or none if this model cannot have the
-        sequence. The whole sequence is read, since a model that reads only the end of it is right
-        less often.
-        """
-        slot = self.slots[number]
-        self.model.cut(slot, min(common_prefix(slot.tokens, tokens), len(tokens) - 1))
-        lacking = tokens[len(slot.tokens) :]
-        fits = len(tokens) + MODEL_LENGTH < self.model.n_ctx
-        return lacking if fits and max(lacking) < self.known else []
-
-    def continuations(self, run: Run, lacking: list[int]) -> Iterator[tuple[int, float]]:
-        """Read what is lacking of a run, then say what comes next, token by token, with
-        probabilities. Each is read when the next one is asked for.
-        """
-        unread = lacking
-        while self.read(run.slot.id, unread, [run]) == 0:
-            token = self.model.greedy(LAST)
-            yield token, self.model.probability(LAST, token)
-            unread = [token]
-
-    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> int | None:
-        """Append these tokens to the slot of this number, for these runs; without any, for nobody
-        yet, and any request may abort it. Returns the answer of `Compute.decode`.
-        """
-        slot = self.slots[number]
-        code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
-        if runs and begin:  # else nobody waited, or there was no decode
-            self.tally.ahead_seconds += time.perf_counter() - begin
-        if code == 0:  # otherwise `follow` drops the cells that it may have left
-            slot.tokens += tokens
-        return code

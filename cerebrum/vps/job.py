@@ -8,11 +8,13 @@ import codecs
 import contextvars
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from cerebrum.request import GenerationRequest
 from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.ending import Ending
+from cerebrum.text.prompt import nearer
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Slot
 from cerebrum.vps.vocabulary import api, begun_answer
@@ -36,6 +38,9 @@ class Job:
     """
 
     # What `prepare` finds.
+    # The whole prompt, then less and less of it; each as `Vocabulary.encode` returns it.
+    parts: list[tuple[list[int], bytes, int]]
+    # Of the part that is read:
     prompt: list[int]
     heal: bytes  # the completion's first bytes, which the client already has
     before: int  # tokens of the prompt up to the cursor
@@ -49,6 +54,10 @@ class Job:
         self.deliver = deliver
         self.unread = unread
         self.low = request.priority == "low"
+        # A hint is wanted soon or never, so a draft model may answer.
+        is_soon = request.prompt_ms and request.min_confidence
+        self.is_hint = bool(is_soon) and request.temperature == 0
+        self.writer = ""  # the draft model that answers, if one does
         # Tokens of the prompt that the cache had when the job first got a slot.
         self.cached: int | None = None
         self.cancelled = False
@@ -60,7 +69,13 @@ class Job:
         if the prompt does not fit into the context.
         """
         request = self.request
-        self.prompt, self.heal, self.before = model.vocabulary.encode(request)
+        vocabulary = model.vocabulary
+        requests = [request]
+        if request.prompt_ms and not request.special:
+            near = nearer(vars(request), vocabulary.layout)
+            requests += [replace(request, **fields) for fields in near]
+        self.parts = [vocabulary.encode(part) for part in requests]
+        self.read(0)
         count = len(self.prompt)
         n_ctx = model.n_ctx
         if not 0 < count < n_ctx:
@@ -73,6 +88,10 @@ class Job:
         where = request.mode, request.language, self._begun(), request.suffix, request.stop_at
         least = None if request.messages else request.min_confidence
         self.ending = Ending(*where, request.indent, request.stop, least)
+
+    def read(self, part: int) -> None:
+        """Choose the part of the prompt to read."""
+        self.prompt, self.heal, self.before = self.parts[part]
 
     def _begun(self) -> str:
         """The text that the completion goes on with."""
@@ -110,6 +129,7 @@ class Run:
         self.first_token = self.last_token = 0.0
         # Its reading was aborted for another request, so it is read in short chunks.
         self.hurried = False
+        self.yields = False  # its decode is aborted for any request
         self.outbox = list[Event | HttpError]()
 
     @property
@@ -183,6 +203,8 @@ class Run:
             "draft_tokens": self.drafted,
             "accepted_tokens": self.accepted,
         }
+        if job.writer or job.prompt != job.parts[0][0]:
+            event["prompt_cut"] = True
         if self.first_token:
             event["ttft"] = round(self.first_token - job.submitted, 4)
         if (seconds := self.last_token - self.first_token) > 0:

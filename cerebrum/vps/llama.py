@@ -53,6 +53,7 @@ class Settings:
     threads: int = field(default_factory=usable_cores)
     n_ctx: int = 4096  # tokens of one sequence, its prompt and completion together
     sequences: int = 2  # at a time
+    early: int = 0  # further sequences, in the cells of these, for answers of a draft model
     kv_type: str = "f16"  # of the KV cache; q8_0 takes half the memory
     micro_batch: int = 256  # tokens of a chunk computed together; their attention takes memory
     flash_attention: bool = True
@@ -160,15 +161,15 @@ def context_params(model: Any, settings: Settings) -> Any:
     params.n_ctx = n_ctx * settings.sequences
     params.n_batch = MAX_CHUNK
     params.n_ubatch = settings.micro_batch
-    params.n_seq_max = settings.sequences
-    # By default the logits buffer would take 300 MB.
-    params.n_outputs_max = settings.sequences * settings.outputs
     params.n_threads = params.n_threads_batch = settings.threads
     # LLAMA_FLASH_ATTN_TYPE_ENABLED is 1, _DISABLED is 0; the default lets llama.cpp choose. A
     # quantized cache needs it.
     params.flash_attn_type = settings.flash_attention or settings.kv_type != "f16"
     params.type_k = params.type_v = KV_TYPES[settings.kv_type]
     params.kv_unified = can_share_cells(model, settings, n_ctx)
+    params.n_seq_max = settings.sequences + settings.early * params.kv_unified
+    # By default the logits buffer would take 300 MB.
+    params.n_outputs_max = params.n_seq_max * settings.outputs
     params.swa_full = False  # layers with a sliding window keep only the window
     params.n_rs_seq = ROLLBACK
     params.no_perf = True

@@ -209,7 +209,7 @@ def _beside_weights(model: Any, vocabulary: int, settings: Settings) -> Parts:
     if not compute_mb:
         raise ModelError("llama.cpp cannot make a context for this model")
     # Floats, in two buffers.
-    logits = 2 * 4 * settings.sequences * settings.outputs * vocabulary
+    logits = 2 * 4 * (settings.sequences + settings.early) * settings.outputs * vocabulary
     return {
         "kv": math.ceil(sum(map(float, KV_SIZE_MB.findall(log))) * MB),
         "compute": math.ceil(compute_mb * MB) + logits,

@@ -14,7 +14,7 @@ from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import DECODES, TunedFile, find_tuned
 from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.memory import Need, Parts, fit, needed
-from cerebrum.vps.schedule import Costs
+from cerebrum.vps.schedule import MUCH_LATER, Costs
 from cerebrum_common import Model
 
 
@@ -92,7 +92,8 @@ def plan_pair(
         file, small = (tuned.path, tuned.settings) if tuned else (file, small)
 
         def beside(large: Settings) -> Settings:
-            return replace(small, n_ctx=large.n_ctx, sequences=large.sequences)
+            early = model.early * large.sequences
+            return replace(small, n_ctx=large.n_ctx, sequences=large.sequences, early=early)
 
         def need(large: Path, candidates: Sequence[Settings]) -> list[Parts]:
             """What both models take."""
@@ -117,21 +118,25 @@ def plan_pair(
         return alone._replace(note=f"{draft.id} has no room to write drafts")
     if not alone.seconds:
         return pair._replace(note=f"{draft.id} writes drafts")
-    return best_plan(alone, pair, draft.id)
+    # Reading takes about as long as the weights are large.
+    is_much_sooner = 2 * MUCH_LATER * parts["weights"] <= pair.parts["weights"]
+    least = MIN_EARLY_GAIN if model.early and is_much_sooner else MIN_PAIR_GAIN
+    return best_plan(alone, pair, draft.id, least)
 
 
 MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its memory
+MIN_EARLY_GAIN = 0.8  # if the second model can answer while the first one reads
 
 
-def best_plan(alone: LoadPlan, pair: LoadPlan, draft_id: str) -> LoadPlan:
-    """A model alone or with its draft model: the one with more tokens a second times tokens of
-    context. Half a context is a fair price for twice the speed.
+def best_plan(alone: LoadPlan, pair: LoadPlan, draft_id: str, least: float) -> LoadPlan:
+    """A model with its draft model if that gains at least so many times the tokens a second times
+    tokens of context, or else alone. Half a context is a fair price for twice the speed.
     """
 
     def worth(plan: LoadPlan) -> float:
         return plan.rate * plan.settings.n_ctx * plan.settings.sequences
 
-    if worth(pair) > MIN_PAIR_GAIN * worth(alone):
+    if worth(pair) > least * worth(alone):
         return pair._replace(
             note=f"{draft_id} writes drafts: expected {pair.words}; without it {alone.words}"
         )

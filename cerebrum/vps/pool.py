@@ -62,7 +62,7 @@ class Instance:
         return not self.users and not self.leaving
 
 
-how_loaded = operator.attrgetter("file", "sha256", "fim", "fim_layout")
+how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "early")
 
 
 def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:

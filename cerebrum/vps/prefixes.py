@@ -120,6 +120,13 @@ class Sequences:
         self.model = model
         self.store = PrefixStore(budget, model.recurrent)
         self.slots = [Slot(i) for i in range(count)]
+        # Idle sequences leave the context, so that only running ones occupy cells.
+        self.parks = model.unified and budget > 0
+
+    def known(self, prompt: list[int]) -> int:
+        """How many first tokens of a prompt need not be read."""
+        _, stored = self.store.best(prompt)
+        return max(stored, *(self.store.reusable(slot.tokens, prompt) for slot in self.slots))
 
     def take_slot(self, prompt: list[int], free: list[Slot], low: bool) -> tuple[Slot, list[int]]:
         """Prepare one of the free slots for the prompt, so that it holds the longest known prefix.
@@ -138,13 +145,13 @@ class Sequences:
             entry = None  # not worth restoring
         if entry:
             self.store.touch(entry)
-        # 2. Which slot? The nearest; but if caches are separate and trimming it would lose more
-        # tokens than it keeps, another gets a copy.
+        # 2. Which slot? The nearest; but if what is trimmed is not stored, and trimming would lose
+        # more tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live
-        can_stay = nearest in free and not entry and (self.model.unified or not loses)
+        can_stay = nearest in free and not entry and (self.parks or not loses)
         slot = nearest if can_stay else min(free, key=lambda slot: slot.used)
         # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
-        for other in free if self.model.unified else [slot]:
+        for other in free if self.parks else [slot]:
             if other is not nearest or entry:
                 self.park(other)
             elif loses or low:  # what will be cut is stored first
@@ -186,9 +193,7 @@ class Sequences:
             self.store.add(Parked(slot.tokens[:], self.model.save(slot), slot.low))
 
     def park(self, slot: Slot) -> None:
-        """Move an idle slot's sequence to the store, so that only running sequences occupy KV
-        cells.
-        """
+        """Move an idle slot's sequence to the store."""
         self.keep(slot)
         self.model.cut(slot, 0)
 

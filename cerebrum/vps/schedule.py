@@ -1,5 +1,5 @@
-"""The cost of a decode on this machine, how much of a prompt is read at once, and which worker
-decodes next.
+"""The cost of a decode on this machine, how much of a prompt is read at once, which model answers
+in time, and which worker decodes next.
 
 `Costs` are measured when a model is loaded, and adjusted from then on. The policy is pure.
 """
@@ -97,6 +97,32 @@ def chunk_size(
     return min(missing, 2 * min(reading), longest)
 
 
+MUCH_LATER = 3.0  # a draft model answers where its model takes so many times as long
+NEARLY = 1.1  # times the shortest time; no less of a prompt is read to gain less than that
+
+
+def part_in_time(seconds: Sequence[float], limit: float) -> int:
+    """The first part of a prompt that is read within `limit` seconds, or else nearly as soon as any
+    other.
+    """
+    enough = max(limit, NEARLY * min(seconds))
+    return next(part for part, needed in enumerate(seconds) if needed <= enough)
+
+
+def who_answers(large: Sequence[float], small: Sequence[float], limit: float) -> tuple[bool, int]:
+    """(whether the draft model answers, which part of the prompt is read for that). `large` and
+    `small` are the seconds that the model and its draft model need to read what they lack of each
+    part, the whole prompt first; `small` is empty if the draft model may not answer. `limit` is in
+    seconds.
+    """
+    part = part_in_time(large, limit)
+    if small and large[part] > limit:
+        early = part_in_time(small, limit)
+        if large[part] >= MUCH_LATER * small[early]:
+            return True, early
+    return False, part
+
+
 class Baton:
     """A lock shared by the workers of one process: only its holder computes.
 
@@ -133,9 +159,12 @@ class Baton:
         """Seconds per token of the fastest other decoder that waits while this one computes;
         infinity if none waits.
         """
+        return min(self.others(decoder), default=math.inf)
+
+    def others(self, decoder: object) -> list[float]:
+        """Seconds per token of each other decoder that is active."""
         with self._turn:
-            others = [pace for other, pace in self.active.items() if other is not decoder]
-            return min(others, default=math.inf)
+            return [pace for other, pace in self.active.items() if other is not decoder]
 
 
 def decode(model: Llama, slot: Slot, tokens: list[int], outputs: int) -> float:

@@ -48,8 +48,7 @@ import llama_cpp
 
 from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.compute import Compute, ModelTally
-from cerebrum.vps.decoder import Decoder
-from cerebrum.vps.draft_model import DraftModel
+from cerebrum.vps.decoder import Decoder, DraftModel
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import (
@@ -151,6 +150,7 @@ class Worker(threading.Thread):
         self.model: Llama | None = None
         self.draft: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
+        self.decoders = list[Decoder]()  # this one, and before it that of the draft model
         # Other threads append; the thread removes, and appends those that give way.
         self.waiting = list[Job]()
         self.tally = tally
@@ -166,11 +166,6 @@ class Worker(threading.Thread):
         self._error = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
-
-    @property
-    def slots(self) -> list[Slot]:
-        decoder = self.decoder
-        return decoder.sequences.slots if decoder else []
 
     @property
     def stored_bytes(self) -> int:
@@ -230,7 +225,8 @@ class Worker(threading.Thread):
             if recurrent or not run.prefilling:
                 return False
             is_waited_for = job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
-            return run.low or ((is_long or run.job.cancelled) and not is_waited_for)
+            is_late = is_long or run.job.cancelled
+            return run.low or run.yields or (is_late and not is_waited_for)
 
         self._abort_if(is_in_the_way)
 
@@ -310,14 +306,18 @@ class Worker(threading.Thread):
             if self._alarm.is_set():
                 # More jobs may have come while a sequence was parked, which takes milliseconds.
                 continue
-            # Without those whose clients do not keep up.
-            runs = [run for run in decoder.runs if run.job.unread() < MAX_BACKLOG]
-            is_low = all(run.low for run in runs)
-            self.baton.note(decoder, None if is_low else decoder.costs(1))
-            if not runs:
+            turns = [(each, self._ready_runs(each)) for each in self.decoders]
+            if not any(runs for _, runs in turns):
                 self._idle(decoder)
-            elif not decoder.turn(runs):
+            elif not sum(each.turn(runs) for each, runs in turns):
                 self._alarm.wait(GIVE_WAY_SECONDS)
+
+    def _ready_runs(self, decoder: Decoder) -> list[Run]:
+        """A decoder's runs without those whose clients do not keep up. Others learn of them."""
+        runs = [run for run in decoder.runs if run.job.unread() < MAX_BACKLOG]
+        is_low = all(run.low for run in runs)
+        self.baton.note(decoder, None if is_low else decoder.costs(1))
+        return runs
 
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""
@@ -357,6 +357,7 @@ class Worker(threading.Thread):
         self.decoder = Decoder(
             self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
+        self.decoders = [each for each in (draft_model, self.decoder) if each]
         drafts = f", drafts by {loader.draft.model_id}" if loader.draft and self.draft else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
@@ -382,9 +383,10 @@ class Worker(threading.Thread):
             log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
             return None
         costs = measure_costs(self.draft, self.baton, self._beat)
-        known = min(model.n_vocab, self.draft.n_vocab)
-        slots = [Slot(number) for number in range(loader.settings.sequences)]
-        return DraftModel(self.draft, costs, compute, self.tally, known, slots)
+        drafts = loader.settings.sequences
+        sequences = Sequences(self.draft, drafts + loader.settings.early * self.draft.unified, 0)
+        parts = self.draft, sequences, costs, compute, self.tally, False, None
+        return DraftModel(*parts, writer=loader.model_id, drafts=drafts, waiting=self.waiting)
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -393,14 +395,15 @@ class Worker(threading.Thread):
         with self._door:
             self._closed = True
         decoder = self.decoder
-        self.baton.note(decoder, None)
+        for each in self.decoders:  # the draft model's first: its model does not answer any more
+            self.baton.note(each, None)
+            for run in each.runs:
+                with self._logged("ending a request"):
+                    each.fail(run, self._error)
         for job in self.waiting:  # they may be sent again, whatever the others have ended by
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
         if decoder:
-            for run in decoder.runs:
-                with self._logged("ending a request"):
-                    decoder.fail(run, self._error)
             with self._logged("saving parked sequences"):
                 sequences = decoder.sequences
                 for slot in sequences.slots:
@@ -410,6 +413,7 @@ class Worker(threading.Thread):
                     self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat
                 )
         self.decoder = None
+        self.decoders = []
         if self.draft:
             with self._logged("freeing the draft model"):
                 self.draft.close()
@@ -428,16 +432,18 @@ class Worker(threading.Thread):
         """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority
         last, the oldest first.
         """
-        for run in decoder.runs:
-            if run.job.cancelled:
-                decoder.release(run, CANCELLED)
+        for each in self.decoders:
+            for run in each.runs:
+                if run.job.cancelled:
+                    each.release(run, CANCELLED)
         for job in sorted(self.waiting, key=lambda job: (job.low, job.submitted)):
             if job.cancelled:
                 self.waiting.remove(job)
                 self.tally.ended[CANCELLED] += 1
                 continue
-            slots = [slot for slot in self.slots if not slot.run]
-            yielding = None if slots or job.low else decoder.run_that_yields()
+            chosen = decoder.choose(job)
+            slots = [slot for slot in chosen.slots if not slot.run]
+            yielding = None if slots or job.low else chosen.run_that_yields()
             if yielding:
                 slots = [yielding.slot]
             # A prompt that is being read may soon leave more of this job's beginning. One of low
@@ -445,12 +451,12 @@ class Worker(threading.Thread):
             is_coming = any(
                 common_prefix(run.prompt, job.prompt)
                 > common_prefix(run.slot.tokens, job.prompt) + MIN_PREFIX
-                for run in decoder.runs
+                for run in chosen.runs
                 if run.prefilling and (job.low or not run.low)
             )
             if slots and (decoder.model.recurrent or not is_coming):
                 self.waiting.remove(job)
-                self._start(job, slots, yielding, decoder)
+                self._start(job, slots, yielding, chosen)
 
     def _start(self, job: Job, slots: list[Slot], yielding: Run | None, decoder: Decoder) -> None:
         """Start the job in one of the slots, after the run that yields its slot has left it."""
@@ -477,7 +483,7 @@ class Worker(threading.Thread):
                 return
         if self._alarm.wait(STORE_SECONDS):
             return
-        for slot in self.slots:
+        for slot in decoder.slots:
             if not slot.run and not self._alarm.is_set():
                 decoder.sequences.keep(slot)
         self.due = math.inf

@@ -38,11 +38,10 @@ from scripted import (
 from cerebrum.pi import breaker, broadcast, completion
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi import kind as pi_kind
-from cerebrum.pi.backend import Prompts
-from cerebrum.pi.completion import Attempt, Completion, CompletionRequest, Fitted, text_event
+from cerebrum.pi.completion import Completion, CompletionRequest, text_event
 from cerebrum.pi.dialects import INFILL
 from cerebrum.request import GenerationRequest
-from cerebrum.text.prompt import NEAR, WINDOW, Prepared, weigh
+from cerebrum.text.prompt import WINDOW, weigh
 from cm4d import native_fields
 
 FILE = {
@@ -446,60 +445,17 @@ async def test_the_rest_of_a_cut_prompt_is_read_before_an_older_place() -> None:
         assert backend.completions[2]["prompt"].endswith("x")
 
 
-# What a backend says of the 400 tokens of 1,000 characters that it reads, and how many of them
-# count as read.
-PROGRESS = [
-    ({"done": 300}, 750),
-    ({"done": 900}, 1000),
-    ({"done": 0}, None),
-    ({"done": 0, "total": 0}, None),
-    ({"done": 80}, None),  # the beginning of many texts, maybe
-    ({"done": "300"}, None),
-    ({"done": -300, "total": -400}, None),
-    ({"done": 300, "stage": "loading"}, None),
-    ({}, None),
-]
-
-
-@pytest.mark.parametrize(("told", "count"), PROGRESS, ids=str)
-async def test_what_has_been_read_of_a_prompt(told, count) -> None:
-    prompts = Prompts(counts_exactly=True)
-    request = CompletionRequest("infill", GenerationRequest(), client="me", ahead=True)
-    attempt = Attempt(Completion(request), "vps", "m", breaker.Breaker().admit(0.0))
-    text = Prepared({}, {}, 0, "x" * 1000)
-    attempt.sent = Fitted({}, "m", "m", text=text)
-    prompts._remember(("me", "m"), "another text")
-    prompts.learn_progress(attempt, told and {"stage": "prefill", "total": 400} | told)
-    read = [len(text) for text in prompts._read["me", "m"]]
-    assert read == [12, *([] if count is None else [count])]
-
-
-async def test_a_key_goes_on_with_what_was_read_until_then():
-    """Less is left of the window than what may be read for a key."""
-    progress = {"stage": "prefill", "done": 90, "total": 100}
-    reads = [CHUNKED, chunk(event(progress=progress)), HANG]
-    async with pi_with(reads, script("a")) as (pi, backend):
-        await infill(pi, **PLACE | {"t_max_prompt_ms": 0}, n_predict=0)
-        await until(lambda: pi.first.prompts._read)
-        await infill(pi, **PLACE | {"prompt": "xy"})
-        first, then = backend.completions[:2]
-        assert (first["max_tokens"], first["progress"]) == (0, True)
-        assert then["prompt"] == first["prompt"] + "y"
-        await infill(pi, **PLACE | {"input_prefix": LONG[:-3000], "prompt": "xy"})
-        keys = [asked for asked in backend.completions if asked["max_tokens"]]
-        assert len(keys[1]["prompt"]) < len(first["prompt"]) / 2, "it is another place"
-
-
-async def test_what_is_near_the_cursor_is_read_first():
-    """And then all of the window, unless there is a newer place."""
-    async with pi_with(script("a", **TOLD)) as (pi, backend):
+async def test_a_place_that_the_cursor_rests_at_is_read_in_two_steps():
+    """All of the window is read after what could be read in time, unless there is a newer place."""
+    async with pi_with(script(**TOLD), script("a", **READ)) as (pi, backend):
         await infill(pi, **PLACE, n_predict=0)
         await read_whole(pi, backend)
-        near, whole = backend.completions
-        assert near["max_tokens"] == whole["max_tokens"] == 0
-        assert weigh(near["prompt"]) <= NEAR < WINDOW / 2 < weigh(whole["prompt"])
         assert (await infill(pi, **PLACE | {"prompt": "xy"})).json["content"] == "a"
-        assert backend.completions[2]["prompt"] == whole["prompt"] + "y"
+        near, whole, key = backend.completions
+        assert near["max_tokens"] == whole["max_tokens"] == 0
+        assert (near["prompt_ms"], "prompt_ms" in whole, key["prompt_ms"]) == (500, False, 500)
+        assert key["prompt"] == whole["prompt"] + "y" == near["prompt"] + "y"
+        assert not pi.reads_ahead()
 
 
 @pytest.mark.parametrize("n_predict", [0, 9])
@@ -672,80 +628,54 @@ def word(number: int) -> str:
 
 LONG = "".join(f"{word(number)} = other\n" for number in range(2000))
 AFTER = "".join(f"after = {word(number)}\n" for number in range(400))
-TOLD = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
+READ = {"prompt_tokens": 200, "cached_tokens": 190, "ttft": 0.1}
+TOLD = READ | {"prompt_cut": True}
 PLACE = {"input_prefix": LONG, "input_suffix": "", "prompt": "x", "t_max_prompt_ms": 500}
 
 
-async def test_a_prompt_is_cut_to_what_can_be_read_in_time_and_read_whole_later():
-    """As long as no speed is known, 100 tokens a second."""
+@pytest.mark.parametrize("limit", [0, 1, 2500])
+async def test_the_window_is_sent_whole_with_the_time_for_reading(limit):
+    """vpsd chooses what to read; llama.vim's warm-ups have 1 ms, and shall be read whole."""
     async with pi_with(script("a", **TOLD)) as (pi, backend):
-        place = PLACE | {"input_suffix": AFTER, "t_max_prompt_ms": 2500}
-        await infill(pi, **place)
-        await read_whole(pi, backend)
-        await infill(pi, **place | {"input_prefix": "another = file\n", "input_suffix": ""})
-        await infill(pi, **place | {"prompt": "xy"})
-        cut, whole, _, after = backend.completions
-        assert LONG.endswith(cut["prompt"][:-1].rpartition("left out\n")[2])
-        assert 600 < weigh(cut["prompt"] + cut["suffix"]) <= 2.5 * 100 * 3.5
-        assert whole["max_tokens"] == 0
-        assert 900 < weigh(whole["prompt"] + whole["suffix"]) <= WINDOW
-        assert after["prompt"] == whole["prompt"] + "y", "what has been read before was left out"
-        assert after["suffix"] == whole["suffix"]
+        await infill(pi, **PLACE | {"input_suffix": AFTER, "t_max_prompt_ms": limit})
+        asked = backend.completions[0]
+        assert asked.get("prompt_ms", 0) == (limit if limit > 1 else 0)
+        assert 900 < weigh(asked["prompt"] + asked["suffix"]) <= WINDOW
+        reads = pi.reads_ahead() or len(backend.completions) == 2
+        assert reads == (limit > 1)  # what a backend says of no limit counts for nothing
+        if limit > 1:
+            await read_whole(pi, backend)
+            del asked["prompt_ms"]
+            assert backend.completions[1] == asked | {"max_tokens": 0}
 
 
-async def test_a_suffix_that_is_cut_to_be_read_in_time_is_sent_whole_once_it_is_read() -> None:
-    async with pi_with(script("ab", **TOLD), script(**TOLD), script("cd", **TOLD)) as (pi, backend):
-        place = PLACE | {"input_prefix": "", "input_suffix": AFTER}
-        await infill(pi, **place)
-        await read_whole(pi, backend)
-        assert [(await infill(pi, **place)).json["content"] for _ in range(2)] == ["cd"] * 2
-        cut, whole, last = [asked["suffix"] for asked in backend.completions]
-        assert weigh(cut) <= NEAR < weigh(whole)
-        assert last == whole
+BY = event(model="qwen_1_5b")
 
 
-SUFFIX_FIRST = answer(
-    200, {"models": [{"id": "qwen_0_5b", "loaded": True, "n_ctx": 4096, "fim_layout": "spmv2"}]}
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "model"),
+    [
+        ([BY], "qwen_1_5b"),
+        ([BY, event(model="qwen_0_5b")], "qwen_0_5b"),  # the draft model failed
+        ([event(model="unknown")], "qwen_0_5b"),
+        ([event(model=["qwen_1_5b"])], "qwen_0_5b"),
+    ],
 )
-
-
-async def test_a_client_that_moves_about_in_a_file_does_not_displace_others():
-    async with (
-        Backend([script("a", **TOLD)], models=SUFFIX_FIRST) as backend,
-        pi_for(backend.port) as pi,
-    ):
-        await infill(pi.from_address("127.0.0.2"), input_suffix="mine = 1\n")
-        for place in range(20):
-            await infill(pi, input_suffix=f"place = {place}\n")
-        read = [*pi.first.prompts._read.values()]
-        assert [len(texts) for texts in read] == [1, 4]
-        assert read[-1][-1].startswith("place = 19\n")
-
-
-@pytest.mark.parametrize("chunks", [3, 16])
-async def test_other_files_that_were_warmed_begin_the_next_prompt(chunks):
-    """llama.vim sends its chunks alone, while its user pauses, and again before each infill."""
-    extra = [
-        {"filename": f"{word(n)}.py", "text": f"def {word(n)}():\n    pass\n" * 30}
-        for n in range(chunks)
-    ]
-    async with pi_with(script(**TOLD), script("a", **TOLD)) as (pi, backend):
-        pi.first.prompts.speed["qwen_0_5b"] = 100.0
-        await start(pi, "/infill", {**WARM_UP, "input_extra": extra})
-        await until(lambda: backend.completions and not pi.reads_ahead())
-        await infill(pi, **PLACE | {"t_max_prompt_ms": 3000}, input_extra=extra)
-        warm, asked = backend.completions[:2]
-        assert warm["extra"] == asked["extra"] == extra[-len(warm["extra"]) :]
-        assert 400 < weigh(asked["prompt"]) < 3 * 100 * 3.5
-
-
-async def test_without_a_limit_of_time_nothing_is_cut_and_the_speed_of_reading_is_learned():
-    told = {"prompt_tokens": 500, "cached_tokens": 100, "ttft": 2.0}
-    async with pi_with(script("a", **told)) as (pi, backend):
-        for limit in (0, 1):
-            await infill(pi, input_prefix=LONG[:900], t_max_prompt_ms=limit)
-            assert backend.completions[limit]["prompt"] == LONG[:900] + FILE["prompt"]
-        assert pi.first.prompts.speed == {"qwen_0_5b": 200.0}
+async def test_the_answer_names_the_model_that_has_written_it(said, model, stream):
+    both = answer(200, {"models": [{"id": "qwen_0_5b"}, {"id": "qwen_1_5b"}]})
+    steps = script(*map(chunk, said), "a", **READ)
+    async with Backend([steps], models=both) as backend, pi_for(backend.port) as pi:
+        body = {"prompt": "x", "max_tokens": 5, "model": "qwen_0_5b", "stream": stream}
+        reply = await start(pi, "/v1/completions", body)
+        if stream:
+            events = [line for line in reply.body.split(b"\n") if b'"model"' in line]
+            assert events
+            assert all(b'"model":"%b"' % model.encode() in line for line in events)
+        else:
+            assert reply.json["model"] == model
+        tallies = pi.gateway.counting.tallies
+        assert (tallies[model].tokens, sum(tally.tokens for tally in tallies.values())) == (1, 1)
 
 
 async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_says_so():

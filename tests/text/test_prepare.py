@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import re
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from test_ending import cases
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.text.prompt import (
     NEAR,
+    SOON,
     WINDOW,
     Prepared,
-    common_length,
     detect_mode,
+    nearer,
     prepare,
+    steady_suffix,
     weigh,
 )
 from cerebrum_common import HttpError
@@ -387,7 +390,7 @@ def test_someone_typing_keeps_the_cache() -> None:
     lines = PYTHON_FILE.splitlines(keepends=True)
     prompts = [prepared("".join(lines[:at])).body["prompt"] for at in range(1700, 1800)]
     pairs = itertools.pairwise(prompts)
-    saved = sorted(common_length(*pair) / len(pair[1]) for pair in pairs)  # by a cache
+    saved = sorted(len(commonprefix(pair)) / len(pair[1]) for pair in pairs)  # noqa: RUF071
     assert sum(saved) / len(saved) > 0.95
     assert saved[5] > 0.9  # 95 of 100 lines; at the others the window moves
 
@@ -433,74 +436,43 @@ def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
     read, before = 0, ""
     for end in range(200):
         fields = {"prompt": above + PYTHON_FILE[:end], "suffix": below, "language": "python"}
-        text = prepare(fields, "infill", 3000, None, (), "spmv2").as_read
+        body = prepare(fields, "infill", 3000, "spmv2").body
+        text = steady_suffix(body["suffix"]) + body["prompt"]
         assert text.startswith(below[:100])
         assert text.endswith(fields["prompt"][-100:])
-        read += len(text) - common_length(text, before)
+        read += len(text) - len(commonprefix([text, before]))  # noqa: RUF071
         before = text
     assert read < 2.5 * len(before)
 
 
 FAR = PYTHON_FILE[:8000]
 BELOW = PYTHON_FILE[8000:9000]
-# The layout, the parts that have been read ("text" is a read prompt without its last 60
-# characters, "above" its part above the cursor), and what is sent: all of the window, or what is
-# near the cursor.
-READ = """
-psm   |            | near
-psm   | above      | all
-psm   | text       | all
-psm   | other text | all
-spmv2 |            | near
-spmv2 | other half | near
-spmv2 | most       | all
-spmv2 | text       | all
-spm   | text       | all
-"""
 
 
-def read_in_time(above: str, below: str, layout: str, read: list[str]) -> tuple[Prepared, Prepared]:
-    """What is sent of a gap, and what in 50 tokens' time beside these parts that have been read."""
-    fields = {"prompt": above, "suffix": below, "language": "python"}
-    whole = prepare(fields, "infill", 3000, layout=layout)
-    text = whole.as_read
-    known = {"text": text[:-60], "half": text[: len(text) // 2], "other": "another text"}
-    known["most"] = text[: len(text) * 7 // 8]
-    known["above"] = whole.body["prompt"][:-60]
-    enough = int(whole.weight / 3.5) + 20  # tokens, a few of them marks
-    assert prepare(fields, "infill", 3000, enough, (), layout) == whole
-    return whole, prepare(fields, "infill", 3000, 50, [known[name] for name in read], layout)
+@pytest.mark.parametrize("layout", ["psm", "spm", "spmv2"])
+def test_what_may_be_read_instead_of_a_window(layout: str) -> None:
+    """All is from near the cursor, and the less the nearer."""
+    fields = {"prompt": FAR, "suffix": BELOW, "extra": [], "language": "python"}
+    whole = {**fields, **prepare(fields, "infill", 3000, layout).body}
+    *first, more, less = nearer(whole, layout)
+    for part, room in ((more, SOON), (less, NEAR)):
+        assert 0.8 * room < weigh(part["prompt"] + part["suffix"]) <= room
+        assert FAR.endswith(part["prompt"].partition("left out\n")[2])
+        assert BELOW.startswith(part["suffix"])
+        assert part["extra"] == ()
+    assert len(more["suffix"]) >= len(less["suffix"])
+    assert [*map(list, first)] == [["suffix"]] * (layout == "psm")  # each key reads it anew
+    for part in first:
+        assert 0 < weigh(part["suffix"]) <= weigh(less["suffix"])
+    end = {**fields, "suffix": None}
+    assert [part["suffix"] for part in nearer(end, layout)] == [None, None]
 
 
-def test_what_cannot_be_read_in_time_is_left_out() -> None:
-    for row in READ.strip().splitlines():
-        layout, parts, sent = map(str.strip, row.split("|"))
-        read, is_whole = parts.split(), sent == "all"
-        whole, result = read_in_time(FAR, BELOW, layout, read)
-        if is_whole:
-            assert result == whole
-        else:
-            assert result.cut
-            assert 0.6 * NEAR < result.weight <= NEAR
-        # With little text above, the suffix fills the window.
-        whole, result = read_in_time(FAR[:500], PYTHON_FILE[500:9000], layout, read)
-        if parts == "above":  # each key reads it anew
-            assert result.body["prompt"] == whole.body["prompt"]
-            assert 0.7 * NEAR < weigh(result.body["suffix"]) <= NEAR
-            assert result.cut
-        elif is_whole:
-            assert result == whole
-        else:
-            assert result.cut
-
-
-def test_what_was_read_below_the_cursor_is_not_read_above_it() -> None:
-    def fields(cursor: int) -> dict[str, str]:
-        return {"prompt": FAR[:cursor], "suffix": FAR[cursor:2500], "language": "python"}
-
-    read = prepare(fields(200), "infill", 3000).as_read
-    assert read.endswith(FAR[2300:2500])
-    assert prepare(fields(2400), "infill", 3000, 50, [read]).cut
+def test_a_window_may_be_smaller() -> None:
+    fields = {"prompt": FAR, "suffix": BELOW, "language": "python"}
+    sent = prepare(fields, "infill", 3000, around=SOON)
+    assert 0.8 * SOON < sent.weight <= SOON
+    assert prepare(fields, "complete", 3000, around=SOON).weight > SOON  # no editor's
 
 
 def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:

@@ -25,12 +25,14 @@ from cerebrum.metrics import CANCELLED
 from cerebrum.vps import decoder, llama, schedule
 from cerebrum.vps import plan as vps_plan
 from cerebrum.vps import worker as vps_worker
-from cerebrum.vps.draft_model import DraftModel, check_pair
+from cerebrum.vps.decoder import DraftModel
+from cerebrum.vps.draft_model import check_pair
 from cerebrum.vps.drafts import AGAIN, MODEL_LENGTH, TRIAL_TOKENS, Drafter, Gain, pair_rate
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import MB, ModelError, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
 from cerebrum.vps.plan import plan_pair
+from cerebrum.vps.prefixes import Sequences
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import Model
@@ -62,8 +64,9 @@ def test_the_rate_of_a_pair() -> None:
 class Cells:
     """Stands for a draft model with a context of 1,024 tokens: remembers what is in its cells."""
 
-    n_ctx = 1024
+    n_ctx, n_vocab = 1024, 1000
     cut = llama.Llama.cut
+    unified, recurrent = True, False
 
     def __init__(self, can_trim: bool) -> None:
         self.can_trim = can_trim
@@ -98,7 +101,10 @@ def test_a_sequence_is_followed(case: tuple[str, list[int], list[int], int, bool
     cells: Any = Cells(what != TORN)
     nothing: Any = None
     slot = Slot(0, had[:])
-    follower = DraftModel(cells, Costs(INTEL), nothing, nothing, 1000, [slot])
+    sequences = Sequences(cells, 1, 0)
+    sequences.slots = [slot]
+    parts = cells, sequences, Costs(INTEL), nothing, nothing, False, None
+    follower = DraftModel(*parts, writer="small", drafts=1, waiting=[])
     assert follower.follow(0, tokens) == (tokens[kept:] if is_read else [])
     assert (slot.tokens, cells.dropped[-1]) == (tokens[:kept], kept)
 
@@ -397,7 +403,7 @@ def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, cloc
     pair.baton.note(None, None)
     wait_until(lambda: sum(clock.sizes("draft")) >= 64 + 200, "all is read")
     assert clock.sizes("draft") == [64, 64, 64, 64, 8]  # the first was aborted
-    assert draft.slots[0].tokens == list(b"xy" * 100)[:-1]  # the last is read again
+    assert draft.sequences.slots[0].tokens == list(b"xy" * 100)[:-1]  # the last is read again
 
 
 def test_while_nobody_waits_a_failure_is_not_repeated(
@@ -477,6 +483,11 @@ PLANS: list[tuple[str, int, dict[str, Any], tuple[str, int, int], str]] = [
      "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time; with it 10.4 tokens a second by the tuned file in a context of "
      "4,096 tokens and 2 at a time"),
+    ("it also answers", 9000, {"seven": (SLOW, [0.1, 0.32, 0.9]), "half": (TINY, TINY)},
+     ("tuned-seven.gguf", 4096, 2),
+     "half writes drafts: expected 10.4 tokens a second by the tuned file in a context of 4,096 "
+     "tokens and 2 at a time; without it 10.0 tokens a second by the tuned file in a context of "
+     "4,096 tokens and 2 at a time"),
     ("neither was timed", 9000, {}, ("seven.gguf", 4096, 2), "half writes drafts"),
     ("neither was timed, no room", 5836, {}, ("seven.gguf", 4096, 2), NO_ROOM),
     ("no room at all", 5000, TIMED, ("seven.gguf", 2048, 1), NO_ROOM),
@@ -491,7 +502,8 @@ def unlike(*_: Any) -> None:
 def test_what_is_loaded_of_a_pair(
     case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, free, timed, loaded, note = case
+    what, free, timed, loaded, note = case
+    large = replace(SEVEN, early=what != "too little gain")
 
     def find_tuned(path: Path, settings: Settings, _sha: str) -> tuple[Any, str]:
         if path.stem not in timed:
@@ -507,7 +519,7 @@ def test_what_is_loaded_of_a_pair(
     monkeypatch.setattr(vps_plan, "find_tuned", find_tuned)
     monkeypatch.setattr(vps_plan, "check_pair", lambda *_: None)
     settings = Settings(state_dir=tmp_path)
-    plan = plan_pair(SEVEN, HALF, tmp_path, settings, free * MB)
+    plan = plan_pair(large, HALF, tmp_path, settings, free * MB)
     file = plan.tuned.path.name if plan.tuned else SEVEN.file
     assert (file, plan.settings.n_ctx, plan.settings.sequences) == loaded
     assert plan.note == note
@@ -516,15 +528,15 @@ def test_what_is_loaded_of_a_pair(
         assert plan.bytes <= free * MB
         form = plan.draft.settings
         assert (form.n_ctx, form.sequences) == loaded[1:]
-        assert (form.cache_mb, form.outputs) == (0, 1)
-    assert plan_pair(SEVEN, None, tmp_path, settings, free * MB).note == ""
+        assert (form.cache_mb, form.outputs, form.early) == (0, 1, loaded[2] * large.early)
+    assert plan_pair(large, None, tmp_path, settings, free * MB).note == ""
     without = replace(settings, draft=False)
-    assert plan_pair(SEVEN, HALF, tmp_path, without, free * MB).draft is None
+    assert plan_pair(large, HALF, tmp_path, without, free * MB).draft is None
     monkeypatch.setattr(vps_plan, "check_pair", unlike)
-    alone = plan_pair(SEVEN, None, tmp_path, settings, free * MB)
+    alone = plan_pair(large, None, tmp_path, settings, free * MB)
     note = "half writes no drafts: its token 7 is another one"
-    assert plan_pair(SEVEN, HALF, tmp_path, settings, free * MB) == alone._replace(note=note)
+    assert plan_pair(large, HALF, tmp_path, settings, free * MB) == alone._replace(note=note)
     (tmp_path / HALF.file).unlink()
-    assert plan_pair(SEVEN, HALF, tmp_path, settings, free * MB).note == (
+    assert plan_pair(large, HALF, tmp_path, settings, free * MB).note == (
         "half is not here to write drafts"
     )

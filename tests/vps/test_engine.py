@@ -148,6 +148,36 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
         assert chunk_size(missing[0], missing, float(pace), costs, int(piece)) == int(read), row
 
 
+# Seconds that the large model needs to read all of a window, 400 tokens and 200; and those of the
+# draft model (none: it may not answer). Then who answers, and which part is read in half a second.
+ANSWERS = """
+0.5 0.4 0.2    | 0.01 0.01 | large 0 # all in time
+30 13 6.5      | 0.4 0.2   | small 0 # as much as it can in time
+30 13 6.5      | 2.3 1.0   | small 1 # at least 400 tokens
+30 13 6.5      | 2.3 2.2   | large 2 # not much sooner
+3.0 3.0 3.0    | 1.0 1.0   | small 0
+2.9 2.9 2.9    | 1.0 1.0   | large 0
+0.6 13 6.5     | 0.02 1.0  | small 0 # a key later, while the large one reads
+0.5 13 6.5     | 0.02 1.0  | large 0 # it has read the window
+0.6 13 6.5     | 2.3 1.0   | large 0 # all of it is read sooner than a part
+6.6 0.4 6.5    | 0.02 0.02 | large 1 # a part in time
+1.0 0.6 0.3    |           | large 2
+3.0 1.05 1.0   |           | large 1 # 200 tokens would not come sooner
+0.7            | 0.02      | small 0 # one part
+0.7            |           | large 0
+30 13 6.5      | inf 1.0   | small 1 # more than its context has
+30 13 6.5      | inf inf   | large 2
+"""
+
+
+def test_who_answers_in_time() -> None:
+    for row in ANSWERS.strip().splitlines():
+        large, small, answer = row.partition("#")[0].split("|")
+        seconds = [[*map(float, times.split())] for times in (large, small)]
+        is_early, part = schedule.who_answers(seconds[0], seconds[1], 0.5)
+        assert f"{'small' if is_early else 'large'} {part}" == answer.strip(), row
+
+
 # ------------------------------------------------------------------------------------------- drafts
 
 
@@ -570,7 +600,7 @@ class ScriptedLlama:
         self.vocabulary = self
         self.n_ctx, self.micro_batch = 4096, 256
         self.n_vocab = 1000
-        self.max_draft = MAX_DRAFT
+        self.max_draft, self.layout = MAX_DRAFT, "spmv2"
         self.recurrent = self.closed = False
         self.fails = ""
         self.abort_flag = [b"\x00"]
@@ -843,7 +873,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeyp
     assert ask(worker, "x").error() == "INTERNAL_ERROR"
     model.fails = ""
     assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
-    assert [slot.run for slot in worker.slots] == [None, None]
+    assert [slot.run for slot in worker.decoder.slots] == [None, None]
 
 
 def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
@@ -879,12 +909,12 @@ def test_a_prompt_of_low_priority_that_goes_on_with_another_leaves_it_in_memory(
 ) -> None:
     decoder: Any = worker.decoder
     ask(worker, "abc" * 20, max_tokens=0).outcome()
-    (other,) = [slot.tokens[:] for slot in worker.slots if slot.tokens]
+    (other,) = [slot.tokens[:] for slot in worker.decoder.slots if slot.tokens]
     ask(worker, "abc" * 15 + "x", max_tokens=0, priority="low").outcome()
     assert kept(decoder.sequences.store) == [other]
-    assert [slot.low for slot in worker.slots if len(slot.tokens) == 46] == [True]
+    assert [slot.low for slot in worker.decoder.slots if len(slot.tokens) == 46] == [True]
     ask(worker, "abc" * 15 + "xyz", max_tokens=0).outcome()
-    assert [slot.low for slot in worker.slots if len(slot.tokens) == 48] == [False]
+    assert [slot.low for slot in worker.decoder.slots if len(slot.tokens) == 48] == [False]
 
 
 def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
@@ -930,7 +960,7 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     worker: Worker,
 ) -> None:
     decoder: Any = worker.decoder
-    other, slot = object(), worker.slots[0]
+    other, slot = object(), worker.decoder.slots[0]
     normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
     for job in (normal, low):
         worker.prepare(job)

@@ -1,0 +1,348 @@
+"""The draft model answers while the large one reads: when it does, what it reads, and what goes
+wrong on the way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import PATIENCE, wait_until
+from test_draft_model import DRAFT, Clock, Held, pair_of
+from test_draft_model import models as models  # a fixture
+from test_engine import Ask, Loads, ScriptedLlama, ask, running, worker_of
+from test_engine import loads as loads  # a fixture
+from test_families import EXACT
+
+from cerebrum.metrics import CANCELLED
+from cerebrum.vps import llama
+from cerebrum.vps import worker as vps_worker
+from cerebrum.vps.decoder import AHEAD_TOKENS
+from cerebrum.vps.job import Run
+from cerebrum.vps.llama import MAX_CHUNK, ModelError, Settings
+from cerebrum.vps.schedule import Costs
+from cerebrum.vps.worker import Loader, Worker
+from cerebrum_common import HttpError
+
+SLOW = {1: 0.12, 16: 0.8}  # seconds of decodes by their tokens, of a 7B's shapes
+LINES = "x = abc\n" * 300  # each character is a token
+HINT = {"prompt_ms": 500, "min_confidence": 0.001, "stop": ["f"]}
+AHEAD = {"max_tokens": 0}
+ONE = "small"  # the draft model
+
+
+@pytest.fixture
+def loader(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    """A 7B and its draft model, both scripted."""
+    measured = itertools.cycle([SLOW, DRAFT])
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(next(measured)))
+    monkeypatch.setattr(ScriptedLlama, "probability", lambda *_: 0.99)
+    for name in ("m.gguf", "small.gguf"):
+        (tmp_path / name).write_bytes(b"weights")
+    settings = Settings(threads=1, state_dir=tmp_path)
+    small = Loader(ONE, tmp_path / "small.gguf", replace(settings, early=2))
+    return Loader("m", tmp_path / "m.gguf", settings, draft=small)
+
+
+@pytest.fixture
+def pair(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    with running(worker_of(loader)) as worker:
+        # Which would hide what an answer has read.
+        monkeypatch.setattr(worker.decoder, "read_idle", lambda: False)
+        yield worker
+
+
+@pytest.fixture
+def clock(pair: Worker, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(pair, monkeypatch)
+
+
+def hint(worker: Worker, prompt: str = f"{LINES}a", **more: Any) -> Ask:
+    return ask(worker, prompt, **HINT | {"model": "m"} | more)
+
+
+def answer(asked: Ask) -> tuple[list[str], str, Any]:
+    """Who answers, the text, and the last event."""
+    writers, text = list[str](), ""
+    while True:
+        for event in asked.events.get(timeout=PATIENCE):
+            if isinstance(event, HttpError) or "done" in event:
+                return writers, text, event
+            writers += [event["model"]] if "model" in event else []
+            text += event.get("token", "")
+
+
+def told(asked: Ask) -> tuple[list[str], str, int, bool]:
+    """Who answers, the text, the tokens of the prompt that is read, and whether this is cut."""
+    writers, text, done = answer(asked)
+    return writers, text, done["prompt_tokens"], "prompt_cut" in done
+
+
+NEAR, NEARER = 1143, 503  # tokens of this text that are near the cursor
+
+
+def test_it_answers_until_the_large_model_has_read_the_window(pair: Worker, clock: Clock) -> None:
+    """Nothing changes in the text when the large model takes over."""
+    assert told(hint(pair)) == ([ONE], "bcde", NEAR, True)
+    assert told(hint(pair, f"{LINES}ab")) == ([ONE], "cde", NEAR + 1, True)
+    read = [size for size in clock.sizes("draft") if size > 1]
+    assert (sum(read), max(read)) == (NEAR, AHEAD_TOKENS)
+    assert clock.sizes("target") == []
+    assert told(ask(pair, f"{LINES}ab", **AHEAD)) == ([], "", len(LINES) + 2, False)
+    assert told(hint(pair, f"{LINES}abc")) == ([], "de", len(LINES) + 3, False)
+
+
+def test_it_reads_all_of_a_window_if_there_is_time(pair: Worker) -> None:
+    pair.decoder.draft_model.costs = Costs({1: 1e-5, 16: 1e-4})
+    assert told(hint(pair)) == ([ONE], "bcde", len(LINES) + 1, True)
+
+
+def test_two_clients_at_one_place_read_it_once(pair: Worker, clock: Clock) -> None:
+    held = Held(clock)
+    one = hint(pair)
+    assert held.reached.wait(PATIENCE)
+    other = hint(pair, f"{LINES}a", stop=["e"])
+    held.go_on.set()
+    assert (told(one)[0], told(other)[:2]) == ([ONE], ([ONE], "bcd"))
+    assert sum(size for size in clock.sizes("draft") if size > 2) == NEAR
+
+
+def test_two_files_do_not_displace_each_other(pair: Worker, clock: Clock) -> None:
+    others = LINES.replace("x", "other")
+    for prompt in (LINES, others, LINES, others):
+        assert told(hint(pair, f"{prompt}a"))[0] == [ONE]
+        clock.log.append(("key", 0, 0.0))
+    keys = [at for at, (whose, _, _) in enumerate(clock.log) if whose == "key"]
+    assert max(size for _, size, _ in clock.log[keys[1] :]) == 1
+
+
+def test_drafts_begin_with_what_an_answer_has_read(pair: Worker, clock: Clock) -> None:
+    pair.decoder.draft_model.costs = Costs({1: 1e-5, 16: 1e-4})
+    assert told(hint(pair))[0] == [ONE]
+    before = len(clock.log)
+    ask(pair, f"{LINES}a", max_tokens=24).outcome()
+    assert max(size for whose, size, _ in clock.log[before:] if whose == "draft") < 9
+
+
+# What a request is, and who answers it then.
+ASKED: list[tuple[dict[str, Any], list[str], str]] = [
+    ({}, [ONE], "bcde"),
+    ({"min_confidence": None}, [], "bcde"),  # a person wants it
+    ({"min_confidence": 0.0}, [], "bcde"),
+    ({"prompt_ms": 0}, [], "bcde"),
+    ({"prompt_ms": 600_000}, [], "bcde"),
+    ({"mode": "infill", "suffix": "\n" + LINES}, [ONE], "bcde"),
+    ({"max_tokens": 1}, [ONE], ""),
+    ({"max_tokens": 0}, [ONE], ""),
+    ({"stop": ["d"]}, [ONE], "bc"),
+    ({"priority": "low"}, [ONE], "bcde"),  # a guest's
+    ({"special": True}, [], "bcde"),
+]
+
+
+@pytest.mark.parametrize(("more", "writers", "text"), ASKED, ids=str)
+def test_whose_answer_a_request_gets(
+    more: dict[str, Any], writers: list[str], text: str, pair: Worker
+) -> None:
+    assert told(hint(pair, **more))[:2] == (writers, text)
+    assert not Ask("x", **HINT | {"temperature": 0.1}).job.is_hint
+
+
+def test_a_guest_waits_while_others_need_the_cpu(pair: Worker) -> None:
+    pair.baton.note(None, 0.1)
+    asked = hint(pair, priority="low")
+    wait_until(lambda: bool(pair.decoder.draft_model.runs), "it has a slot")
+    assert pair.decoder.draft_model.runs[0].slot.tokens == []
+    pair.baton.note(None, None)
+    pair.wake()
+    assert told(asked)[:2] == ([ONE], "bcde")
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+
+def fails_at(number: int) -> Callable[[Worker], None]:
+    """Its decode of this number fails."""
+
+    def prepare(pair: Worker) -> None:
+        model: Any = pair.decoder.draft_model.model
+        real, calls = model.decode, list[int]()
+
+        def decode(parts: Any) -> int:
+            calls.append(1)
+            if len(calls) != number:
+                return int(real(parts))
+            return 1  # llama.cpp has no free cells
+
+        model.decode = decode
+
+    return prepare
+
+
+def has_context(tokens: int) -> Callable[[Worker], None]:
+    def prepare(pair: Worker) -> None:
+        pair.decoder.draft_model.model.n_ctx = tokens
+
+    return prepare
+
+
+def lacks_ids(pair: Worker) -> None:
+    pair.decoder.draft_model.model.n_vocab = ord("x")
+
+
+CUT = len(LINES) + 1
+PREPARED: list[tuple[str, Callable[[Worker], None], list[str], str, int]] = [
+    ("it cannot read the prompt", fails_at(1), [ONE, "m"], "bcde", NEARER),
+    ("nor a later piece", fails_at(3), [ONE, "m"], "bcde", NEARER),
+    ("it cannot have all of the prompt", has_context(2000), [ONE], "bcde", NEAR),
+    ("nor what is near", has_context(1000), [], "bcde", NEARER),
+    ("it lacks a token", lacks_ids, [], "bcde", NEARER),
+]
+
+
+@pytest.mark.parametrize("case", PREPARED, ids=lambda case: case[0])
+def test_the_large_model_answers_instead(case: Any, pair: Worker) -> None:
+    _, prepare, writers, text, read = case
+    prepare(pair)
+    assert told(hint(pair)) == (writers, text, read, True)
+    assert pair.decoder.draft_model.runs == []
+
+
+def test_a_text_that_has_begun_ends_with_an_error(pair: Worker) -> None:
+    fails_at(20)(pair)
+    writers, text, error = answer(hint(pair))
+    assert (writers, text, error.code) == ([ONE], "", "INTERNAL_ERROR")
+    assert told(hint(pair))[:2] == ([ONE], "bcde")
+
+
+@pytest.mark.parametrize("missing", ["broken", "not loaded", "switched off"])
+def test_without_it_the_large_model_reads_what_is_near(
+    missing: str, loader: Loader, loads: Loads
+) -> None:
+    small = loader.draft
+    assert small
+    if missing == "broken":
+        loads.broken["small.gguf"] = ModelError("damaged")
+    elif missing == "not loaded":
+        loader.draft = None
+    else:
+        small.settings = replace(small.settings, early=0)
+    with running(worker_of(loader)) as worker:
+        assert told(hint(worker)) == ([], "bcde", NEARER, True)
+        assert told(hint(worker, prompt_ms=0)) == ([], "bcde", len(LINES) + 1, False)
+
+
+def test_a_client_may_leave_while_it_reads(pair: Worker, clock: Clock) -> None:
+    """What was read until then stays."""
+    held = Held(clock)
+    asked = hint(pair)
+    assert held.reached.wait(PATIENCE)
+    pair.cancel(asked.job)
+    held.go_on.set()
+    wait_until(lambda: pair.tally.ended[CANCELLED] == 1, "it has left")
+    assert told(hint(pair))[:2] == ([ONE], "bcde")
+    assert pair.decoder.draft_model.runs == []
+
+
+def test_it_reads_on_when_another_request_has_aborted_it(pair: Worker, clock: Clock) -> None:
+    held = Held(clock)
+    asked = hint(pair, priority="low")
+    assert held.reached.wait(PATIENCE)
+    pair.give_way(None)
+    held.go_on.set()
+    assert told(asked)[:2] == ([ONE], "bcde")
+    sizes = clock.sizes("draft")
+    assert sum(size for size in sizes if size > 1) == NEAR + sizes[0] - 20  # as scripted
+
+
+def test_unloading_answers_what_it_reads(pair: Worker, clock: Clock) -> None:
+    held = Held(clock)
+    asked = hint(pair)
+    assert held.reached.wait(PATIENCE)
+    pair.stop()
+    held.go_on.set()
+    assert asked.error() == "SHUTTING_DOWN"
+
+
+def test_what_it_reads_is_not_saved(loader: Loader) -> None:
+    for _ in range(2):
+        with running(worker_of(loader)) as worker:
+            assert told(hint(worker))[:2] == ([ONE], "bcde")
+            assert worker.stored_bytes == 0
+        assert not list(loader.kv_dir.glob("*"))
+
+
+# -------------------------------------------------------------------------- reading and answering
+
+
+def test_the_large_model_reads_in_pieces_that_no_key_waits_for(pair: Worker, clock: Clock) -> None:
+    """The longer nobody asks, the longer the pieces are."""
+    pieces = {0.0: 3, 0.4: 3, 1.0: 9, 8.0: AHEAD_TOKENS}
+    draft_model = pair.decoder.draft_model
+    for seconds, size in pieces.items():
+        text = f"{seconds}{LINES}"
+        draft_model.left = time.monotonic() - seconds
+        clock.log.clear()
+        assert told(ask(pair, text, **AHEAD))[2] == len(text)
+        assert clock.sizes("target")[0] == size
+    clock.log.clear()
+    ask(pair, f"y{LINES}", max_tokens=1).outcome()
+    assert max(clock.sizes("target")) > MAX_CHUNK / 3, "somebody waits"
+
+
+@pytest.mark.parametrize(("seconds", "is_kept"), [(0.1, True), (10.0, False)])
+def test_a_key_aborts_only_a_long_piece(
+    seconds: float, is_kept: bool, pair: Worker, clock: Clock
+) -> None:
+    draft_model: Any = pair.decoder.draft_model
+    draft_model.left = time.monotonic() - seconds
+    held = Held(clock)
+    clock.before |= {"target": held, "draft": bool}
+    asked = ask(pair, LINES, **AHEAD)
+    assert held.reached.wait(PATIENCE)
+    pair.cancel(asked.job)  # as the Pi does for a key
+    key = hint(pair)
+    pair.give_way(key.job)
+    held.go_on.set()
+    assert told(key)[:2] == ([ONE], "bcde")
+    (read,) = [len(slot.tokens) for slot in pair.decoder.slots if slot.tokens]
+    assert read == (clock.sizes("target")[0] if is_kept else 20)  # as scripted
+
+
+# ------------------------------------------------------------------------------------ real tokens
+
+
+def test_the_text_is_what_the_small_model_writes_alone(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in healed tokens, with its ends and probabilities."""
+    monkeypatch.setattr(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
+    settings = replace(EXACT, state_dir=tmp_path, cache_mb=0)
+    loader = pair_of(models, "dense", "another", settings)
+    assert loader.draft
+    loader.draft.settings = replace(loader.draft.settings, early=settings.sequences)
+    alone = Loader("another", models / "another.gguf", settings)
+    costs = iter([Costs({1: 1.0, 16: 2.0}), Costs({1: 1e-9, 16: 2e-9}), Costs(SLOW)])
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: next(costs))
+    written: list[bytes] = []
+    real = Run.feed
+
+    def feed(run: Run, piece: bytes) -> None:
+        written.append(piece)
+        real(run, piece)  # which finds that random weights are unsure
+
+    monkeypatch.setattr(Run, "feed", feed)
+    for each, more in ((loader, HINT), (alone, HINT | {"prompt_ms": 0})):
+        with running(worker_of(each)) as worker:
+            for number in range(20):
+                prompt = f"def f{number}(x):\n    retu"
+                asked = ask(worker, prompt, heal=True, **more | {"max_tokens": 16})
+                assert answer(asked)[0] == ["another"] * (each is loader)
+    half = len(written) // 2
+    assert written[:half] == written[half:]
+    assert len(set(written)) > 3
