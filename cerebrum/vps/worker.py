@@ -203,12 +203,11 @@ class Worker(threading.Thread):
 
     def cancel(self, job: Job) -> None:
         """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs;
-        what a prompt that is only read has left to its chunk may serve the next request.
+        but what is being read of a prompt may serve the client's next request.
         """
         job.cancelled = True
         self.wake()
-        if job.max_tokens:
-            self._abort_if(lambda run: run.job.cancelled)
+        self._abort_if(lambda run: run.job.cancelled and not run.prefilling)
 
     def give_way(self, job: Job | None) -> None:
         """Abort a decode that only reads low-priority prompts or a long chunk, or what a draft
