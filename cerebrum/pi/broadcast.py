@@ -156,6 +156,7 @@ class Broadcast:
     # Finished.
     asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
     omitted: int = 0  # characters of the prompt before its end
+    is_cut: bool = False  # the model that was asked for has not read all of the prompt
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
     @property
@@ -230,7 +231,8 @@ def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
     kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
     is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
-    is_whole = not (is_late or result.get("prompt_cut"))
+    kept.is_cut = result.get("prompt_cut", False)
+    is_whole = not (is_late or kept.is_cut)
     if request.kind == "infill" and request.fields.temperature == 0 and is_whole:
         kept.asked = completion.digest
     return kept
@@ -412,6 +414,8 @@ class Broadcasts:
             return
         if subscriber.typed:
             self.type_through += 1
+            if broadcast.is_cut:
+                self.dispatcher.read_all(subscriber.request)
         else:
             self.shared += 1
         if not running:

@@ -521,14 +521,16 @@ class Dispatcher:
 
     def read_ahead(self, request: CompletionRequest) -> None:
         """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept,
-        which ends the reading of its older one. Reading stops when the backend gets a request, and
-        begins again later: the backend keeps the part that it has read.
+        which ends the reading of its older one unless it begins with that. Reading stops when the
+        backend gets a request, and begins again later: the backend keeps the part that it has read.
         """
         ahead = replace(request, session="", ahead=True, speculative=False)
         remember(self.ahead, ahead.client, Completion(ahead), MAX_AHEAD)
         for attempt in self.state.places:
             older = attempt.request
-            if older.ahead and (older.client == ahead.client or older.guest > ahead.guest == 0):
+            is_own = older.client == ahead.client
+            goes_on = is_own and ahead.fields.prompt.startswith(older.fields.prompt)
+            if older.ahead and not goes_on and (is_own or older.guest > ahead.guest == 0):
                 self._supersede(attempt)
         self.advance()
 
@@ -543,18 +545,21 @@ class Dispatcher:
         """Queue all of a prompt that was cut, so that the next one of its file need not be; unless
         the client has asked for another place meanwhile.
         """
-        request = attempt.request
-        asked = self.ahead.get(request.client)
+        asked = self.ahead.get(attempt.request.client)
         if attempt.is_cut and (not asked or asked.started <= attempt.begun):
-            fields = replace(request.fields, max_tokens=0, prompt_ms=0)
-            self.read_ahead(replace(request, fields=fields))
+            self.read_all(attempt.request)
+
+    def read_all(self, request: CompletionRequest) -> None:
+        """Queue all of a request's prompt to be read."""
+        fields = replace(request.fields, max_tokens=0, prompt_ms=0)
+        self.read_ahead(replace(request, fields=fields))
 
     def _advance_reading(self) -> None:
         """Begin to read the prompts for which a backend is idle, those of guests last."""
-        begun = [attempt.completion for attempt in self.state.places]
+        readers = [attempt.request.client for attempt in self.state.places if attempt.request.ahead]
         for completion in sorted(self.ahead.values(), key=lambda other: other.request.guest > 0):
             place = decide_spare(self.state, completion.request, time.monotonic())
-            if place and completion not in begun:
+            if place and completion.request.client not in readers:
                 self._begin_reading(completion, place)
 
     def _begin_reading(self, completion: Completion, place: Assign) -> None:
@@ -576,8 +581,10 @@ class Dispatcher:
             internal_error(exception)
 
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
+        client = attempt.request.client
         if not attempt.evicted:
-            self.ahead.pop(attempt.request.client, None)
+            if self.ahead.get(client) is attempt.completion:
+                del self.ahead[client]
             if task.cancelled():
                 self.ahead.clear()  # the daemon stops, or the keys have changed
         self._leave(attempt)

@@ -649,6 +649,21 @@ async def test_the_window_is_sent_whole_with_the_time_for_reading(limit):
             assert backend.completions[1] == asked | {"max_tokens": 0}
 
 
+async def test_what_is_typed_of_a_hint_is_read_once_the_rest_of_its_prompt_is() -> None:
+    """No key ends a reading, whose chunk would be lost."""
+    go = asyncio.Event()
+    scripts = script("yzw", **TOLD), script(go.wait, **TOLD), script(**TOLD)
+    async with pi_with(*scripts) as (pi, backend):
+        await infill(pi, **PLACE)
+        for typed in ("xy", "xyz"):
+            await until(pi.reads_ahead)
+            assert (await infill(pi, **PLACE | {"prompt": typed})).json["type_through"]
+        go.set()
+        await until(lambda: len(backend.completions) == 3 and not pi.reads_ahead())
+        _, rest, typed = backend.completions
+        assert typed == rest | {"prompt": f"{rest['prompt']}yz"}
+
+
 BY = event(model="qwen_1_5b")
 
 
