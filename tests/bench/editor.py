@@ -11,19 +11,24 @@ were added in or after 2025 are used, which are newer than the models. Prints on
     typing        Two methods of the standard library are typed, --keys characters a second, with
                   pauses as people make them. Each key asks for an infill and abandons the
                   request before it. (llama.vim waits for its running request.) `seen`: answers with
-                  text that came before the next key; `type_through`: those that asked no VPS;
-                  `errors`: answers other than 200
+                  text that came before the next key, and their models (`by`); `type_through`: those
+                  that asked no VPS; `slowest`: seconds of nine of ten of the others at most;
+                  `errors`: answers other than 200; `read`: tokens of prompts that the VPS reads a
+                  second; `idle`: the same, while it reads another file and nobody types
     other         with --pairs: the time to the first token of another client's infill, with a
                   speculative request under way over without one, median; `other_reading`: with a
                   reading
     jump          in each of --places files the cursor jumps four times, by 20 to 200 lines, looks
                   for --look seconds, and one key is typed. --look 0: until nothing is read any more
                   Our own editors have the place of the cursor read (`now`). File by file in turns,
-                  with --before another tree's daemons, whose editors do not (`before`), and with
-                  --llama llama-server, asked as by llama.vim (`llama`). Of each: medians of the
-                  seconds to the first text and to the whole hint, and how many are `right`; `over`:
-                  medians of the ratios of `now` to the other, with 95 % intervals by drawing files
-                  anew
+                  with --before another tree's daemons (`before`), and with --llama llama-server,
+                  asked as by llama.vim (`llama`). With --model deep the models are a file of a 7B's
+                  cost with the text of the 1.5B, which is made in the folder --models, and the 0.5B
+                  as its draft model. Of each: medians of the seconds to the first text and to the
+                  whole hint, what 90 % of the first texts take (`most`), how many are `right`, the
+                  characters that are shown within 5 s, right and wrong (`shown`), and hints by
+                  model (`by`); `over`: medians of the ratios of `now` to the other, with 95 %
+                  intervals by drawing files anew
 """
 
 from __future__ import annotations
@@ -33,26 +38,31 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import statistics
 import sysconfig
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import servers
+from engine import deep_models
 from engines import llama_server_binary
 from gaps import new_code
-from harness import MODELS, Client, Daemon, Reply, wait_until
+from harness import KEY, MODELS, Client, Daemon, Reply, wait_until
 
 LINES_BEFORE, LINES_AFTER = 64, 32
 PAUSES = 8  # characters typed on average between two pauses
 PAUSE_SECONDS = 1.5
+IDLE_SECONDS = 20.0
+READ_METRIC = "llamacpp:prompt_tokens_total"
 FILE = Path(sysconfig.get_path("stdlib")) / "textwrap.py"
 OPTIONS = {
     "seconds": 60.0,
@@ -97,18 +107,28 @@ async def infill(port: int, model: str, before: str, after: str, **more: Any) ->
     return Infill(reply, time.perf_counter() - began)
 
 
-async def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
+async def tokens_read(vps: Daemon) -> int:
+    """Tokens of prompts that were computed since the VPS's start."""
+    reply = await Client(port=vps.port).get("/metrics", X_API_Key=KEY)
+    rows = reply.body.decode().splitlines()
+    return sum(int(row.split()[-1]) for row in rows if row.startswith(f"{READ_METRIC}{{"))
+
+
+async def typing(vps: Daemon, pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
     source = FILE.read_text()
     position = source.index("\n    def _split(")
     below = source[source.index("\n    def _wrap_chunks(") :].splitlines(keepends=True)
     after = "".join(below[:LINES_AFTER])
     generator = random.Random(1)
     asked = list[asyncio.Task[Infill]]()
-    end = time.monotonic() + options.seconds
+    more = LLAMAS | {"suggest": options.suggest}
+    before = await tokens_read(vps)
+    began = time.monotonic()
+    end = began + options.seconds
     while time.monotonic() < end and position < len(source) - 100:
         position += 1
         above = "".join(source[:position].splitlines(keepends=True)[-LINES_BEFORE:])
-        request = infill(pi.port, options.model, above, after, suggest=options.suggest)
+        request = infill(pi.port, options.model, above, after, **more)
         last = asyncio.create_task(request)
         asked.append(last)
         if generator.random() < 1 / PAUSES:
@@ -117,13 +137,26 @@ async def typing(pi: Daemon, options: argparse.Namespace) -> dict[str, Any]:
         else:
             await asyncio.sleep(generator.uniform(0.5, 1.5) / options.keys)
         last.cancel()
+    read = (await tokens_read(vps) - before) / (time.monotonic() - began)
     await asyncio.wait(asked)
+    other = source[:position][::-1]  # nothing of it is in the cache
+    await infill(pi.port, options.model, other, "", n_predict=0)
+    await asyncio.sleep(IDLE_SECONDS / 2)
+    before = await tokens_read(vps)
+    await asyncio.sleep(IDLE_SECONDS)
+    idle = (await tokens_read(vps) - before) / IDLE_SECONDS
     answers = [request.result() for request in asked if not request.cancelled()]
     seen = [answer for answer in answers if answer.text.strip()]
+    through = [answer for answer in seen if "type_through" in answer.reply.json]
+    seconds = [answer.seconds for answer in answers if answer not in through]
     return {
         "keys": len(asked),
         "seen": len(seen),
-        "type_through": sum("type_through" in answer.reply.json for answer in seen),
+        "by": Counter(answer.reply.json["model"] for answer in seen),
+        "type_through": len(through),
+        "slowest": round(statistics.quantiles(seconds, n=10)[-1], 2),
+        "read": round(read, 1),
+        "idle": round(idle, 1),
         "errors": sum(answer.reply.status != 200 for answer in answers),
     }
 
@@ -157,10 +190,12 @@ JUMPS = 4  # in a file
 REST_SECONDS = 0.3  # the cursor rests
 MIN_REST = 20  # characters of a line behind a cut
 DRAWS = 1000
+SHOWN_SECONDS = 5.0  # a hint that comes later is of no use
 # What our own editors ask for, and llama.vim.
 OURS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1500}
 LLAMAS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1000}
 Place = tuple[str, str, str, str]  # the file's name, and the text before, of and below the line
+NOWHERE: Place = ("a.py", "x", "", "")
 
 
 def texts(repositories: str) -> Iterator[tuple[str, list[str]]]:
@@ -199,8 +234,8 @@ class Arm:
     reads: bool = False  # its editor has the place of the cursor read
     vps: Daemon | None = None
 
-    def ask(self, place: Place, typed: int, **more: Any) -> tuple[float, float, str]:
-        """The seconds to the first text of a hint and to its end, and the hint."""
+    def ask(self, place: Place, typed: int, **more: Any) -> tuple[float, float, str, str]:
+        """The seconds to the first text of a hint and to its end, the hint, and who wrote it."""
         name, before, line, below = place
         above = (before + line[:typed]).splitlines(keepends=True) or [""]
         if self.more is LLAMAS:
@@ -208,15 +243,16 @@ class Arm:
         body = {**LLAMA_VIM, **self.more, "model": self.model, "filename": name, "stream": True}
         body |= {"prompt": above.pop(), "input_prefix": "".join(above), "input_suffix": below}
         body |= more
-        first, text = 0.0, ""
+        first, text, writer = 0.0, "", ""
         began = time.perf_counter()
         url = f"http://127.0.0.1:{self.port}/infill"
         with servers.events_of(url, **body) as events:
             for event in events:
                 text += event.get("content", "")
+                writer = event.get("model", writer)
                 first = first or (time.perf_counter() - began if text else 0.0)
         seconds = time.perf_counter() - began
-        return first or seconds, seconds, text
+        return first or seconds, seconds, text, writer
 
     def rest(self, place: Place) -> None:
         """The cursor rests."""
@@ -247,18 +283,25 @@ def is_right(place: Place, typed: int, text: str) -> bool:
 
 
 class First(NamedTuple):
-    """A first hint at a place: seconds to its first text and to its end."""
+    """A first hint at a place: seconds to its first text and to its end, whether it is right, how
+    many of its characters are, how many are wrong, and who wrote it.
+    """
 
     first: float
     hint: float
     right: bool
+    good: int
+    bad: int
+    writer: str
 
 
 def first_hint(arm: Arm, place: Place, look: float) -> First:
     arm.rest(place)
     arm.look(look)
-    first, hint, text = arm.ask(place, 1)
-    return First(first, hint, is_right(place, 1, text))
+    first, hint, text, writer = arm.ask(place, 1)
+    wanted = (place[2] + place[3])[1:]
+    good = len(commonprefix([text, wanted]))  # noqa: RUF071
+    return First(first, hint, is_right(place, 1, text), good, len(text) - good, writer)
 
 
 def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, Any]:
@@ -271,7 +314,9 @@ def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, 
         for name in names:
             arm = arms[name]
             files[name].append([first_hint(arm, place, options.look) for place in some])
-            arm.wait()  # or it would disturb the others
+            # What it still reads would disturb the others; another place ends that.
+            arm.rest(NOWHERE)
+            arm.wait()
     result = {name: medians(of) for name, of in files.items()}
     for name in files.keys() - {"now"}:
         result[name]["over"] = over(files["now"], files[name])
@@ -283,6 +328,10 @@ def medians(files: list[list[First]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name in ("first", "hint"):
         result[name] = round(statistics.median(getattr(one, name) for one in hints), 2)
+    result["most"] = round(statistics.quantiles([one.first for one in hints], n=10)[-1], 2)
+    soon = [one for one in hints if one.hint <= SHOWN_SECONDS]
+    result["shown"] = [sum(one.good for one in soon), sum(one.bad for one in soon)]
+    result["by"] = Counter(one.writer for one in hints)
     return result | {"right": sum(one.right for one in hints), "of": len(hints)}
 
 
@@ -316,7 +365,7 @@ def arms_of(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[st
     for name, tree in trees.items():
         if name == "now" or options.before:
             vps, pi = servers.both(stack, folder / name, Path(options.models), tree)
-            arms[name] = Arm(pi.port, options.model, ours, name == "now", vps)
+            arms[name] = Arm(pi.port, options.model, ours, True, vps)
     if options.llama:
         (file,) = Path(options.models).glob(servers.weights_of(options.model).name)
         more = "--cache-reuse", "256"
@@ -324,13 +373,16 @@ def arms_of(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[st
         started = servers.llama_server(folder, binary, file, 2, *more)
         arms["llama"] = Arm(stack.enter_context(started).port, "", LLAMAS)
     for arm in arms.values():  # loads the model
-        arm.ask(("a.py", "x", "", ""), 0)
+        arm.ask(NOWHERE, 0)
     return arms
 
 
 def main() -> None:
     options = servers.parser_of(__doc__, **OPTIONS).parse_args()
-    servers.weights_of(options.model)
+    if options.model == "deep":
+        os.environ["CEREBRUM_MODELS_FILE"] = f"{deep_models(Path(options.models))}"
+    else:
+        servers.weights_of(options.model)
     named: dict[str, Any] = {"benchmark": "editor", "model": options.model}
     with contextlib.ExitStack() as stack:
         if options.jump:
@@ -339,14 +391,14 @@ def main() -> None:
             print(json.dumps(named | first_hints(arms, options)))
             return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _, pi = servers.both(stack, folder)
+        vps, pi = servers.both(stack, folder, Path(options.models))
         asyncio.run(infill(pi.port, options.model, "x", ""))  # loads the model
         if options.pairs:
             pairs = pi.port, options.model, options.pairs
             named["other"] = asyncio.run(other(*pairs, speculative=True))
             named["other_reading"] = asyncio.run(other(*pairs, n_predict=0))
         else:
-            named["typing"] = asyncio.run(typing(pi, options))
+            named["typing"] = asyncio.run(typing(vps, pi, options))
     print(json.dumps(named))
 
 

@@ -305,6 +305,17 @@ def write_deep(path: Path) -> None:
     source.write(path, {})
 
 
+def deep_models(folder: Path) -> Path:
+    """A models.toml in the folder: `deep`, a file of a 7B's cost, and the 0.5B as its draft."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "deep.gguf").exists():
+        write_deep(folder / "deep.gguf")
+        (folder / "small.gguf").symlink_to(FILES["qwen_0_5b"])
+    table = folder / "models.toml"
+    table.write_text(PAIR)
+    return table
+
+
 def gap(number: int, lines: int) -> str:
     """A gap in code that no model was trained on, as a text with Qwen's marks."""
     files = sorted(FOLDER.rglob("*.py"))
@@ -320,12 +331,8 @@ class Pairs:
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.models = bench, bench.folder / "pair"
-        self.models.mkdir(exist_ok=True)
+        self.table = deep_models(self.models)
         self.file, self.small = self.models / "deep.gguf", self.models / "small.gguf"
-        if not self.file.exists():
-            write_deep(self.file)
-            self.small.symlink_to(FILES["qwen_0_5b"])
-        (self.models / "models.toml").write_text(PAIR)
 
     def sides(self, names: Sequence[str]) -> Sides:
         """The servers of these names; see `draft` at the top. Without a path of llama-server, only
@@ -345,7 +352,7 @@ class Pairs:
         bench = self.bench
         given = {
             "MODELS_DIR": f"{self.models}",
-            "MODELS_FILE": f"{self.models}/models.toml",
+            "MODELS_FILE": f"{self.table}",
             "THREADS": f"{bench.threads}",
             "N_CTX": "2048",
             "MAX_CONCURRENT": "1",
@@ -368,6 +375,7 @@ parameters = "7B"
 quantization = "Q4"
 languages = ["all"]
 file = "deep.gguf"
+fim_layout = "spmv2"
 draft = "small"
 
 [[models]]
