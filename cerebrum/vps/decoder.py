@@ -268,12 +268,13 @@ class Decoder:
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         if self.writer or not run.job.max_tokens:
             size = min(size, AHEAD_TOKENS)
-        if self.draft_model and not run.job.max_tokens:
-            # While somebody types, no answer of the draft model waits long for this chunk. In a
-            # pause it gets longer, and is aborted for the next request.
-            pause = (time.monotonic() - self.draft_model.left) / 2
+        if not run.job.max_tokens:
+            # While somebody types, no answer waits long for this chunk. In a pause it gets longer,
+            # and is aborted for the next request.
+            answers = self.draft_model or self
+            pause = (time.monotonic() - answers.left) / 2
             size = min(size, self.costs.longest(max(PAUSE_SECONDS, pause)))
-            run.yields = PAUSE_SECONDS < pause < math.inf
+            run.yields = pause > PAUSE_SECONDS
         end = begin + min(size, MAX_CHUNK // len(runs))
         has_logits = end == len(run.prompt) and run.job.max_tokens > 0
         return Work(run, run.prompt[begin:end], int(has_logits))

@@ -223,9 +223,10 @@ class Worker(threading.Thread):
         def is_in_the_way(run: Run) -> bool:
             if recurrent or not run.prefilling:
                 return False
-            is_waited_for = job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
-            is_late = is_long or run.job.cancelled
-            return run.low or run.yields or (is_late and not is_waited_for)
+            is_late = is_long or run.yields or run.job.cancelled
+            goes_on = job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
+            is_hurried = job and run.yields and job.request.prompt_ms > 0
+            return run.low or (is_late and (is_hurried or not goes_on))
 
         self._abort_if(is_in_the_way)
 

@@ -998,9 +998,9 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     return log
 
 
-def arrive(worker: Worker, prompt: str) -> Ask:
+def arrive(worker: Worker, prompt: str, **more: Any) -> Ask:
     """A request of one token, for which others give way."""
-    asked = ask(worker, prompt, max_tokens=1)
+    asked = ask(worker, prompt, max_tokens=1, **more)
     worker.give_way(asked.job)
     return asked
 
@@ -1065,16 +1065,19 @@ def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_
 
 
 @ONE_SEQUENCE
-@pytest.mark.parametrize(("next_prompt", "cached"), [("l" * 151, 64), ("x" * 17, 20)])
+@pytest.mark.parametrize(
+    ("next_prompt", "prompt_ms", "cached"),
+    [("l" * 151, 0, 64), ("l" * 151, 500, 20), ("x" * 17, 0, 20)],
+)
 def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
-    worker: Worker, next_prompt: str, cached: int
+    worker: Worker, next_prompt: str, prompt_ms: int, cached: int
 ) -> None:
     """Its reading is cancelled when the next request comes, and its place is the only one."""
     ahead = Ask("l" * 150, max_tokens=0)
 
     def leave() -> None:
         worker.cancel(ahead.job)
-        arrive(worker, next_prompt)
+        arrive(worker, next_prompt, prompt_ms=prompt_ms)
 
     script(worker, {"l1": leave})
     worker.submit(worker.prepare(ahead.job))
