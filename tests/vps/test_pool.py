@@ -674,15 +674,19 @@ async def test_new_marks_of_a_gap_reach_a_loaded_model(house, change):
     assert (loader.fim, loader.layout) == (model.fim, model.fim_layout)
 
 
-@pytest.mark.parametrize("change", [{"file": "newer.gguf"}, {"sha256": "1" * 64}])
-async def test_a_new_file_of_a_draft_model_reaches_the_loaded_model(house, change):
-    models = house.pool.models
-    large = replace(models[B], draft=A)
-    house.reconfigure(models=(large, models[A]))
+CHANGES = [(A, {"file": "newer.gguf"}), (A, {"sha256": "1" * 64}), (B, {"early": False})]
+
+
+@pytest.mark.parametrize(("changed", "change"), CHANGES, ids=str)
+async def test_what_changes_of_a_draft_model_reaches_the_loaded_model(house, changed, change):
+    models = {A: house.pool.models[A], B: replace(house.pool.models[B], draft=A)}
+    house.reconfigure(models=(*models.values(),))
     worker = await house.idle(B)
-    house.reconfigure(models=(large, replace(models[A], name="renamed")))
+    renamed = replace(models[A], name="renamed")
+    house.reconfigure(models=(renamed, models[B]))
     assert not worker.stopping
-    house.reconfigure(models=(large, replace(models[A], **change)))
+    models[changed] = replace(models[changed], **change)
+    house.reconfigure(models=(*models.values(),))
     assert worker.stopping
 
 
