@@ -618,7 +618,11 @@ def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
     entries = []
     for name in dict.fromkeys([*served, *LANGUAGES]):
         syntax = language_named(name) or Language()
-        entry = {"id": name, "endings": syntax.endings, "filenames": syntax.filenames}
+        entry = {
+            "id": name,
+            "endings": syntax.endings.split(),
+            "filenames": syntax.filenames.split(),
+        }
         entries.append(entry | {"served": name in served})
     return entries
 

@@ -192,7 +192,7 @@ def complaints(err: str) -> list[str]:
 @pytest.fixture
 def repl(tmp_path: Path) -> Iterator[Repl]:
     languages = [
-        {"id": id, "endings": language.endings, "filenames": language.filenames}
+        {"id": id, "endings": language.endings.split(), "filenames": language.filenames.split()}
         for id, language in LANGUAGES.items()
     ]
     models = answer(200, {"models": [], "languages": languages})

@@ -95,7 +95,7 @@ def is_announced(language: Language, prompt: str) -> bool:
     above, _, line = prompt.rpartition("\n")
     above = last_line(above).strip()
     starts = (*language.comment_starts, "@", "#[")
-    ends = (language.block_comment or ())[1:]
+    ends = tuple(language.block_comment.split()[1:])
     announces = above.startswith(starts) or above.endswith(ends)
     return announces and not line.strip() and not above.startswith("#!")
 

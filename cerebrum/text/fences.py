@@ -15,19 +15,14 @@ OPENING = re.compile(r"(`{3,}+|~{3,}+)([^`\n]*+)")
 THINKS = "<think>"
 THOUGHT = "</think>"
 # An answer's blocks in these are not the code, unless there are no others.
-BESIDE = frozenset(
-    {
-        *("bash", "sh", "shell", "console", "json", "text", "plaintext", "output", "powershell"),
-        *("zsh", "yaml", "yml", "toml", "diff"),
-    }
-)
+BESIDE = "bash sh shell console json text plaintext output powershell zsh yaml yml toml diff"
 
 
 def is_beside(name: str, language: Language | None) -> bool:
     """Whether a block in the language of this name is not the code that was asked for."""
     name = name.strip().lower()
     known = language_named(name) or LANGUAGES["shell"]  # as console, output and the like are
-    return name in BESIDE and language is not None and language is not known
+    return name in BESIDE.split() and language is not None and language is not known
 
 
 class Fences(Stage):

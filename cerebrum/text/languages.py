@@ -3,7 +3,7 @@ text's language.
 
     >>> from cerebrum.text.languages import LANGUAGES, guess_language
     >>> LANGUAGES["python"].line_comment, LANGUAGES["go"].endings
-    ('#', ('.go',))
+    ('#', '.go')
     >>> guess_language("", "#!/usr/bin/env python3\\nimport os\\n", [])
     'python'
 
@@ -87,7 +87,7 @@ class Language:
     closers: str = ""
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
-    block_comment: Delimiters | None = ("/*", "*/")
+    block_comment: str = "/* */"  # its two ends; "" if there is none
     other_comments: tuple[Delimiters, ...] = ()
     strings: Words = ('"', "'")  # openings of strings that end with their line
     texts: Words = ()  # openings of strings that may contain a line end
@@ -101,9 +101,10 @@ class Language:
     here_document: str = ""  # a pattern for <<, up to the name of the line that ends the text
     commands: bool = False  # lines of code begin with verbs, as instructions do
     fences: bool = False  # a text may have ``` that ends no answer
-    endings: Words = ()  # of file names, in lower case
-    filenames: Words = ()  # whole file names, in lower case
-    aliases: Words = ()  # in requests, by editors, in fences, modelines and shebang lines
+    # Words, with blanks between them.
+    endings: str = ""  # of file names, in lower case
+    filenames: str = ""  # whole file names, in lower case
+    aliases: str = ""  # in requests, by editors, in fences, modelines and shebang lines
 
     @property
     def indented(self) -> bool:
@@ -124,7 +125,8 @@ class Language:
     def comments(self) -> list[Delimiters]:
         """(opening, closing) of each comment."""
         line = [(self.line_comment, "\n")] if self.line_comment else []
-        block = [self.block_comment] if self.block_comment else []
+        start, _, end = self.block_comment.partition(" ")
+        block = [(start, end)] if end else []
         directives = [("#", "\n")] * self.directives
         return [*line, *block, *self.other_comments, *directives]
 
@@ -194,7 +196,7 @@ class Language:
         """The text as a one-line comment."""
         if self.line_comment or not self.block_comment:
             return f"{self.line_comment} {text}"
-        return "{0} {2} {1}".format(*self.block_comment, text)
+        return self.block_comment.replace(" ", f" {text} ")
 
 
 def _run_of(others: set[str]) -> Pattern:
@@ -234,49 +236,48 @@ _RUST_RAW = ('r"', 'r#"', 'r##"', 'r###"')
 _LUA_RAW = ("[[", "[=[", "[==[")
 _CSHARP_TEXTS = ('""""', '"""', '$@"', '@$"', '@"')
 _THREE_QUOTES = ('"', "'", "`")
-QUOTING = ("m", "qr", "s", "tr", "y", "q", "qq")  # Perl's operators
+QUOTING = "m qr s tr y q qq"  # Perl's operators
 # With the delimiters that close with the same character: q/a/, but not q(a).
-QUOTES = {operator + mark: mark for operator, mark in product(QUOTING, "/!|#")}
+QUOTES = {operator + mark: mark for operator, mark in product(QUOTING.split(), "/!|#")}
 # The base of files that are no code, and of scripts: only # comments.
-_PLAIN = Language(line_comment="#", block_comment=None, strings=(), blocks="lines")
+_PLAIN = Language(line_comment="#", block_comment="", strings=(), blocks="lines")
 LANGUAGES: dict[str, Language] = {
     "python": Language(
         types="class", function="def", names="type",
         also=r"(\w+)[ \t]*(?::[^=\n]{1,200})?=(?!=)", blocks="indent", openers=":$",
-        line_comment="#", block_comment=None, texts=('"""', "'''"),
-        endings=(".py", ".pyi", ".pyw", ".ipynb"), aliases=("py", "python3", "uv"),
+        line_comment="#", block_comment="", texts=('"""', "'''"),
+        endings=".py .pyi .pyw .ipynb", aliases="py python3 uv",
     ),
-    "javascript": replace(_JS, endings=(".js", ".jsx", ".mjs", ".cjs"),
-                          aliases=("js", "jsx", "javascriptreact", "node", "nodejs")),
-    "typescript": replace(_JS, endings=(".ts", ".tsx", ".mts", ".cts"),
-                          aliases=("ts", "tsx", "typescriptreact", "ts-node", "deno", "bun")),
+    "javascript": replace(_JS, endings=".js .jsx .mjs .cjs",
+                          aliases="js jsx javascriptreact node nodejs"),
+    "typescript": replace(_JS, endings=".ts .tsx .mts .cts",
+                          aliases="ts tsx typescriptreact ts-node deno bun"),
     "rust": Language(
         uses=r"(?:pub(?:\([^)\n]{0,40}\))?[ \t]+)?"
              r"(?:use|extern[ \t]+crate|mod[ \t]+\w+[ \t]*;)(?:[ \t]|\r?$)",
         types=r"impl\b(?:<[^\n{]{0,160}>)?(?:[^\n{]{0,160}[ \t]for\b)?|trait|mod|extern",
         function="fn",
         names=r"struct|enum|union|type|static(?:[ \t]+mut)?|const|macro_rules!",
-        strings=("'",), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, lifetimes=True, endings=(".rs",),
-        aliases=("rs",),
+        strings=("'",), texts=(*_RUST_RAW, '"'), raw=_RUST_RAW, lifetimes=True, endings=".rs",
+        aliases="rs",
     ),
-    "c": replace(_CPP, endings=(".c", ".h")),
+    "c": replace(_CPP, endings=".c .h"),
     "cpp": replace(_CPP, texts=('R"',),
-                   endings=(".cpp", ".cc", ".cxx", ".hpp", ".hh", ".hxx", ".ipp", ".tpp", ".inl",
-                            ".cu", ".cuh"),
-                   aliases=("c++", "cc")),
+                   endings=".cpp .cc .cxx .hpp .hh .hxx .ipp .tpp .inl .cu .cuh",
+                   aliases="c++ cc"),
     "go": Language(  # no types: Go's methods stand on their own
         uses=r"import\b|package[ \t]", function="func", names="type|var|const",
-        texts=("`",), raw=("`",), line_ends=True, endings=(".go",), aliases=("golang",),
+        texts=("`",), raw=("`",), line_ends=True, endings=".go", aliases="golang",
     ),
     "java": Language(
         uses=r"(?:import|package)[ \t]", types="class|interface|enum|record", also=_METHOD,
-        texts=('"""',), endings=(".java",),
+        texts=('"""',), endings=".java",
     ),
     "csharp": Language(
         uses=r"(?:global[ \t]+)?using[ \t]+[\w.=: \t]{1,200};|namespace[ \t][\w. \t]{1,200};",
         types="class|interface|enum|record|struct|namespace", also=_METHOD,
         strings=('$"', '"', "'"), texts=_CSHARP_TEXTS, raw=_CSHARP_TEXTS, directives=True,
-        endings=(".cs", ".csx"), aliases=("c#", "cs", "c-sharp"),
+        endings=".cs .csx", aliases="c# cs c-sharp",
     ),
     "shell": replace(
         _PLAIN,
@@ -285,110 +286,109 @@ LANGUAGES: dict[str, Language] = {
         clauses="else|elif|then|do", closers="fi|done|esac",
         here_document=r"(?<!<)<<-?[ \t]?",
         texts=("$'", '"', "'"), raw=("'",),
-        commands=True, endings=(".sh", ".bash", ".zsh", ".ksh"),
-        filenames=(".bashrc", ".bash_profile", ".bash_aliases", ".profile", ".zshrc", ".zprofile",
-                   ".zshenv"),
-        aliases=("bash", "sh", "shellscript", "zsh", "ksh", "dash", "ash"),
+        commands=True, endings=".sh .bash .zsh .ksh",
+        filenames=".bashrc .bash_profile .bash_aliases .profile .zshrc .zprofile .zshenv",
+        aliases="bash sh shellscript zsh ksh dash ash",
     ),
     "kotlin": Language(
         uses=r"(?:import|package)[ \t]",
         types="class|interface|object", function="fun", names="val|var|typealias",
-        texts=('"""',), raw=('"""',), line_ends=True, endings=(".kt", ".kts"), aliases=("kt",),
+        texts=('"""',), raw=('"""',), line_ends=True, endings=".kt .kts", aliases="kt",
     ),
     "swift": Language(
         uses=r"(?:@testable[ \t]+)?import[ \t]",
         types="class|struct|enum|extension|protocol|actor", function="func",
         names="let|var|typealias", strings=('##"', '#"', '"'), texts=('##"""', '#"""', '"""'),
-        line_ends=True, endings=(".swift",),
+        line_ends=True, endings=".swift",
     ),
     "scala": Language(
         uses=r"(?:import|package)[ \t]",
         types="class|object|trait", function="def", names="val|var|type|enum|given",
         texts=('"""',), raw=('"""',), lifetimes=True, line_ends=True,
-        endings=(".scala", ".sc", ".sbt"),
+        endings=".scala .sc .sbt",
     ),
     "dart": Language(
         uses=r"(?:import|export|part|library)\b", types="class|mixin|extension|enum", also=_METHOD,
-        texts=('"""', "'''"), endings=(".dart",),
+        texts=('"""', "'''"), endings=".dart",
     ),
     "php": Language(
         uses=r"<\?php\b|(?:use|namespace)[ \t]+[\w\\]|(?:require|include)(?:_once)?\b",
         types="class|interface|trait|enum|namespace", function="function", names="const",
         strings=(), texts=_THREE_QUOTES, other_comments=(("# ", "\n"),),
-        endings=(".php", ".phtml"),
+        endings=".php .phtml",
     ),
     "perl": replace(
         _PLAIN, uses=r"(?:use|require|package)[ \t]", function="sub",
         also=r"(?:my|our)[ \t]+[$@%](\w+)", blocks="braces",
         other_comments=(("=head", "=cut"), ("=pod", "=cut"), ("=encoding", "=cut")),
         texts=('"', "'", *QUOTES), closings=tuple(QUOTES.items()),
-        here_document="<<[~-]?", endings=(".pl", ".pm", ".t"), aliases=("pl",),
+        here_document="<<[~-]?", endings=".pl .pm .t", aliases="pl",
     ),
     "r": replace(
         _PLAIN, uses=r"(?:library|require|source)\(",
         also=r"([\w.]{1,80})[ \t]*(?:<-|=(?!=))", blocks="braces",
-        texts=_THREE_QUOTES, line_ends=True, endings=(".r",),
-        aliases=("rscript",),
+        texts=_THREE_QUOTES, line_ends=True, endings=".r",
+        aliases="rscript",
     ),
     "zig": Language(
         types=r"(?:const|var)[ \t]+\w+[ \t]*=[ \t]*(?:(?:extern|packed)[ \t]+)?"
               r"(?:struct|enum|union)", function="fn", names="const|var",
-        block_comment=None, other_comments=(("\\\\", "\n"),), endings=(".zig", ".zon"),
+        block_comment="", other_comments=(("\\\\", "\n"),), endings=".zig .zon",
     ),
     "powershell": Language(
         uses=r"(?i:using|import-module|\.)[ \t]",
         types="class|enum|(?:Describe|Context|InModuleScope)(?=[ \t])",
-        function="function", line_comment="#", block_comment=("<#", "#>"), line_ends=True,
+        function="function", line_comment="#", block_comment="<# #>", line_ends=True,
         commands=True,
         strings=(), texts=("@'", '@"', '"', "'"), raw=("@'",), escape="`",
-        closings=(("@'", "\n'@"), ('@"', '\n"@')), endings=(".ps1", ".psm1", ".psd1"),
-        aliases=("pwsh", "ps1"),
+        closings=(("@'", "\n'@"), ('@"', '\n"@')), endings=".ps1 .psm1 .psd1",
+        aliases="pwsh ps1",
     ),
     "css": Language(
         uses=r"@(?:import|charset|use|forward|namespace)\b", line_comment="",
         also=r"[ \t]{0,200}(?:(?:[.#]|@mixin[ \t]+)([\w-]{1,80})[^\n{};]{0,200}\{"
              r"|((?:--|\$)[\w-]{1,80})[ \t]*:)",
-        endings=(".css", ".scss", ".less"), aliases=("scss", "less"),
+        endings=".css .scss .less", aliases="scss less",
     ),
     "json": Language(
-        blocks="brackets", aliases=("jsonc", "json5"),
-        endings=(".json", ".jsonc", ".json5", ".geojson", ".webmanifest"),
+        blocks="brackets", aliases="jsonc json5",
+        endings=".json .jsonc .json5 .geojson .webmanifest",
     ),
     "ruby": replace(
         _PLAIN, function="def",
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
         clauses="rescue|ensure|else|elsif|when|in", closers="end", here_document="<<[~-]?",
-        block_comment=("=begin", "=end"), strings=_THREE_QUOTES,
-        endings=(".rb", ".rake", ".gemspec", ".ru"),
-        filenames=("rakefile", "gemfile", "vagrantfile", "podfile", "brewfile", "fastfile"),
-        aliases=("rb",),
+        block_comment="=begin =end", strings=_THREE_QUOTES,
+        endings=".rb .rake .gemspec .ru",
+        filenames="rakefile gemfile vagrantfile podfile brewfile fastfile",
+        aliases="rb",
     ),
     "lua": Language(
         function="function", names="local",
         also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b",
         clauses="else|elseif", closers="end|until",
-        line_comment="--", block_comment=("--[[", "]]"), other_comments=(("--[==[", "]==]"),),
+        line_comment="--", block_comment="--[[ ]]", other_comments=(("--[==[", "]==]"),),
         texts=_LUA_RAW, raw=_LUA_RAW,
-        blocks="lines", endings=(".lua",), aliases=("luajit",),
+        blocks="lines", endings=".lua", aliases="luajit",
     ),
     "julia": Language(
         types="module|baremodule", function="function",
         names="struct|type|macro|const", clauses="else|elseif|catch|finally", closers="end",
-        line_comment="#", block_comment=("#=", "=#"), texts=('"""',), blocks="lines",
-        endings=(".jl",), aliases=("jl",),
+        line_comment="#", block_comment="#= =#", texts=('"""',), blocks="lines",
+        endings=".jl", aliases="jl",
     ),
     "elixir": Language(
         types="defmodule|defimpl|defprotocol|describe", function="def",
         also=r"[ \t]{0,200}(?:defp|defmacrop?|defguardp?)[ \t]+(\w+)",
         clauses="else|rescue|catch|after",
-        closers="end", line_comment="#", block_comment=None, texts=('"""',), blocks="lines",
-        endings=(".ex", ".exs"), aliases=("ex", "exs"),
+        closers="end", line_comment="#", block_comment="", texts=('"""',), blocks="lines",
+        endings=".ex .exs", aliases="ex exs",
     ),
     "haskell": Language(
         names="data|newtype|type|class|instance", also=r"([a-z]\w{0,80}'?)[ \t]*::",
-        line_comment="--", block_comment=("{-", "-}"), lifetimes=True,
-        blocks="lines", endings=(".hs",), aliases=("hs",),
+        line_comment="--", block_comment="{- -}", lifetimes=True,
+        blocks="lines", endings=".hs", aliases="hs",
     ),
     "sql": Language(
         also=r"(?i:create[ \t]+(?:\w+[ \t]+){0,4}"
@@ -396,28 +396,28 @@ LANGUAGES: dict[str, Language] = {
              r"(?:if[ \t]+not[ \t]+exists[ \t]+)?(?:[\w\"`\[\]]{1,80}\.)?[\"`\[]?(\w+))",
         line_comment="--", other_comments=(("{#", "#}"),), blocks="statements",
         strings=(), texts=_THREE_QUOTES, raw=_THREE_QUOTES, commands=True,
-        endings=(".sql",), aliases=("mysql", "postgresql", "postgres", "sqlite", "plpgsql", "tsql"),
+        endings=".sql", aliases="mysql postgresql postgres sqlite plpgsql tsql",
     ),
-    "html": replace(_PLAIN, line_comment="", block_comment=("<!--", "-->"), blocks="tree",
-                    fences=True, closers="</", endings=(".html", ".htm", ".xhtml"),
-                    aliases=("htm", "xhtml", "mhtml")),
+    "html": replace(_PLAIN, line_comment="", block_comment="<!-- -->", blocks="tree",
+                    fences=True, closers="</", endings=".html .htm .xhtml",
+                    aliases="htm xhtml mhtml"),
     "yaml": replace(_PLAIN, also=r"([\w.-]{1,80}):(?:[ \t]|\r?$)", blocks="tree", commands=True,
-                    fences=True, endings=(".yaml", ".yml"),
-                    aliases=("yml", "dockercompose", "yaml.docker-compose")),
+                    fences=True, endings=".yaml .yml",
+                    aliases="yml dockercompose yaml.docker-compose"),
     "toml": replace(_PLAIN, also=r"\[{1,2}([^\]\n]{1,120})\]", strings=('"', "'"),
-                    texts=('"""', "'''"), endings=(".toml",),
-                    filenames=("pipfile",)),
+                    texts=('"""', "'''"), endings=".toml",
+                    filenames="pipfile"),
     "markdown": replace(_PLAIN, also=r"#{1,6}[ \t]+([^\r\n]{1,200})\r?$", line_comment="",
-                        block_comment=("<!--", "-->"), fences=True,
-                        endings=(".md", ".markdown", ".mdx"), aliases=("md", "mdx")),
+                        block_comment="<!-- -->", fences=True,
+                        endings=".md .markdown .mdx", aliases="md mdx"),
     "dockerfile": replace(_PLAIN, also=r"(?i:FROM[ \t]+\S{1,200}[ \t]+AS|ARG|ENV)[ \t]+([\w.-]+)",
                           here_document="<<[~-]?", fences=True, commands=True,
-                          endings=(".dockerfile",), filenames=("dockerfile", "containerfile"),
-                          aliases=("docker",)),
+                          endings=".dockerfile", filenames="dockerfile containerfile",
+                          aliases="docker"),
     "makefile": replace(_PLAIN, also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
                         clauses="else", closers="endif|endef", commands=True,
-                        endings=(".mk", ".mak"), filenames=("makefile", "gnumakefile"),
-                        aliases=("make", "makefile-gmake")),
+                        endings=".mk .mak", filenames="makefile gnumakefile",
+                        aliases="make makefile-gmake"),
 }  # fmt: skip
 # Scala without braces, and its signs: headers, words, end markers, cases below match, two lines
 # below "=".
@@ -439,16 +439,16 @@ _UNBRACED = re.compile(
 _BRACE_LINE = re.compile(r"^[ \t]*\{[ \t]*\r?$", re.M)
 # Files in these languages may accompany code in any other, so they do not count when guessing the
 # code's language.
-BESIDE_CODE = frozenset({"dockerfile", "json", "makefile", "markdown", "toml", "yaml"})
+BESIDE_CODE = "dockerfile json makefile markdown toml yaml"
 HEADER_CHARS = 400  # of a text, where a plugin writes its modeline
 FENCED_CHARS = 200_000  # of a text's end: is a fence open there?
 BY_FILENAME = dict[str, str]()
 BY_ENDING = dict[str, str]()
 BY_NAME = dict[str, str]()
 for _name, _language in LANGUAGES.items():
-    BY_FILENAME |= dict.fromkeys(_language.filenames, _name)
-    BY_ENDING |= dict.fromkeys(_language.endings, _name)
-    BY_NAME |= dict.fromkeys((_name, *_language.aliases), _name)
+    BY_FILENAME |= dict.fromkeys(_language.filenames.split(), _name)
+    BY_ENDING |= dict.fromkeys(_language.endings.split(), _name)
+    BY_NAME |= dict.fromkeys([_name, *_language.aliases.split()], _name)
 # The interpreter's name without its version: /usr/bin/python3.11 -u, or the command that
 # /usr/bin/env -S starts.
 SHEBANG = re.compile(
@@ -490,7 +490,7 @@ def guess_language(filename: str, text: str, others: Sequence[str]) -> str:
     if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower(), "")):
         return name
     known = [language_of_file(other) for other in others]
-    counts = Counter(name for name in known if name and name not in BESIDE_CODE)
+    counts = Counter(name for name in known if name and name not in BESIDE_CODE.split())
     return counts.most_common(1)[0][0] if counts else ""
 
 

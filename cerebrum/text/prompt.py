@@ -283,11 +283,7 @@ def prepare(
     the cursor even at the end of a file, where there is no gap. `around` is the most that a window
     weighs.
     """
-
-    def room_of(tokens: int) -> int:
-        return int((tokens - TEMPLATE_TOKENS[mode]) * RATIO)
-
-    room = max(room_of(budget), 0)
+    room = max(int((budget - TEMPLATE_TOKENS[mode]) * RATIO), 0)
     if mode == "chat":
         return prepare_chat(fields["messages"], room)
     if mode == "instruct":

@@ -194,7 +194,7 @@ def fenced(text: str, have: Counter[str], cases: int) -> Iterator[Row]:
             told = "\n\n".join(PARTS.split(above)[-2:]).lstrip("\n")
             yield answer_of("fenced_told", name, told + block[0] + after, piece)
         is_code = name not in SHELLS and have["beside"] < 10 * cases
-        if before and before[3].lower() in BESIDE and is_code:
+        if before and before[3].lower() in BESIDE.split() and is_code:
             have["beside"] += 1
             yield answer_of("fenced_beside", name, text[before.start() : end] + after, piece)
 

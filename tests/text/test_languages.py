@@ -458,8 +458,8 @@ def test_no_name_means_two_languages() -> None:
     words, files = [*LANGUAGES], list[str]()
     for language in LANGUAGES.values():
         assert language.blocks in ("braces", "brackets", "statements", "indent", "lines", "tree")
-        words += language.aliases
-        files += [*language.endings, *language.filenames]
+        words += language.aliases.split()
+        files += f"{language.endings} {language.filenames}".split()
     for names in (words, files):
         assert sorted(names) == sorted({name.lower() for name in names})
 
