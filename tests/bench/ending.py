@@ -73,7 +73,7 @@ from sources import SOURCES
 from cerebrum.text.ending import Ending
 from cerebrum.text.fences import BESIDE
 from cerebrum.text.languages import LANGUAGES, language_named
-from cerebrum.text.prompt import prepare
+from cerebrum.text.prompt import NEAR, prepare
 
 PATHS = sysconfig.get_paths()
 FOLDERS = [PATHS["stdlib"], PATHS["purelib"], str(SOURCES)]
@@ -231,7 +231,7 @@ def write(row: Row) -> tuple[str, int]:
     """What the client gets of a text, and how many characters were read for it."""
     prompt, suffix = row["prompt"], row["suffix"]
     if row.get("window"):
-        body = prepare(row, row["mode"], BUDGET, 0, layout="spmv2").body
+        body = prepare(row, row["mode"], BUDGET, "spmv2", around=NEAR).body
         prompt, suffix = body["prompt"], body["suffix"]
     ending = Ending(row["mode"], row["language"], prompt, suffix, "auto")
     tokens = TOKEN.findall(row["text"])
