@@ -44,9 +44,9 @@ from cerebrum.pi.upstream import (
     data_of,
 )
 from cerebrum.request import MAX_TOKENS
-from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.languages import language_named
 from cerebrum.text.prompt import arrange_gap, find_statement
+from cerebrum.text.stages import Written, confidence_of
 from cerebrum_common import HttpError
 
 # ------------------------------------------------------------------------------ what they are asked

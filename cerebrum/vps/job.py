@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from cerebrum.request import GenerationRequest
-from cerebrum.text.confidence import Written, confidence_of
 from cerebrum.text.ending import Ending
 from cerebrum.text.prompt import nearer
+from cerebrum.text.stages import Written, confidence_of
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Slot
 from cerebrum.vps.vocabulary import api, begun_answer

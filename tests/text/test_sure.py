@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from test_ending import tokens_of
 
-from cerebrum.text.confidence import confidence_of
 from cerebrum.text.ending import Ending
-from cerebrum.text.stages import Sure
+from cerebrum.text.stages import Sure, confidence_of
 
 ASSIGNED = "def f(a):\n    x = ", "\n    return x\n"  # the rest of a line is missing
 CALLED = "f(", ")\n"  # within a line
