@@ -148,21 +148,6 @@ class Language:
             return ""
         return "()[]" if self.blocks in ("offside", "statements") else "()[]{}"
 
-    @cached_property
-    def code_run(self) -> Pattern:
-        """Matches characters of code that only continue a statement."""
-        if self.blocks == "statements":
-            return re.compile(r"\w{2,}")
-        return _run_of(self.opening_ends | set("()[]{}\n;:<"))
-
-    @cached_property
-    def literal_run(self) -> Pattern:
-        """Matches characters that only continue a literal or comment: no ends, escapes, $$ of
-        SQL.
-        """
-        others = {closing[-1] for _, closing in self.delimiters} | set("\n($[]" + self.escape)
-        return _run_of(others)
-
     @property
     def comment_starts(self) -> Words:
         """The possible starts of a comment line, for `str.startswith`."""
@@ -197,11 +182,6 @@ class Language:
         if self.line_comment or not self.block_comment:
             return f"{self.line_comment} {text}"
         return self.block_comment.replace(" ", f" {text} ")
-
-
-def _run_of(others: set[str]) -> Pattern:
-    """A pattern for a run of characters except these."""
-    return re.compile(f"[^{re.escape(''.join(sorted(others)))}]{{2,}}")
 
 
 def _any(*patterns: str) -> str:

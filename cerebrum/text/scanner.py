@@ -21,7 +21,6 @@ from cerebrum.text.languages import QUOTES, Language
 HEAD_CHARS = 1000
 # Unclosed brackets of other kinds that a closing bracket may skip; a correct program has none.
 STRAY_BRACKETS = 20
-OPENER_CHARS = 6  # the longest opening that begins with a shorter one, as """ does
 TAIL_CHARS = 80  # kept of the text: enough for the end of a literal or of a line with <<
 LINE_CHARS = 500  # the part of a line that comparisons use
 # A line that ends so goes on in the next one, in languages without semicolons.
@@ -46,7 +45,6 @@ NO_BEGIN = re.compile(r"(?:[.,;:=<>)]|and|asc?|between|desc|from|i[ns]|or|tran(?
 NO_END = re.compile(r"(?:if|loop|while|repeat|for|case)\Z")
 # The $$ or $tag$ that opens a literal: not at the start of a statement.
 DOLLARS = re.compile(r"\S\s*(?<![\w$])(\$(?:[A-Za-z_]\w*)?\$)\Z")
-INDENTATION = re.compile(" {2,}")
 
 
 class Bracket(NamedTuple):
@@ -107,30 +105,13 @@ class Scanner:
         return self.stack[-1].indent if self.stack and self.last in openings else None
 
     def feed(self, text: str) -> None:
-        """Read a text. Runs of characters that only continue a statement or a literal are read at
-        once.
-        """
-        literal_run = self.language.literal_run
-        code_run = self.language.code_run
-        at = 0
-        while at < len(text):
-            run = None
-            if self.closer:
-                if self.since > OPENER_CHARS and not self.escaped:
-                    run = literal_run.match(text, at)
-            elif self.starting:
-                run = INDENTATION.match(text, at)
-            else:
-                run = code_run.match(text, at)
-            end = run.end() if run else at + 1
-            self.step(text[at:end])
-            at = end
+        for char in text:
+            self.step(char)
 
     def step(self, char: str) -> None:
-        """Read a character, or a run of them that changes nothing else, see `feed`."""
         language = self.language
         self.tail = (self.tail + char)[-TAIL_CHARS:]
-        self.since += len(char)
+        self.since += 1
         begins = language.here_document and char == "\n" and not self.closer
         if begins and (here := re.search(language.here_document + HERE, self.tail)):
             self._enter("<<", here[1])
@@ -240,8 +221,7 @@ class Scanner:
             self._end_line()
             return
         if self.starting and char.isspace():
-            for blank in char:
-                self.indent = after_blank(self.indent, blank)
+            self.indent = after_blank(self.indent, char)
             return
         self.starting = False
         if char in self.language.brackets:
@@ -250,7 +230,7 @@ class Scanner:
             self.head = ""
         else:
             self._add(char)
-        self.last = char.strip()[-1:] or self.last
+        self.last = char.strip() or self.last
 
     def _bracket(self, char: str) -> None:
         if char in OPENING_OF:
