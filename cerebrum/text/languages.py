@@ -76,8 +76,6 @@ class Language:
 
     uses: str = "(?!)"  # with braces: the start of a line that imports
     types: str = ""  # keywords of definitions whose members are completed one at a time
-    # The same, but the definition is no completion by itself: a function usually follows.
-    data: str = ""
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name: the last group that took part
@@ -162,7 +160,7 @@ class Language:
     @cached_property
     def defines(self) -> Pattern:
         """Matches at a line that defines a name: the last group that took part."""
-        inside = _any(self.types, self.data, self.function)
+        inside = _any(self.types, self.function)
         outside = _any(inside, self.names)
         starts = [rf"[ \t]{{1,200}}+{_MODIFIERS}(?:{inside})"] if inside else []
         starts += [rf"{_MODIFIERS}(?:{outside})"] if outside else []
@@ -175,7 +173,7 @@ class Language:
         if not self.types:
             return ANYTHING if self.blocks == "tree" else NOTHING
         words = r"(?:template\s*<[^{}()]*>\s*)?(?:@?[\w.]+(?:\([^()\n]*\))?\s+){0,12}"
-        return re.compile(rf"^[^\S\n]*{words}(?:{_any(self.types, self.data)})\b", re.M)
+        return re.compile(rf"^[^\S\n]*{words}(?:{self.types})\b", re.M)
 
     def remark(self, text: str) -> str:
         """The text as a one-line comment."""
@@ -203,8 +201,8 @@ _JS = Language(
 _CPP = Language(
     uses=r"[ \t]*#[ \t]*(?:include|import)\b|using[ \t]+namespace\b|using[ \t]+[\w:]+[ \t]*;"
          r"|import[ \t]",
-    types=r"(?:class|namespace|extern)\b(?=[^()=;{]{0,200}(?:\{|$))",
-    data=r"(?:struct|union)\b(?=[^()=;{]{0,200}(?:\{|$))", names=r"enum|concept|using",
+    types=r"(?:class|namespace|extern|struct|union)\b(?=[^()=;{]{0,200}(?:\{|$))",
+    names=r"enum|concept|using",
     also=rf"[ \t]*#[ \t]*define[ \t]+(\w+)"
          rf"|typedef\b[^\n;{{]{{0,80}}\{{[^{{}}]{{0,1500}}\}}[ \t]*(\w+)[ \t]*;"
          rf"|typedef[ \t][^\n;({{]{{0,160}}\b(\w+)[ \t]*;|{_METHOD}"

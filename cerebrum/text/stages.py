@@ -274,8 +274,6 @@ class Repeat(Stage):
     def __init__(self) -> None:
         super().__init__()
         self.lines = list[str]()  # those that are not blank
-        # runs[n]: consecutive lines that each equal the line n before.
-        self.runs = [0] * (PERIOD_LINES + 1)
 
     def step(self, char: str) -> None:
         position = len(self.text)
@@ -287,21 +285,22 @@ class Repeat(Stage):
                     self.end("repeat", position)
         else:
             if line := self.cut(self.line_start).rstrip():
-                self._ended(line, position)
+                self.lines.append(line)
+                self._look_for_copies(position)
             self.line_start = position
         if self.hold is None and not self.reason:
             self.safe = position
 
-    def _ended(self, line: str, position: int) -> None:
+    def _look_for_copies(self, position: int) -> None:
+        """A line that is not blank has ended at this position."""
         lines = self.lines
-        runs = self.runs
-        lines.append(line)
-        for period in range(1, min(PERIOD_LINES + 1, len(lines))):
-            runs[period] = runs[period] + 1 if line == lines[-1 - period] else 0
-        periods = [period for period in range(1, PERIOD_LINES + 1) if runs[period] >= period]
-        self.hold = (self.hold or position) if periods else None
-        for period in periods:
-            if runs[period] + period >= max(REPEATED_LINES, REPEATED_COPIES * period):
+        periods = range(1, PERIOD_LINES + 1)
+        twice = [size for size in periods if lines[-size:] == lines[-2 * size : -size]]
+        self.hold = (self.hold or position) if twice else None
+        for size in twice:
+            enough = max(REPEATED_LINES, REPEATED_COPIES * size)
+            last = lines[-enough:]
+            if len(last) == enough and last[size:] == last[:-size]:
                 self.end("repeat", self.hold or position)
 
 
