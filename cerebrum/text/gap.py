@@ -67,7 +67,7 @@ class Meeting:
         self, text: list[str], prompt: str, suffix: str, in_line: bool, remark: str
     ) -> None:
         self.text = text  # the gap's own list, which grows
-        self.remark = remark or "\n"  # what begins one; no line has a line end
+        self.remark = remark  # what begins one; "" if there are none
         self.in_line = in_line
         rest, _, after = suffix.partition("\n")
         self.of_lines = not in_line and rest.strip() != ""
@@ -95,7 +95,6 @@ class Meeting:
         # Of the line so far, what follows the first line of the goal; None: that has not come. It
         # begins at `met`, a position in the text.
         self.behind: str | None = None
-        self.met = 0
         # Positions in the text: of the line end above, then of each character of the line that is
         # not white space.
         self.places = [-1]
@@ -189,21 +188,17 @@ class Meeting:
         begins = self.indent == indent and line.startswith(self.line)
         return begins or self.is_line(number)
 
-    def _unfinished(self, agrees: Callable[[int], bool]) -> Found:
-        """Those of `found` whose next line agrees with the line so far."""
-        most = len(self.goal)
-        return [(size, place) for size, place in self.found if size < most and agrees(size)]
-
     def _matches(self, agrees: Callable[[int], bool]) -> Found:
-        """`found` with the line so far."""
-        found = [(size + 1, place) for size, place in self._unfinished(agrees)]
+        """`found` with the line so far, if it agrees with the next line of the goal."""
+        most = len(self.goal)
+        found = [(size + 1, at) for size, at in self.found if size < most and agrees(size)]
         if self.has_first():
             found.append((1, self.start()))
         return found
 
     def held(self) -> int:
         """Text from here on may turn out to be the suffix."""
-        return min([self.start(), *(place for _, place in self._unfinished(self.may_be))])
+        return min([self.start(), *(place for _, place in self._matches(self.may_be))])
 
     def at_end(self) -> tuple[int, int]:
         """(lines of the goal that the text ends with, where they begin); the last line may be cut
