@@ -244,10 +244,6 @@ def find_statement(text: str, start: int, stop: int) -> int:
     return least.start() if least else text.find("\n", start, stop) + 1 or start
 
 
-def line_end(text: str, position: int) -> int:
-    return text.find("\n", position) + 1 or len(text)
-
-
 def fit_start(text: str, room: int) -> str:
     """The start of `text` that weighs at most `room`: whole lines, unless the first is too long."""
     if fits(text, room):
@@ -345,7 +341,8 @@ def end_of_named(code: str, language: Language, instruction: str, room: int) -> 
     if not named:
         return len(code)
     longest = max(named, key=len)
-    return line_end(code, max(room, named[longest] + room // 2))
+    near = max(room, named[longest] + room // 2)
+    return code.find("\n", near) + 1 or len(code)
 
 
 # ------------------------------------------------------------------------- the text around a cursor
@@ -456,13 +453,11 @@ def prepare_chat(messages: Sequence[Message], room: int) -> Prepared:
     """A chat: its system message, and as many of its latest messages as fit. `messages` in `kept`
     is [sent, given].
     """
-    system = messages[:1]
-    turns = messages[1:]
-    if system[0]["role"] != "system" or not turns:
-        system = []
-        turns = messages
+    first = len(messages) > 1 and messages[0]["role"] == "system"  # index of the first turn
+    turns = messages[first:]
     system = [
-        {**message, "content": fit_start(message["content"], room // 2)} for message in system
+        {**message, "content": fit_start(message["content"], room // 2)}
+        for message in messages[:first]
     ]
     room -= sum(map(weigh_message, system))
     text = fit_ends(turns[-1]["content"], room - MESSAGE_WEIGHT)

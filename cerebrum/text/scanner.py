@@ -233,32 +233,23 @@ class Scanner:
         self.last = char.strip() or self.last
 
     def _bracket(self, char: str) -> None:
-        if char in OPENING_OF:
-            self._close(char)
+        if char not in OPENING_OF:
+            self.stack.append(Bracket(char, self.indent, self.head))
+        elif not self._close(char):
             return
-        self.stack.append(Bracket(char, self.indent, self.head))
-        if char == "{" and not self.by_lines:
+        if char in "{}" and not self.by_lines:
             self.head = ""
         else:
             self._add(char)
 
-    def _opener_of(self, char: str) -> int | None:
-        """The place in the stack of the bracket that `char` closes; a stray ) closes no block."""
+    def _close(self, char: str) -> bool:
+        """Whether the text has the bracket that `char` closes. A stray ) closes no block."""
         for depth in reversed(range(len(self.stack))[-STRAY_BRACKETS:]):
             if self.stack[depth].kind == OPENING_OF[char]:
-                return depth
-        return None
-
-    def _close(self, char: str) -> None:
-        depth = self._opener_of(char)
-        if depth is None:
-            self.unmatched.append(self.indent)
-            return
-        del self.stack[depth:]
-        if char == "}" and not self.by_lines:
-            self.head = ""
-        else:
-            self._add(char)
+                del self.stack[depth:]
+                return True
+        self.unmatched.append(self.indent)
+        return False
 
     def _end_line(self) -> None:
         """A header may take several lines; a label is none."""
@@ -329,13 +320,6 @@ class StatementScanner(Scanner):
             del self.stack[-1:]
         if token == "case" and before != "end":
             self.stack.append(Bracket(token, self.indent))
-
-    def _end_line(self) -> None:
-        """A statement may take several lines."""
-        self.starting = True
-        self.indent = 0
-        if not self.head.endswith("\n"):
-            self._add("\n")
 
 
 # By a language's `blocks`; all others are read by lines.
