@@ -33,11 +33,11 @@ class Fences(Stage):
     `begun` is the start of the answer, which the model was given to continue.
     """
 
-    # Where the answer is:
-    #   "chatter"   before the block
-    #   "thinking"  in the model's thoughts
-    #   "beside"    in a block that is not the code
-    #   "code"      in the block
+    # Where the answer is, and what follows:
+    #   "chatter"   before the block: "beside" or "code" at a fence, "thinking" at <think>
+    #   "thinking"  in the model's thoughts: "chatter" at </think>
+    #   "beside"    in a block that is not the code: "chatter" at its fence
+    #   "code"      in the block: the end at its fence
     state = "chatter"
     fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
     fence = FENCE
@@ -95,11 +95,9 @@ class Fences(Stage):
         return self.fence.startswith(line) or line.startswith(self.fence)
 
     def _read_line(self) -> None:
-        """Read the line that has ended, by the method that is named after the state."""
-        getattr(self, f"read_{self.state}")(self.cut(self.line_start))
-
-    def read_thinking(self, line: str) -> None:
-        """A line of the model's thoughts has ended."""
+        """Read the line that has ended. Nothing is read in the thoughts."""
+        if read := READERS.get(self.state):
+            read(self, self.cut(self.line_start))
 
     def read_chatter(self, line: str) -> None:
         """A line above the block has ended; perhaps it is the fence that opens it."""
@@ -146,3 +144,11 @@ class Fences(Stage):
         # `start` is for `Ending.start`.
         text, self.start = self.fallback or (self.cut(self.sent), self.start)
         return text
+
+
+# What reads a line that has ended, by the state.
+READERS = {
+    "chatter": Fences.read_chatter,
+    "beside": Fences.read_beside,
+    "code": Fences.read_code,
+}
