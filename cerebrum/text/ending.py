@@ -183,10 +183,9 @@ class Block(Stage):
         self.line = ""
         if not self.scanner.starting:  # within a literal or, by lines, within brackets
             return False
-        held = self.held
-        self.held = True
-        if held and line and self.side_of(f"{line}\n") == OUTSIDE:
+        if self.held and line and self.side_of(f"{line}\n") == OUTSIDE:
             return True
+        self.held = True
         if line:
             self.mark = len(self.text)
         self.helpers.end_line()
@@ -234,11 +233,11 @@ class LineBlock(Block):
     """
 
     # What is completed:
-    #   ""           not known before the first line
+    #   ""           not known before the first line, which chooses one of the others
     #   "block"      which a clause or `Helpers` may follow
     #   "member"     the next one of a class
     #   "statement"  outside all blocks
-    #   "script"     lines outside all blocks
+    #   "script"     lines outside all blocks; in Python, the first definition makes it a "block"
     goal = ""
     # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line is
     # deeper.
@@ -325,8 +324,11 @@ class BracketBlock(Block):
     class that the model writes. Closing brackets on their own lines after the block belong to it.
     """
 
-    # What is completed: a "block", perhaps with the call that has it as an argument, or a
-    # "statement", or a line of the preprocessor, a "directive"; "" if it has not begun.
+    # What is completed:
+    #   ""           not begun; the first brace that the model opens outside all makes it a "block"
+    #   "block"      perhaps with the call that has it as an argument
+    #   "statement"  in progress, or announced
+    #   "directive"  a line of the preprocessor
     goal = ""
     depth = 0  # the goal is complete when no more brackets are open
     clauses = False  # an `else` or the like may go on with it
@@ -442,9 +444,9 @@ BLOCKS: dict[type[Scanner], type[Block]] = {
 }
 
 
-def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool) -> list[Stage]:
+def code_stages(syntax: Language | None, prompt: str, suffix: str) -> list[Stage]:
     """The stages that end the code at a cursor."""
-    known = syntax or guess(prompt, suffix if infill else "")
+    known = syntax or guess(prompt, suffix)
     if not known:
         return [Blanks()]
     scanner = code = scan(in_style(known, prompt, suffix), prompt)
@@ -456,7 +458,7 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str, infill: bool)
     typed = last_line(prompt)
     if typed and not typed.strip() and code.starting:
         stages.append(Typed(typed))
-    if infill:
+    if suffix:
         stages.append(gap_of(code, prompt, suffix))
     else:
         stages.append(BLOCKS[type(scanner)](scanner, prompt))
@@ -488,17 +490,17 @@ class Ending:
         least: float | None = None,
     ) -> None:
         syntax = language_named(language or "")
-        suffix = suffix or ""
-        infill = mode == "infill" and suffix.strip() != ""
+        # Only a gap has one, and a blank one is none.
+        suffix = suffix if mode == "infill" and suffix and suffix.strip() else ""
         self.stages: list[Stage] = [Sure(least)] if least else []
         self.stages.append(StopStrings(stops))
         if mode == "instruct":
             self.stages.append(Fences(syntax, prompt))
         elif stop_at != "none":
-            self.stages += code_stages(syntax, prompt, suffix, infill)
+            self.stages += code_stages(syntax, prompt, suffix)
         if stop_at != "none":
             if indent > 0:
-                whole = not infill or prompt[-1:] in ("", "\n")
+                whole = not suffix or prompt[-1:] in ("", "\n")
                 self.stages.append(Indent(indent, whole))
             self.stages.append(Repeat())
         # Not where whole lines are missing: such a text ends with a line end.
