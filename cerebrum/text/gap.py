@@ -6,6 +6,7 @@ each stage does. Pure; standard library only.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from cerebrum.text.scanner import LINE_CHARS, OPENING_OF, Scanner, after_blank, scanner_of
@@ -36,8 +37,10 @@ CLOSERS_CHARS = 4000
 MEET_CHARS_BEFORE = 3000  # of the prompt's end, for lines like the suffix's first ones
 GOAL_LINES = 40  # of the suffix, for the same
 
+NOWHERE = sys.maxsize  # a place that no text has
+
 Line = tuple[int, str]  # (indentation in columns, text without its white space)
-Found = list[tuple[int, int]]  # (lines of the goal above, where their first begins), longest first
+Found = list[tuple[int, int]]  # (lines of the goal above, where they begin), longest first
 
 
 def line_of(line: str) -> Line:
@@ -48,7 +51,7 @@ def lines_of(text: str) -> list[Line]:
     """The first lines of a text, blank ones left out; at least one if the text is not blank."""
     blank = len(text) - len(text.lstrip())
     text = text[text.rfind("\n", 0, blank) + 1 :]
-    lines = text.split("\n", GOAL_LINES)[:GOAL_LINES]
+    lines = text.split("\n")[:GOAL_LINES]
     return [line_of(line) for line in lines if line.strip()]
 
 
@@ -60,7 +63,7 @@ class Meeting:
     `;` or `,` at a line's end do not count; indentation does. There are three kinds of suffix: it
     begins with the rest of the cursor's line (`in_line`), which may be the end of any line of the
     text; or with a whole line, since whole lines are missing (`of_lines`); or nothing is left of
-    the cursor's line.
+    the cursor's line. Names that end in `_at` are positions in the text.
     """
 
     def __init__(
@@ -90,14 +93,13 @@ class Meeting:
         self.indent, self.line = line_of(last_line(prompt))  # of the text so far
         # Where the text ends without this line: behind the line end above it if whole lines are
         # missing, else before that.
-        self.edge = 0
+        self.line_at = 0
         self.search = Search(self.first)  # in the line so far
-        # Of the line so far, what follows the first line of the goal; None: that has not come. It
-        # begins at `met`, a position in the text.
+        # Of the line so far, what follows the first line of the goal, which begins at `first_at`;
+        # None: that has not come.
         self.behind: str | None = None
-        # Positions in the text: of the line end above, then of each character of the line that is
-        # not white space.
-        self.places = [-1]
+        # Of the line end above, then of each character of the line that is not white space.
+        self.chars_at = [-1]
         self.found: Found = []
 
     def _is_unique(self, lines: list[Line], size: int, around: list[Line]) -> bool:
@@ -121,16 +123,16 @@ class Meeting:
     def start(self) -> int:
         """Where the first line of the goal may begin; the text's end if it cannot yet."""
         if not self.in_line and self.may_be(0):
-            return self.edge
+            return self.line_at
         if not self.within:
             return len(self.text)
-        return self.met if self.has_first() else self._start_of(self.search.size)
+        return self.first_at if self.has_first() else self._start_of(self.search.size)
 
     def _start_of(self, size: int) -> int:
         """Where the line's last `size` characters that are no white space begin."""
-        place = self.places[-size] if size else len(self.text)
+        place = self.chars_at[-size] if size else len(self.text)
         # The text may have fewer blanks here than the suffix.
-        return max(place - self.blanks, self.places[-size - 1] + 1)
+        return max(place - self.blanks, self.chars_at[-size - 1] + 1)
 
     def step(self, char: str) -> int | None:
         """Read the last character of the text; if the whole goal stands there now, return where it
@@ -142,10 +144,10 @@ class Meeting:
             if len(self.line) < LINE_CHARS:
                 self.line += char
             self.search.step(char)
-            self.places.append(len(self.text) - 1)
+            self.chars_at.append(len(self.text) - 1)
             if self.within and self.search.size == len(self.first):
                 self.behind = ""
-                self.met = self._start_of(len(self.first))
+                self.first_at = self._start_of(len(self.first))
             elif self.behind is not None and len(self.behind) < LINE_CHARS:
                 self.behind += char
         elif not self.line:
@@ -157,14 +159,14 @@ class Meeting:
         if self.line:
             self.found = self._matches(self.is_line)
         if self.of_lines:
-            self.edge = len(text)
+            self.line_at = len(text)
         elif self.line:
-            self.edge = len(text) - 1 - (text[-2:-1] == ["\r"])
+            self.line_at = len(text) - 1 - (text[-2:-1] == ["\r"])
         self.line = ""
         self.behind = None
         self.indent = 0
         self.search.size = 0
-        self.places = [len(text) - 1]
+        self.chars_at = [len(text) - 1]
         return dict(self.found).get(len(self.goal))
 
     def is_line(self, number: int) -> bool:
@@ -212,31 +214,44 @@ class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix
     could follow.
 
-    Each event has its rule: the text meets the suffix (`step`), a line begins (`on_start`), a line
-    ends (`on_line`), the text leaves the cursor's surroundings (`on_leaving`), the model writes no
-    more (`flush`). The rules note in `enough` where the infill could end. What the model writes
-    behind that place is sent if the model meets the suffix before the `patience` or a line's
-    `doubt` is used up, or ends by itself: many gaps go on after a line that could have ended them,
-    so waiting is worth its tokens.
+    Three facts are its state:
+
+        end_at    where the suffix could follow; NOWHERE: it could not yet
+        inner     the text is in a block or a comment that ends before the suffix
+        left_at   where the text left the surroundings of the cursor; NOWHERE: it has not
+
+    and each event has one rule that changes them:
+
+        a line begins (`on_start`)          `inner` begins or ends by its indentation, or it leaves
+        a line ends (`on_line`)             `inner` begins or ends by its brackets; if the suffix
+                                            could follow, `end_at` is known (`note_end`)
+        a bracket of the suffix is closed   the text leaves (`on_leaving`)
+        it leaves, only once                `left_at` is known, so `end_at` is, too; not `inner`
+        the text meets the suffix           the infill ends there
+        a fence                             it ends before the fence, or at `left_at`
+        `patience` or `doubt` is used up    it ends at `end_at`
+        the model writes no more (`flush`)  it ends where the text meets the suffix, at `end_at` if
+                                            the model was cut off, or with the whole text
+
+    Text behind `end_at` waits, and but for `inner` costs patience and doubt: many gaps go on after
+    a line that could have ended them, so waiting is worth its tokens.
     """
 
-    # The text is in a block that ends before the suffix, so all of it belongs to the gap.
+    end_at = NOWHERE
     inner = False
+    left_at = NOWHERE
     closer_before = ""  # the scanner's, before the last character
-    # Characters left before the infill ends at `enough`, white space not counted.
+    # Characters left before the infill ends at `end_at`, white space not counted.
     patience = AHEAD_CHARS
     doubt = DOUBT  # bits that a line may cost before it ends there
     cost = 0.0  # of the line so far
-    enough: int | None = None  # the infill could end here; None: it cannot yet
-    # Where the text left the cursor's surroundings, so that a bracket or a line does not belong to
-    # the gap; None: it has not.
-    left_at: int | None = None
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__()
         self.scanner = scanner
-        remark = scanner.language.line_comment
-        self.meeting = Meeting(self.text, prompt, suffix, self.in_line, remark)
+        self.meeting = Meeting(
+            self.text, prompt, suffix, self.in_line, scanner.language.line_comment
+        )
         # The least indentation of the suffix's first whole lines: a line that is indented less has
         # left their block. At the end of a file 1, so that a line at the margin has left it.
         below = lines_of(suffix.partition("\n")[2] if self.in_line else suffix)
@@ -261,7 +276,7 @@ class Gap(Stage):
 
     def on_leaving(self, place: int) -> None:
         """The text has left the surroundings of the cursor at a place."""
-        if self.left_at is None:
+        if self.left_at == NOWHERE:
             self.left_at = place
             self.inner = False
             self.note_end(place)
@@ -278,14 +293,10 @@ class Gap(Stage):
             self._read(char, begun)
         if self.reason:
             return
-        is_over = self.patience < 0 or self.cost > self.doubt
-        if is_over and self.enough is not None:
-            self.end("block", self.enough)
+        if self.patience < 0 or self.cost > self.doubt:
+            self.end("block", self.end_at)
         elif char not in "\r`/-":  # perhaps of a line end that the suffix has, a fence or a remark
-            place = meeting.held()
-            if self.enough is not None:
-                place = min(place, self.enough)
-            self.safe = max(self.safe, place)
+            self.safe = max(self.safe, min(meeting.held(), self.end_at))
 
     def _read(self, char: str, begun: bool) -> None:
         """`begun`: some character of the line that is not white space has come before."""
@@ -300,21 +311,21 @@ class Gap(Stage):
         if not begun:
             self.on_start()
         if char in OPENING_OF and not scanner.closer and self.has_closed_too_much():
-            self.on_leaving(len(self.text) - 1 if begun else meeting.edge)
-        if self.enough is not None and not self.inner:
+            self.on_leaving(len(self.text) - 1 if begun else meeting.line_at)
+        if self.end_at != NOWHERE and not self.inner:
             self.patience -= 1
             self.cost += self.bits
             self.bits = 0.0
         is_fence = meeting.line == FENCE and scanner.closer in ("", "`")
         if is_fence and not scanner.language.fences:
-            self.end("stop", meeting.edge if self.left_at is None else self.left_at)
+            self.end("stop", min(meeting.line_at, self.left_at))
 
     def note_end(self, place: int) -> None:
         """The infill could end here. The first such place counts; in an inner block, the latest.
         (A rest of the cursor's line that the model has written is surer, see `on_line`.)
         """
-        if self.enough is None or self.inner:
-            self.enough = place
+        if self.end_at == NOWHERE or self.inner:
+            self.end_at = place
 
     def has_closed_too_much(self) -> bool:
         """Whether the text has closed a bracket that the suffix closes."""
@@ -327,17 +338,17 @@ class Gap(Stage):
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()
-        text = self.cut(0).rstrip(" \t")
-        end = None if self.inner else self.enough  # None: all of the text belongs to the gap
+        end = NOWHERE if self.inner else self.end_at
         if self.is_suffix(lines):
             end = place
         elif whole:
-            end = self.left_at if self.has_closed_too_much() else None
-        if end is not None:
+            end = self.left_at if self.has_closed_too_much() else NOWHERE
+        if end != NOWHERE:
             return self.cut(self.sent, end)
         # The line end before the suffix, if the model omitted it.
-        lacks_end = text.strip() != "" and not text.endswith("\n")
-        return self.cut(self.sent) + "\n" * (self.meeting.of_lines and lacks_end)
+        last = self.cut(0).rstrip(" \t")[-1:]
+        lacks_end = self.meeting.of_lines and last not in ("", "\n")
+        return self.cut(self.sent) + "\n" * lacks_end
 
 
 class GapOfLines(Gap):
@@ -376,7 +387,7 @@ class GapOfLines(Gap):
                 self.doubt = 0.0
 
     def on_line(self) -> None:
-        self.mark = self.meeting.edge
+        self.mark = self.meeting.line_at
         fits = self.fits()
         if self.goes_on:
             self.goes_on = self.inner = self.closer_before != ""
@@ -442,7 +453,7 @@ class GapInLine(Gap):
         scanner = self.scanner
         in_parens = scanner.stack and scanner.stack[-1].kind in "(["
         if scanner.indent < self.floor and not in_parens and not scanner.closer:
-            self.on_leaving(self.meeting.edge)
+            self.on_leaving(self.meeting.line_at)
             self.doubt = 0.0
 
     def flush(self, whole: bool) -> str:
@@ -450,9 +461,8 @@ class GapInLine(Gap):
         place = self.meeting.held()
         signs = self.cut(place)
         level = sum((sign in "([{") - (sign in OPENING_OF) for sign in signs)
-        may_be_rest = self.level <= level and not any(map(str.isalnum, signs))
-        if may_be_rest and not whole and self.enough is None:
-            self.enough = place
+        if self.level <= level and not any(map(str.isalnum, signs)):
+            self.note_end(place)
         return super().flush(whole)
 
     def is_suffix(self, lines: int) -> bool:
@@ -463,10 +473,10 @@ class GapInLine(Gap):
         rest = self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self.is_suffix(lines):
-            self.enough = written  # surer than any place before
+            self.end_at = written  # surer than any place before
             self.doubt = 0.0
         elif self.level <= 0 and not self.scanner.closer and rest[0] not in OPENING_OF:
-            self.note_end(self.meeting.edge)  # else the rest closes what the cursor is in
+            self.note_end(self.meeting.line_at)  # else the rest closes what the cursor is in
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:
