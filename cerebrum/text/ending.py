@@ -152,7 +152,7 @@ class Block(Stage):
         self.language = scanner.language
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = last_line(prompt).lstrip()[:LINE_CHARS]
-        self.held = scanner.starting  # the line waits: it may turn out to be outside
+        self.waits = scanner.starting  # the line may turn out to be outside
         # Without a keyword, nothing is read for them, so none are called.
         self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
@@ -174,7 +174,7 @@ class Block(Stage):
             self.helpers.code.append(char)
         if self._end_line() if char == "\n" else self._extend_line(char):
             self.end("stop" if self.line == FENCE else "block", self.mark)
-        elif not self.held:
+        elif not self.waits:
             self.safe = len(self.text)
 
     def _end_line(self) -> bool:
@@ -183,9 +183,9 @@ class Block(Stage):
         self.line = ""
         if not self.scanner.starting:  # within a literal or, by lines, within brackets
             return False
-        if self.held and line and self.side_of(f"{line}\n") == OUTSIDE:
+        if self.waits and line and self.side_of(f"{line}\n") == OUTSIDE:
             return True
-        self.held = True
+        self.waits = True
         if line:
             self.mark = len(self.text)
         self.helpers.end_line()
@@ -195,15 +195,15 @@ class Block(Stage):
         """Whether the block has ended before the line."""
         if len(self.line) < LINE_CHARS and (self.line or not char.isspace()):
             self.line += char
-            if self.held and len(self.line) == 1:
+            if self.waits and len(self.line) == 1:
                 self.begin_line()
         word = self.line.rstrip()
-        if not self.held or not word or (FENCE.startswith(word) and word != FENCE):
+        if not self.waits or not word or (FENCE.startswith(word) and word != FENCE):
             return False
         if word == FENCE and not self.language.fences:
             return True
         side = self.side_of(word)
-        self.held = side == UNDECIDED
+        self.waits = side == UNDECIDED
         return side == OUTSIDE
 
 
@@ -232,14 +232,14 @@ class LineBlock(Block):
     A line at the block's own indentation that goes on with it or closes it belongs to it.
     """
 
-    # What is completed:
+    # What is asked for:
     #   ""           not known before the first line, which chooses one of the others
     #   "block"      which a clause or `Helpers` may follow
     #   "member"     the next one of a class
     #   "statement"  outside all blocks
     #   "script"     lines outside all blocks; in Python, the first definition makes it a "block"
-    goal = ""
-    # Lines that are indented deeper belong to the goal; -1 outside all blocks, where every line is
+    asked = ""
+    # Lines that are indented deeper belong to it; -1 outside all blocks, where every line is
     # deeper.
     base = -1
     level = 0  # indentation of the line that begins
@@ -258,37 +258,37 @@ class LineBlock(Block):
             self._choose(blocks)
 
     def _choose(self, blocks: list[tuple[int, str]]) -> None:
-        """Choose the goal among the open blocks."""
+        """Choose what is asked for among the open blocks."""
         language = self.language
         prompt = self.prompt
         chosen = [block for block in blocks if not language.containers.match(block[1])]
         is_script = last_line(prompt.rstrip()).startswith("#!")
         if not chosen and is_announced(language, prompt):
-            self.goal = "member"
+            self.asked = "member"
             self.base = self.scanner.indent
         elif blocks:
-            self.goal = "block"
+            self.asked = "block"
             self.base = (chosen or blocks[-1:])[0][0]
         elif self.scanner.indent and not is_script:  # the block's header is above the prompt
-            self.goal = "block"
+            self.asked = "block"
             self.base = self.scanner.indent - 1
         elif is_script or (language.indented and self.scanner.starting):
-            self.goal = "script"
+            self.asked = "script"
         else:
-            self.goal = "statement"
+            self.asked = "statement"
 
     def begin_line(self) -> None:
         self.level = self.scanner.indent
-        if not self.goal:
+        if not self.asked:
             self._choose(self.scanner.enclosing(self.level))
 
     def read_line(self, line: str) -> bool:
         language = self.language
         blocks = self.scanner.blocks
         self.blank = not line
-        in_python = self.goal == "script" and language.indented
+        in_python = self.asked == "script" and language.indented
         if in_python and blocks and language.defines.match(blocks[0][1]):
-            self.goal = "block"  # the model's first definition
+            self.asked = "block"  # the model's first definition
             self.base = 0
         if self.level != self.base:
             return False
@@ -298,7 +298,7 @@ class LineBlock(Block):
         """By the indentation, and at the block's own by the word."""
         language = self.language
         # Outside all blocks, every line is deeper, also one in column 0.
-        over = self.goal == "statement" and self.level == 0 and self.blank and self.mark
+        over = self.asked == "statement" and self.level == 0 and self.blank and self.mark
         if self.level > self.base and not over:
             return INSIDE
         if not self.blank and self.scanner.in_comment:
@@ -307,7 +307,7 @@ class LineBlock(Block):
             return UNDECIDED
         if self.level < self.base:
             return OUTSIDE
-        if self.goal == "member" and not (self.blank and self.mark):
+        if self.asked == "member" and not (self.blank and self.mark):
             return INSIDE
         if word[0] in OPENING_OF:
             return INSIDE
@@ -316,21 +316,21 @@ class LineBlock(Block):
 
 
 class BracketBlock(Block):
-    """Blocks in braces: ends after the line that completes the goal.
+    """Blocks in braces: ends after the line that completes what is asked for.
 
-    The goal is the outermost open block that is not a container: a function with everything in it.
+    That is the outermost open block that is not a container: a function with everything in it.
     Without one, it is the statement or signature in progress, or what a comment or decorator above
     the cursor announces; then the innermost class, impl or namespace; then the first function or
     class that the model writes. Closing brackets on their own lines after the block belong to it.
     """
 
-    # What is completed:
+    # What is asked for:
     #   ""           not begun; the first brace that the model opens outside all makes it a "block"
     #   "block"      perhaps with the call that has it as an argument
     #   "statement"  in progress, or announced
     #   "directive"  a line of the preprocessor
-    goal = ""
-    depth = 0  # the goal is complete when no more brackets are open
+    asked = ""
+    depth = 0  # it is complete when no more brackets are open
     clauses = False  # an `else` or the like may go on with it
     complete = False  # the next line may still belong to it
 
@@ -349,9 +349,9 @@ class BracketBlock(Block):
         elif things:
             self._choose(things[0])
         elif language.directives and scanner.closer and scanner.opener == "#":
-            self.goal = "directive"
+            self.asked = "directive"
         elif begun or is_announced(language, prompt):
-            self.goal = "statement"
+            self.asked = "statement"
             self.depth = braces[-1] + 1 if braces else 0
             self.clauses = CONTROL.search(head) is not None
         elif braces:
@@ -363,29 +363,29 @@ class BracketBlock(Block):
         self.clauses = CONTROL.search(stack[depth].header) is not None
         while depth and stack[depth - 1].kind in "([":
             depth -= 1
-        self.goal = "block"
+        self.asked = "block"
         self.depth = depth
 
     def step(self, char: str) -> None:
         super().step(char)
         stack = self.scanner.stack
-        if not self.goal and len(stack) == 1 and stack[0].kind == "{":
+        if not self.asked and len(stack) == 1 and stack[0].kind == "{":
             self._choose(0)
 
     @property
     def may_go_on(self) -> bool:
         """Whether the next line may go on with a statement, where it has no semicolon."""
-        return self.goal == "statement" and self.language.line_ends
+        return self.asked == "statement" and self.language.line_ends
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
         self.complete = False
-        if self.goal == "directive":
+        if self.asked == "directive":
             return True
-        if not self.goal or len(scanner.stack) > self.depth:
+        if not self.asked or len(scanner.stack) > self.depth:
             return False
         ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
-        if self.goal == "statement" and not ended:
+        if self.asked == "statement" and not ended:
             return not line and self.mark > 0
         self.complete = True
         if scanner.stack or self.clauses or self.helpers.called:
@@ -410,7 +410,7 @@ class StatementBlock(Block):
         scanner = self.scanner
         # MySQL's DELIMITER is followed by the sign that ends the statement.
         is_open = scanner.stack or scanner.head.strip().lower() not in ("", "delimiter $")
-        return line != "" and scanner.last != "" and not is_open
+        return scanner.last != "" and not is_open
 
 
 def starts_in_docstring(prompt: str, quotes: str) -> bool:
@@ -456,7 +456,7 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str) -> list[Stage
         code.last = ""  # nothing of the next statement has come
     stages = list[Stage]()
     typed = last_line(prompt)
-    if typed and not typed.strip() and code.starting:
+    if typed and code.starting:
         stages.append(Typed(typed))
     if suffix:
         stages.append(gap_of(code, prompt, suffix))
@@ -500,8 +500,8 @@ class Ending:
             self.stages += code_stages(syntax, prompt, suffix)
         if stop_at != "none":
             if indent > 0:
-                whole = not suffix or prompt[-1:] in ("", "\n")
-                self.stages.append(Indent(indent, whole))
+                of_lines = not suffix or prompt[-1:] in ("", "\n")
+                self.stages.append(Indent(indent, of_lines))
             self.stages.append(Repeat())
         # Not where whole lines are missing: such a text ends with a line end.
         if least and (last_line(prompt) or not suffix.partition("\n")[0].strip()):

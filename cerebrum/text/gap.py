@@ -198,7 +198,7 @@ class Meeting:
             found.append((1, self.start()))
         return found
 
-    def held(self) -> int:
+    def suffix_at(self) -> int:
         """Text from here on may turn out to be the suffix."""
         return min([self.start(), *(place for _, place in self._matches(self.may_be))])
 
@@ -268,11 +268,9 @@ class Gap(Stage):
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
-        raise NotImplementedError
 
     def on_line(self) -> None:
         """A line has ended."""
-        raise NotImplementedError
 
     def on_leaving(self, place: int) -> None:
         """The text has left the surroundings of the cursor at a place."""
@@ -296,7 +294,7 @@ class Gap(Stage):
         if self.patience < 0 or self.cost > self.doubt:
             self.end("block", self.end_at)
         elif char not in "\r`/-":  # perhaps of a line end that the suffix has, a fence or a remark
-            self.safe = max(self.safe, min(meeting.held(), self.end_at))
+            self.safe = max(self.safe, min(meeting.suffix_at(), self.end_at))
 
     def _read(self, char: str, begun: bool) -> None:
         """`begun`: some character of the line that is not white space has come before."""
@@ -458,7 +456,7 @@ class GapInLine(Gap):
 
     def flush(self, whole: bool) -> str:
         """Leave out signs at the end of a cut text that begin the rest of the line, as a comma."""
-        place = self.meeting.held()
+        place = self.meeting.suffix_at()
         signs = self.cut(place)
         level = sum((sign in "([{") - (sign in OPENING_OF) for sign in signs)
         if self.level <= level and not any(map(str.isalnum, signs)):
@@ -481,4 +479,5 @@ class GapInLine(Gap):
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:
     in_line = last_line(prompt) and suffix.partition("\n")[0].strip()
-    return GapInLine(scanner, prompt, suffix) if in_line else GapOfLines(scanner, prompt, suffix)
+    kind = GapInLine if in_line else GapOfLines
+    return kind(scanner, prompt, suffix)

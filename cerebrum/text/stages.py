@@ -56,7 +56,6 @@ class Stage:
 
     def step(self, char: str) -> None:
         """Read the last character of `text`; move `safe`, or call `end`."""
-        raise NotImplementedError
 
     def end(self, reason: str, at: int) -> None:
         """End the completion at a position, though never before text that may have been sent."""
@@ -116,13 +115,13 @@ class StopStrings(Stage):
         self.searches = [Search(stop) for stop in stops]
 
     def step(self, char: str) -> None:
-        held = complete = 0
+        begun = complete = 0
         for search in self.searches:
             search.step(char)
-            held = max(held, search.size)
+            begun = max(begun, search.size)
             if search.size == len(search.string):
                 complete = max(complete, search.size)
-        self.safe = len(self.text) - held
+        self.safe = len(self.text) - begun
         if complete:
             self.end("stop", len(self.text) - complete)
 
@@ -233,28 +232,28 @@ class Blanks(Stage):
 
 
 class Indent(Stage):
-    """Ends before the first line, except the cursor's own, that is indented by fewer than `least`
+    """Ends before the first line, except the cursor's own, that is indented by fewer than `limit`
     characters.
     """
 
     indent: int | None = None  # of the line that begins; None: it has begun
     mark = 0  # where the text ends if that line is outside
 
-    def __init__(self, least: int, whole: bool) -> None:
+    def __init__(self, limit: int, of_lines: bool) -> None:
         super().__init__()
-        self.least = least
-        self.whole = whole
+        self.limit = limit
+        self.of_lines = of_lines
 
     def step(self, char: str) -> None:
         if char == "\n":
             if self.indent is None:
-                self.mark = len(self.text) - (not self.whole)
+                self.mark = len(self.text) - (not self.of_lines)
             self.indent = 0
         elif self.indent is None:
             self.safe = len(self.text)
         elif char in " \t":
             self.indent += 1
-        elif not char.isspace() and self.indent < self.least:
+        elif not char.isspace() and self.indent < self.limit:
             self.end("block", self.mark)
         elif not char.isspace():
             self.indent = None
@@ -269,7 +268,7 @@ class Repeat(Stage):
     """
 
     line_start = 0  # of the line so far
-    hold: int | None = None  # where the third copy may have begun
+    third_at: int | None = None  # where the third copy may have begun
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,7 +287,7 @@ class Repeat(Stage):
                 self.lines.append(line)
                 self._look_for_copies(position)
             self.line_start = position
-        if self.hold is None and not self.reason:
+        if self.third_at is None and not self.reason:
             self.safe = position
 
     def _look_for_copies(self, position: int) -> None:
@@ -296,12 +295,12 @@ class Repeat(Stage):
         lines = self.lines
         periods = range(1, PERIOD_LINES + 1)
         twice = [size for size in periods if lines[-size:] == lines[-2 * size : -size]]
-        self.hold = (self.hold or position) if twice else None
+        self.third_at = (self.third_at or position) if twice else None
         for size in twice:
             enough = max(REPEATED_LINES, REPEATED_COPIES * size)
             last = lines[-enough:]
             if len(last) == enough and last[size:] == last[:-size]:
-                self.end("repeat", self.hold or position)
+                self.end("repeat", self.third_at or position)
 
 
 def confidence_of(tokens: Sequence[Written], start: int, text: str) -> dict[str, float]:
