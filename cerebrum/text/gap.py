@@ -409,9 +409,7 @@ class GapOfLines(Gap):
             return False
         if scanner.opened is not None:
             return scanner.opened < self.below
-        if len(stack) > self.depth_at_cursor:
-            return scanner.last in "(["
-        return self.below <= self.indent
+        return len(stack) <= self.depth_at_cursor and self.below <= self.indent
 
 
 def indent_of(line: Line) -> int:

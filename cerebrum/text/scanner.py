@@ -98,11 +98,11 @@ class Scanner:
 
     @property
     def opened(self) -> int | None:
-        """The indentation of the header just before this point, if it opened a block that has no
-        body yet.
+        """The indentation of the line just before this point, if it opened a block or a bracket
+        that has nothing in it yet.
         """
-        openings = ("{", "[") if self.language.blocks == "brackets" else ("{",)
-        return self.stack[-1].indent if self.stack and self.last in openings else None
+        is_open = self.stack and self.last in OPENING_OF.values()
+        return self.stack[-1].indent if is_open else None
 
     def feed(self, text: str) -> None:
         for char in text:
@@ -275,7 +275,7 @@ class LineScanner(Scanner):
 
     @property
     def opened(self) -> int | None:
-        return self.blocks[-1][0] if self.fresh else None
+        return self.blocks[-1][0] if self.fresh else super().opened
 
     def enclosing(self, indent: int) -> list[tuple[int, str]]:
         """The open blocks around a statement at this indentation."""

@@ -1075,6 +1075,16 @@ c = {«
 »‖}
 
 print(c)
+=== javascript block: a call in an inner block, whose brackets the suffix is not in
+function f(a, b) {
+  if (a) {
+«    log(a);
+»    if (b) {
+      return g(
+⟨values⟩
+‖    return h(a);
+  }
+}
 === javascript end: a long body before its bracket
 function f(a) {
 «⟨values⟩
