@@ -231,7 +231,7 @@ SET_BY_US = ("indent", "predict_ms", "prompt_ms", "heal", "special", "priority")
 FIELDS = {
     **{name: rule for name, rule in RULES.items() if name not in SET_BY_US},
     "prompt": Field(str, required=True),  # may be empty beside a suffix or an instruction
-    "language": Field(str, 1, required=True),
+    "language": Field(str, 1, 40, required=True),
     "max_tokens": Field(int, 1, MAX_TOKENS, DEFAULT_TOKENS),
     "mode": Field(str, default="auto", choices=("auto", "complete", "infill", "instruct")),
     "instruction": Field(str, 1),
@@ -241,14 +241,15 @@ FIELDS = {
 
 def read_completion(members: Members, models: Collection[Model]) -> GenerationRequest:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
-    in models.toml. An alias of a language becomes the name that models.toml lists.
+    in models.toml. An alias of a language becomes the name that models.toml lists. An instruction
+    may be for any other language: where its answer ends does not depend on the syntax.
     """
     fields = read_fields(members, FIELDS)
     languages = served_languages(models)
     given = fields["language"]
     if given not in languages:
-        fields["language"] = BY_NAME.get(given)
-    if fields["language"] not in languages:
+        fields["language"] = BY_NAME.get(given, given)
+    if fields["language"] not in languages and not fields["instruction"]:
         raise wrong("language", f"one of {', '.join(languages)}", given)
     if fields["model"]:
         fields["model"] = find_model(fields["model"], models).id

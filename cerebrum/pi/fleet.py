@@ -156,20 +156,20 @@ class Fleet:
         backend. The models that [prefer] lists for the request's mode come first, then the others
         in the table's order. A chat counts as an instruction.
 
-        In a dialect, a language that no present model serves goes to any of them. In our own API,
-        the only id may be a missing model's, the smallest: a backend's 404 says which file is
-        missing and how to get it.
+        A language that the table does not list goes to any present model. So does, in a dialect,
+        one that no present model serves. In our own API, the only id may then be a missing model's,
+        the smallest: a backend's 404 says which file is missing and how to get it.
         """
         present = self.models
         language = request.fields.language
         mode = request.fields.mode
         here = [model for model in self._catalog if present is None or model.id in present]
-        serving = [model for model in here if language in model.languages]
-        if not language or (request.in_dialect and not serving):
+        listed = [model for model in self._catalog if language in model.languages]
+        serving = [model for model in here if model in listed]
+        if not listed or (request.in_dialect and not serving):
             serving = here
         if not serving:
-            missing = [model for model in self._catalog if language in model.languages]
-            return [(missing or self._catalog)[-1].id]
+            return [(listed or self._catalog)[-1].id]
         ids = [model.id for model in serving]
         preferred = self._prefer.get("instruct" if mode == "chat" else mode, ())
         first = [id for id in preferred if id in ids]

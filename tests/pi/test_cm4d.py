@@ -142,7 +142,7 @@ GOOD_FIELDS = {"prompt": "x =", "language": "python"}
 EDITOR = GOOD_FIELDS | {"session": "editor"}
 FIELDS = [
     ("prompt", ["a"], ["", None, 7]),
-    ("language", ["c"], ["", None, "Python"]),
+    ("language", ["c"], ["", None, "Python", "c" * 41]),
     ("max_tokens", [1, 2048], [0, 2049, True]),
     ("temperature", [0, 1], [-0.1, 1.1]),
     ("top_p", [0.1, 1], [0, 1.1]),
@@ -414,6 +414,11 @@ async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Pa
         refused = (await pi.complete(language="abap")).json["message"]
         listed = ", ".join([*LANGUAGES, "cobol", "C#"])
         assert refused == f'language: expected one of {listed}, got the string "abap"'
+        changed = (await pi.complete(language="abap", instruction="rename x")).json
+        assert (changed["language"], changed["model"]) == ("abap", "codellama_7b")
+        sent = backend.completions[-1]
+        assert "language" not in sent
+        assert sent["messages"][-1]["content"] == "```abap\n"
 
 
 # The ids of VS Code's documentation; then those that only Neovim, lsp-mode of Emacs, eglot or Helix

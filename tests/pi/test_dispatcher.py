@@ -190,8 +190,8 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     # Which model, and where.
     ({}, "big@a"),
     ({"language": "rust"}, "small@a"),
-    ({"language": "cobol"}, "small@a"),  # vpsd says what is missing
-    ({"backends": {"a": ""}}, "small@a"),
+    ({"language": "cobol"}, "big@a"),
+    ({"backends": {"a": ""}}, "small@a"),  # vpsd says what is missing
     ({"backends": {"a": "unknown"}}, "big@a"),
     ({"backends": {"a": "unknown"}, "prefer": {"complete": ["small"]}}, "small@a"),
     ({"kind": "infill", "language": "cobol"}, "big@a"),

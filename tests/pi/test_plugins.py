@@ -353,9 +353,9 @@ def test_what_ollamas_clients_ask_for_first(pi: Pi) -> None:
 FENCED = "Here it is:\n\n```abap\nb = 1.\n```\n\nI renamed `a`.\n"
 CHANGED = [  # the language, the VPS's text, its reason, what comes, what the VPS gets
     ("shellscript", "b=1\n", "block", "b=1\n", "shell"),
-    ("abap", FENCED, "stop", "b = 1.\n", None),
+    ("abap", "b = 1.\n", "stop", "b = 1.\n", None),
     ("", FENCED, "stop", "b = 1.\n", None),
-    ("abap", "````\nb = 1.\n\n````", "stop", "b = 1.\n", None),
+    ("", "````\nb = 1.\n\n````", "stop", "b = 1.\n", None),
 ]
 NO_BLOCK, BROKEN = "the answer is not one block of code", "the answer broke off"
 REFUSED = [  # a text, the VPS's reason, what the user is told
@@ -371,7 +371,7 @@ REFUSED = [  # a text, the VPS's reason, what the user is told
 
 
 def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path) -> None:
-    """In a language that the Pi does not know by a chat, which may say more than the code. Only a
+    """In one without a name by a chat, which may say more than the code. Only a
     whole text counts.
     """
     with editing(tmp_path, pi.url) as editor:
