@@ -487,10 +487,7 @@ class Pi:
             raise PiError(f"the Pi at {host} does not answer ({reason}){hint}") from None
         finally:
             connection.close()
-        answer = read_answer(host, response.status, content)
-        # The answer of a chat lacks this member.
-        answer.setdefault("kept", {"parts": [response.getheader("X-Cerebrum-Kept", "all")]})
-        return answer
+        return read_answer(host, response.status, content)
 
     def count(self, request_id: Any, characters: int) -> Any:
         """Have the Pi count what the user accepted."""
@@ -661,16 +658,6 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
     return value
 
 
-# The question to a chat, for a language that the Pi does not know. The 0.5B follows it best with
-# the code at its end; without the second sentence it explains at length.
-ASK_FOR_CODE = """{instruction}
-Answer with the changed code alone, in one fenced block.
-
-```{language}
-{prompt}
-```"""
-
-
 LACKING = {  # by the reason why an answer ended; any other broke it off
     "length": f"the answer is longer than {MAX_TOKENS} tokens",
     "repeat": "the model began to repeat itself",
@@ -686,21 +673,8 @@ def lacks(answer: Any) -> str:
     if lacking := LACKING.get(answer.get("finish_reason", "stop"), "the answer broke off"):
         return lacking
     if not get(answer, "completion", str).strip():
-        return "the answer is not one block of code"
+        return "the answer has no code"
     return ""
-
-
-def block_of(answer: Any) -> Object:
-    """A chat's answer in the form of /v1/complete's. Unless it has one whole block of code,
-    `completion` is empty.
-    """
-    choice = answer["choices"][0]
-    reason = answer.get("preempted") or choice["finish_reason"]
-    # The text before the block, the rest of its first line, the block, the rest of its last line,
-    # the text behind it.
-    parts = re.split(r"(?m)^`{3,}(.*)\n?", choice["message"]["content"])
-    is_one = len(parts) == 5 and not parts[3].strip()
-    return {**answer, "completion": parts[2] if is_one else "", "finish_reason": reason}
 
 
 def accepted(text: str) -> Object:
@@ -984,14 +958,14 @@ class Commands:
         body = {
             "prompt": unix(selection),
             "instruction": get(argument, "instruction", str),
-            "language": document.language,
+            "language": document.language or "text",  # which the Pi wants named
             "max_tokens": MAX_TOKENS,
             "temperature": 0.0,
         }
         call = Call(request_id)
 
         def work() -> None:
-            answer = self.ask(call, body)
+            answer = self.pi.ask(call, "/v1/complete", body)
             if lacking := lacks(answer):
                 raise PiError(f"{lacking}; nothing was changed")
             is_open = self.documents.get(document.uri) is document
@@ -1008,16 +982,6 @@ class Commands:
             self.client.request("workspace/applyEdit", params, self.applied)
 
         return self.client.start(call, work)
-
-    def ask(self, call: Call, body: Object) -> Object:
-        """Ask for a completion, or ask a chat in a language that the Pi does not know."""
-        try:
-            return self.pi.ask(call, "/v1/complete", body)
-        except PiError as error:
-            if "400: language: " not in str(error):
-                raise
-        messages = [{"role": "user", "content": ASK_FOR_CODE.format_map(body)}]
-        return block_of(self.pi.ask(call, "/v1/chat/completions", {**body, "messages": messages}))
 
     def applied(self, result: Any) -> None:
         if not get(result, "applied", bool, False):

@@ -715,34 +715,13 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
     assert editor.shown() == "the editor did not apply the change"
 
 
-CHATS = [  # the answer of a chat, a part of what the editor gets
-    ("```\na\n```\n```\nb\n```", '"message": "the answer is not one block of code; nothing'),
-    ("Here:\n```nix\ntotal=1\n```\nDone.", '"newText": "total=1\\n"'),
-]
-
-
-def test_a_language_that_the_pi_does_not_know_is_asked_for_in_a_chat(
-    editor: Editor, pi: Pi
-) -> None:
-    editor.start()
-    editor.open("x\na=1\n", "nix")
-    for says, got in CHATS:
-        chat = {"choices": [{"message": {"content": says}, "finish_reason": "stop"}]}
-        pi.scripts = [[answer(400, {"message": "language: x"})], [answer(200, chat)]]
-        pi.asked.clear()
-        editor.command("cerebrum.instruct", SELECTED)
-        assert got in json.dumps(editor.next())
-        question = pi.body()["messages"][0]["content"]
-        assert question.endswith("one fenced block.\n\n```nix\na=1\n\n```")
-
-
 LACKING = [
     (instructed("tot", "length"), "the answer is longer than 2048 tokens"),
     (instructed("tot", "repeat"), "the model began to repeat itself"),
     (instructed("tot", "preempted"), "the answer broke off"),
     (instructed("total\n", kept=["window"]), "the text is too long for the model"),
     (instructed("total\n", kept=None), "the text is too long for the model"),
-    (instructed(" \n\n", "block"), "the answer is not one block of code"),
+    (instructed(" \n\n", "block"), "the answer has no code"),
 ]
 
 

@@ -4,7 +4,7 @@
 
 const vscode = require("vscode");
 const { ask, PiError, read } = require("./pi");
-const { blockOf, lacks, MAX_TOKENS, unix } = require("./text");
+const { lacks, MAX_TOKENS, unix } = require("./text");
 
 const SCHEME = "cerebrum-change";
 
@@ -73,70 +73,31 @@ class Preview {
   }
 }
 
-// The question to a chat, for a language that the Pi does not know. Without the second sentence a
-// small model explains at length.
-const askForCode = (/** @type {any} */ { instruction, language, prompt }) =>
-  `${instruction}\nAnswer with the changed code alone, in one fenced block.\n\n` +
-  `\`\`\`${language}\n${prompt}\n\`\`\``;
-
 /**
- * Ask for a stream of events; which part of the question was kept.
- * @param {any} pi @param {string} path @param {object} body @param {AbortSignal} signal
- * @param {(event: any) => void} onEvent
+ * The whole answer to an instruction. `onText` gets what there is of its code so far.
+ * @param {any} pi @param {any} body @param {AbortSignal} signal @param {(text: string) => void} onText
+ * @returns {Promise<any>}
  */
-async function stream(pi, path, body, signal, onEvent) {
+async function instruct(pi, body, signal, onText) {
+  let stream = "";
   let text = "";
+  let last = {};
+  const onEvent = (/** @type {any} */ event) => {
+    if (event.error) throw new PiError(200, event.message);
+    if (event.token) onText((text += event.token));
+    if (event.done) last = event;
+  };
   const onData = (/** @type {string} */ part) => {
-    const events = (text + part).split("\n\n");
-    text = events.pop() ?? "";
+    const events = (stream + part).split("\n\n");
+    stream = events.pop() ?? "";
     for (const event of events) {
       const data = event.match(/^data: (\{.*)$/m);
       if (data) onEvent(read({ status: 200, text: data[1] }));
     }
   };
-  const answer = await ask(pi, path, { body, signal, onData });
+  const answer = await ask(pi, "/v1/complete/stream", { body, signal, onData });
   if (answer.status !== 200) read(answer);
-  return String(answer.headers["x-cerebrum-kept"] ?? "all");
-}
-
-/**
- * The whole answer to an instruction, in the form of /v1/complete's. `onText` gets what there is of
- * its code so far.
- * @param {any} pi @param {any} body @param {AbortSignal} signal @param {(text: string) => void} onText
- * @returns {Promise<any>}
- */
-async function instruct(pi, body, signal, onText) {
-  let answer = { completion: "", finish_reason: "cut" };
-  const onEvent = (/** @type {any} */ event) => {
-    if (event.error) throw new PiError(200, event.message);
-    if (event.token) onText((answer.completion += event.token));
-    if (event.done) answer = { ...event, completion: answer.completion };
-  };
-  try {
-    await stream(pi, "/v1/complete/stream", body, signal, onEvent);
-    return answer;
-  } catch (error) {
-    if (!/400: language: /.test(String(error))) throw error;
-  }
-  return chat(pi, body, signal, onText);
-}
-
-/** @type {typeof instruct} */
-async function chat(pi, body, signal, onText) {
-  const { max_tokens, temperature } = body;
-  const messages = [{ role: "user", content: askForCode(body) }];
-  let text = "";
-  let reason = "cut";
-  const onEvent = (/** @type {any} */ event) => {
-    if (event.error) throw new PiError(200, event.error.message);
-    const choice = event.choices?.[0];
-    text += choice?.delta.content ?? "";
-    reason = event.preempted ?? choice?.finish_reason ?? reason;
-    onText(text.replace(/^[^]*?```.*\n/, "").replace(/\n```[^]*$/, ""));
-  };
-  const asked = { messages, max_tokens, temperature, stream: true };
-  const kept = await stream(pi, "/v1/chat/completions", asked, signal, onEvent);
-  return { completion: blockOf(text), finish_reason: reason, kept: { parts: [kept] } };
+  return { ...last, completion: text };
 }
 
 /**

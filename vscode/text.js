@@ -117,16 +117,8 @@ function lacks(answer) {
   if (reason === "length") return `the answer is longer than ${MAX_TOKENS} tokens`;
   if (reason === "repeat") return "the model began to repeat itself";
   if (reason !== "stop" && reason !== "block") return "the answer broke off";
-  if (!answer.completion?.trim()) return "the answer is not one block of code";
+  if (!answer.completion?.trim()) return "the answer has no code";
   return "";
-}
-
-/** The one whole block of code in a chat's answer, else "". @param {string} text */
-function blockOf(text) {
-  // The text before the block, the rest of its first line, the block, the rest of its last line,
-  // the text behind it.
-  const parts = text.split(/^`{3,}(.*)\n?/m);
-  return parts.length === 5 && !parts[3].trim() ? parts[2] : "";
 }
 
 /**
@@ -150,4 +142,4 @@ function oneOf(texts) {
   return `(${texts.map((text) => text.trim()).join("|")})`;
 }
 
-module.exports = { blockOf, clip, lacks, matches, MAX_TOKENS, Suggestions, typedSince, unix };
+module.exports = { clip, lacks, matches, MAX_TOKENS, Suggestions, typedSince, unix };

@@ -953,15 +953,3 @@ desk("a stream that breaks off, or is cancelled, changes nothing", async (at, pi
   assert.ok(at.shown.length > shown);
   assert.deepEqual([document.text, at.tabs], ["b = 1", []]);
 });
-
-desk("a language that the Pi does not know is asked for in a chat", async (at, pi) => {
-  const document = select(at, "|b = 1|");
-  pi.answers["/v1/complete/stream"] = [400, { error: true, message: "language: expected one of …" }];
-  pi.answers["/v1/chat/completions"] = (_asked, response) => {
-    const parts = ["Sure:\n```py\nb = ", "3\n```\n"].map((content) => ({ choices: [{ delta: { content }, finish_reason: null }] }));
-    sse(...parts, { choices: [{ delta: {}, finish_reason: "stop" }] })(_asked, response);
-  };
-  at.answers = ["three", "Apply"];
-  await change(at);
-  assert.equal(document.text, "b = 3");
-});
