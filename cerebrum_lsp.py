@@ -235,7 +235,6 @@ def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]
 # ------------------------------------------------------------------------------ pure: the documents
 
 LINE_END = re.compile(r"\r\n|\r|\n")
-LINE = re.compile(r"[^\r\n]+(?:\r\n?|\n)?|\r\n?|\n")  # reads no character twice
 
 
 def utf16_units(text: str) -> int:
@@ -268,57 +267,45 @@ Position = tuple[int, int]  # LSP's: the line, and UTF-16 units of it
 
 @dataclass
 class Document:
-    """An open text, as lines with their ends."""
+    """An open text."""
 
     uri: str
     language: str
     version: int
-    lines: list[str]
+    text: str
     deleted: int = -1  # the line of the latest edit, if that only removed text
     is_changed: bool = False  # since the latest request for ghost text in a JetBrains IDE
 
-    def line(self, number: int) -> str:
-        """A line with its end; "" behind the last one."""
-        return self.lines[number] if number < len(self.lines) else ""
-
-    def locate(self, line: int, units: int) -> tuple[int, int]:
-        """The line, and the code points before the position. A position behind an end means that
-        end.
+    def offset(self, position: Position) -> int:
+        """The code points before a position. One behind the end of its line or of the text means
+        that end.
         """
-        line = min(line, len(self.lines))
-        before = self.line(line).rstrip("\r\n")[:units]
+        line, units = position
+        starts = [0, *(end.end() for end in LINE_END.finditer(self.text))]
+        if line >= len(starts):
+            return len(self.text)
+        start = starts[line]
+        before = LINE_END.split(self.text[start:], 1)[0][:units]
         while (over := utf16_units(before) - units) > 0:  # inside a character counts as before it
             before = before[: -over // 2]  # the last ones, each of one unit or two
-        return line, len(before)
-
-    def between(self, start: Position, end: Position) -> str:
-        """The text between two positions."""
-        first, column = self.locate(*start)
-        last, after = self.locate(*end)
-        lines = [*self.lines[first:last], self.line(last)[:after]]
-        return "".join(lines)[column:]
+        return start + len(before)
 
     def gap(self, start: Position, end: Position, inserted: str = "") -> Gap:
         """The gap behind `inserted`, which stands for the text between two positions."""
-        before = self.between((0, 0), start) + inserted
-        after = self.between(end, (len(self.lines), 0))
+        before = self.text[: self.offset(start)] + inserted
+        after = self.text[self.offset(end) :]
         return Gap(self.uri, unix(before), unix(after), self.language)
 
     def line_end(self, near: str = "") -> str:
         """The first line end of a text, if it has one, or else of the document."""
-        found = LINE_END.search(near + self.line(0))
+        found = LINE_END.search(near + self.text)
         return found[0] if found else "\n"
 
     def edit(self, start: Position, end: Position, text: str) -> None:
-        """Replace the text between two positions, which are in order. The line before is read
-        again, since \\r and \\n may meet.
-        """
+        """Replace the text between two positions, which are in order."""
         self.deleted = -1 if text else start[0]
-        last, after = self.locate(*end)
-        before = max(0, self.locate(*start)[0] - 1)
-        head = self.between((before, 0), start)
-        tail = self.line(last)[after:]
-        self.lines[before : last + 1] = LINE.findall(head + text + tail)
+        before = self.text[: self.offset(start)]
+        self.text = before + text + self.text[self.offset(end) :]
 
 
 class Suggestions:
@@ -525,12 +512,6 @@ def read_answer(host: str, status: int, content: bytes) -> Object:
 
 # ----------------------------------------------------------------------- IO: messages of the client
 
-PARSE_ERROR = -32700
-INVALID_REQUEST = -32600
-METHOD_NOT_FOUND = -32601
-INVALID_PARAMS = -32602
-INTERNAL_ERROR = -32603
-REQUEST_CANCELLED = -32800
 LATER = object()  # the result of a request that a thread answers
 LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
 
@@ -540,15 +521,31 @@ def failure(code: int, message: str) -> Object:
     return {"error": {"code": code, "message": message}}
 
 
-CANCELLED = failure(REQUEST_CANCELLED, "cancelled")
+CANCELLED = failure(-32800, "cancelled")  # RequestCancelled
 
 
 class ProtocolError(Exception):
     """What the client sent is wrong. The message says what was expected and what came."""
 
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+    code = -32602  # InvalidParams
+
+
+class BadMessage(ProtocolError):
+    """A message that is no JSON."""
+
+    code = -32700  # ParseError
+
+
+class BadRequest(ProtocolError):
+    """JSON that is no message."""
+
+    code = -32600  # InvalidRequest
+
+
+class UnknownMethod(ProtocolError):
+    """A request for what the server has not."""
+
+    code = -32601  # MethodNotFound
 
 
 def read_message(stream: BinaryIO) -> Any:
@@ -559,7 +556,7 @@ def read_message(stream: BinaryIO) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
-        raise ProtocolError(PARSE_ERROR, "expected JSON in UTF-8") from None
+        raise BadMessage("expected JSON in UTF-8") from None
 
 
 def read_length(stream: BinaryIO) -> int:
@@ -634,7 +631,7 @@ def outcome(work: Callable[[], Any]) -> Object:
     except (ProtocolError, PiError) as error:
         return failure(error.code, str(error))
     except Exception as fault:  # its text may quote the user's code; or Ended, which nobody gets
-        return failure(INTERNAL_ERROR, f"internal error ({type(fault).__name__})")
+        return failure(-32603, f"internal error ({type(fault).__name__})")  # InternalError
 
 
 # ------------------------------------------------------------------------ pure: members of messages
@@ -654,7 +651,7 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
         return default[0]
     if type(value) is not kind:
         message = f"expected {KINDS[kind]} for {path}, got {kind_of(value)}"
-        raise ProtocolError(INVALID_PARAMS, message)
+        raise ProtocolError(message)
     return value
 
 
@@ -717,7 +714,7 @@ class Documents(dict[str, Document]):
     def find(self, params: Any) -> Document:
         document = self.get(get(params, "textDocument.uri", str))
         if not document:
-            raise ProtocolError(INVALID_PARAMS, "expected a document that is open")
+            raise ProtocolError("expected a document that is open")
         return document
 
     def close(self, params: Any) -> None:
@@ -741,7 +738,7 @@ class Completions:
         text = get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str)
         version = get(params, "textDocument.version", int)
-        self.documents[uri] = Document(uri, language, version, LINE.findall(text))
+        self.documents[uri] = Document(uri, language, version, text)
         self.read(params)
 
     def change(self, params: Any) -> None:
@@ -751,7 +748,7 @@ class Completions:
         for change in get(params, "contentChanges", list):
             text = get(change, "text", str)
             if get(change, "range", dict, None) is None:
-                document.lines = LINE.findall(text)
+                document.text = text
                 document.deleted = -1
             else:
                 start, end = positions(change)
@@ -908,7 +905,8 @@ class Completions:
 
     def infill(self, call: Call, gap: Gap) -> str:
         """The Pi's text for the gap, "" if it has none now. Ended, if the call was ended."""
-        suggestions = self.suggestions  # of the settings before they are read
+        # Those of the settings that are asked for: other settings begin with new ones.
+        suggestions = self.suggestions
         suggestions.asked = gap
         body = self.body(gap, call.is_automatic)
         began = time.monotonic()
@@ -943,7 +941,7 @@ class Commands:
             return self.pi.count(request_id, get(argument, "characters", int))
         if command == INSTRUCT:
             return self.instruct(argument, request_id)
-        raise ProtocolError(INVALID_PARAMS, f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
+        raise ProtocolError(f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
 
     def instruct(self, argument: Any, request_id: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
@@ -951,9 +949,8 @@ class Commands:
         if self.pi.settings.excludes(document.uri):
             raise PiError("this text is never sent; the setting exclude has the names of files")
         start, end = positions(argument)
-        lines = [*document.lines]
-        version = document.version
-        selection = document.between(start, end)
+        text = document.text
+        selection = text[document.offset(start) : document.offset(end)]
         line_end = document.line_end(selection)
         body = {
             "prompt": unix(selection),
@@ -969,14 +966,14 @@ class Commands:
             if lacking := lacks(answer):
                 raise PiError(f"{lacking}; nothing was changed")
             is_open = self.documents.get(document.uri) is document
-            if document.lines != lines or not is_open:
+            if not is_open or document.text != text:
                 raise PiError("the text has changed meanwhile; nothing was changed")
-            text = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
-            text += selection[len(selection.rstrip("\r\n")) :]
-            edits = [{"range": span(start, end), "newText": text}]
+            changed = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
+            changed += selection[len(selection.rstrip("\r\n")) :]
+            edits = [{"range": span(start, end), "newText": changed}]
             edit: Object = {"changes": {document.uri: edits}}
             if self.has_versions:
-                versioned = {"uri": document.uri, "version": version}
+                versioned = {"uri": document.uri, "version": document.version}
                 edit = {"documentChanges": [{"textDocument": versioned, "edits": edits}]}
             params = {"label": "Cerebrum", "edit": edit}
             self.client.request("workspace/applyEdit", params, self.applied)
@@ -1031,7 +1028,7 @@ class Server:
     def handle(self, message: Any) -> None:
         """Do what a message asks for. EOFError if that is to end."""
         if not isinstance(message, dict):
-            raise ProtocolError(INVALID_REQUEST, f"expected a JSON object, got {kind_of(message)}")
+            raise BadRequest(f"expected a JSON object, got {kind_of(message)}")
         method = message.get("method")
         request_id = message.get("id")
         if method == "exit":
@@ -1053,7 +1050,7 @@ class Server:
             return None
         requested = self.requests.get(method)
         if not requested:
-            raise ProtocolError(METHOD_NOT_FOUND, f"unknown method {method}")
+            raise UnknownMethod(f"unknown method {method}")
         return requested(params, request_id)
 
     def initialize(self, params: Any, _request_id: Any) -> Any:
