@@ -411,7 +411,7 @@ async def test_a_guest_makes_room_while_its_connection_is_opened(
 
 
 async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
-    """A guest reads no completion of the family."""
+    """A guest reads no completion of the family, and nobody what another one has been told."""
     gate = asyncio.Event()
     infill = {
         "input_prefix": "def f():\n",
@@ -432,6 +432,11 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
             assert reply.json.get("type_through", False) == bool(typed)
         assert len(vps.completions) == 3
         assert await figures(pi) == "anna 4 2 0, ben 2 2 0, tom 1 2 0"
+        # Ben has typed the same in an equal file: none of her text is his.
+        reply = await pi.post("/infill", infill | {"prompt": "    retu"}, X_API_Key=BEN)
+        assert "type_through" not in reply.json
+        assert len(vps.completions) == 4
+        assert await figures(pi) == "anna 4 2 0, ben 3 4 0, tom 1 2 0"
 
 
 def test_guests_share_what_all_may_fill() -> None:

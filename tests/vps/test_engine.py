@@ -13,7 +13,8 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -1148,6 +1149,115 @@ def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails: boo
     assert log == (
         ["s1", "a53 c53", "c17", "a53", "a17"] if fails else ["s1", "a53 c53", "x17", "a17 c17"]
     )
+
+
+# ------------------------------------------------------------------------------- whose text it is
+
+
+def next_letter(cells: Sequence[int]) -> int:
+    return 97 + zlib.crc32(bytes(cells)) % 3
+
+
+def written(prompt: str, count: int) -> str:
+    """A prompt, and what CellsLlama writes after it."""
+    cells = [*prompt.encode()]
+    for _ in range(count):
+        cells.append(next_letter(cells))
+    return bytes(cells).decode()
+
+
+class CellsLlama(ScriptedLlama):
+    """Has the cells of each sequence, all of which its next letter depends on. Some decodes of a
+    prompt are aborted, and leave cells that were not computed.
+    """
+
+    rng = random.Random("cells")
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+        self.micro_batch = 16
+        self.recurrent, self.unified = KIND == "recurrent", KIND == "unified"
+        self.cells = defaultdict[int, list[int]](list)
+
+    def decode(self, parts: Any) -> int:
+        self.next, self.known = [], {}
+        is_aborted = len(parts[0][1]) > 20 and self.rng.random() < 0.3
+        for slot, tokens, _ in parts:
+            cells = self.cells[slot.id]
+            assert len(cells) == len(slot.tokens)
+            self.known[slot.id] = read = len(cells) + min(20, len(tokens))
+            for token in tokens:
+                cells.append(token)
+                self.next.append(next_letter(cells))
+            if is_aborted:
+                cells[read:] = [0] * len(cells[read:])
+        return llama.ABORTED if is_aborted else 0
+
+    def computed(self, slot: Any) -> int:
+        return self.known[slot.id]
+
+    def state_size(self, slot: Any) -> int:
+        return len(self.cells[slot.id])
+
+    def save(self, slot: Any) -> bytes:
+        return bytes(self.cells[slot.id])
+
+    def restore(self, slot: Any, state: bytes) -> bool:
+        self.cells[slot.id] = [*state]
+        return True
+
+    def copy_prefix(self, source: Any, target: Any, length: int) -> bool:
+        cells = self.cells[source.id]
+        self.cells[target.id] = cells[:length] if self.unified else cells[:]
+        return True
+
+    def trim(self, slot: Any, length: int) -> bool:
+        cells = self.cells[slot.id]
+        if self.recurrent and 0 < length < len(cells):
+            return False
+        del cells[length:]
+        return True
+
+
+KIND = "unified"
+BEGINNING = "import os\n" * 4
+SECRETS = "the key of anna ", "the word of ben "
+
+
+@pytest.mark.parametrize("kind", ["unified", "separate", "recurrent"])
+def test_each_gets_the_text_after_the_own_prompt_whatever_was_kept_of_others(
+    kind: str, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    """Two people whose prompts begin alike, with sequences that are running, parked, stored when
+    the worker rests, saved and loaded again, and drafts from the sequences of both.
+    """
+    caplog.set_level(logging.DEBUG, "cerebrum")
+    monkeypatch.setattr(f"{__name__}.KIND", kind)
+    monkeypatch.setattr(vps_worker, "Llama", CellsLlama)
+    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs({1: ONE, 16: MANY}))
+    monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.001)
+    for name, stub in (("wants", lambda *_: True), ("learn", lambda *_: None)):
+        monkeypatch.setattr(Gain, name, stub)  # of drafts of the text
+    (path := tmp_path / "m.gguf").write_bytes(b"weights")
+    settings = llama.Settings(threads=1, sequences=2, draft=True, state_dir=tmp_path)
+    rng = random.Random(kind)
+    tally = Counter[str]()
+    for _ in range(4):
+        with running(worker_of(Loader("m", path, settings))) as worker:
+            for _ in range(12):
+                asked = []
+                for secret in rng.choice((SECRETS, SECRETS[:1], SECRETS[1:])):
+                    prompt = BEGINNING + secret[: rng.randint(0, 16)] * rng.randint(1, 4)
+                    count = rng.randint(1, 30)
+                    asked.append((prompt, count, ask(worker, prompt, max_tokens=count)))
+                for prompt, count, each in asked:
+                    text, last = each.outcome()
+                    assert prompt + text == written(prompt, count)
+                    assert (last["prompt_tokens"], last["total_tokens"]) == (len(prompt), count)
+                    assert last["cached_tokens"] < len(prompt)
+                    tally.update(cached=last["cached_tokens"], right=last["accepted_tokens"])
+    assert min(tally.values()) > 0
+    assert not any(secret[:8] in caplog.text for secret in SECRETS)
 
 
 async def test_texts_to_tokenize_take_no_threads_from_prompts(
