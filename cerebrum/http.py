@@ -36,7 +36,7 @@ import uuid
 from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -508,11 +508,6 @@ class Connection:
             raise ClientGone
         self.buffer += data
 
-    def take(self, count: int) -> bytes:
-        data = self.buffer[:count]
-        self.buffer = self.buffer[count:]
-        return data
-
     async def next_head(self) -> bytes:
         """The next request's head; ClientGone if the client leaves, or stays silent."""
         self.idle = not self.buffer
@@ -526,7 +521,9 @@ class Connection:
                 while (end := scan_request(self.buffer, scanned)) is None:
                     scanned = len(self.buffer)
                     await self.fill()
-                return self.take(end)
+            head = self.buffer[:end]
+            self.buffer = self.buffer[end:]
+            return head
         except TimeoutError:
             if self.idle:
                 raise ClientGone from None
@@ -543,14 +540,14 @@ class Connection:
                 while not decoder.done:
                     if not self.buffer:
                         await self.fill()
-                    piece = decoder.feed(self.take(READ_BYTES))
+                    piece = decoder.feed(self.buffer)
+                    self.buffer = decoder.rest if decoder.done else b""
                     if decoder.fault:
                         raise decoder.fault
                     if sink:
                         sink(piece)
         except TimeoutError:
             raise malformed(f"expected a whole body within {BODY_SECONDS:g} s", "TIMEOUT") from None
-        self.buffer = decoder.rest + self.buffer
 
     async def wait_gone(self) -> None:
         """ClientGone when the client has left. A half-close counts as leaving, as with nginx: the
@@ -602,27 +599,27 @@ class Connection:
                     await self.writer.wait_closed()
 
 
+@dataclass(eq=False)
 class Exchange:
     """One request and its answer: the head, the route, whether the connection is kept, and the line
     in the log.
     """
 
-    def __init__(self, connection: Connection, server: Server) -> None:
-        self.connection = connection
-        self.server = server
-        self.head: Head | None = None  # None: not read yet, or malformed
-        self.keep = False
-        self.public = True  # needs no key, or the need is not known yet
-        self.route: Route | None = None  # some route of the requested path; None until matched
-        # Encodes an event for sending; None until a stream begins.
-        self.frame: Callable[[bytes], bytes] | None = None
-        self.task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
-        self.verdict: HttpError | None = None  # the error for which `end` cancelled the task
-        # For the log: from the handler, and "client", the name of the client's key.
-        self.notes: dict[str, Any] = {}
-        self.reason = ""  # code and message of an error, for the log
-        self.ended = False  # the answer is complete, logged and counted
-        self.started = time.perf_counter()
+    connection: Connection
+    server: Server
+    head: Head | None = None  # None: not read yet, or malformed
+    keep: bool = False
+    public: bool = True  # needs no key, or the need is not known yet
+    route: Route | None = None  # some route of the requested path; None until matched
+    # Encodes an event for sending; None until a stream begins.
+    frame: Callable[[bytes], bytes] | None = None
+    task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
+    verdict: HttpError | None = None  # the error for which `end` cancelled the task
+    # For the log: from the handler, and "client", the name of the client's key.
+    notes: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""  # code and message of an error, for the log
+    ended: bool = False  # the answer is complete, logged and counted
+    started: float = field(default_factory=time.perf_counter)
 
     def end(self, error: HttpError) -> None:
         """Cancel the work on this request and answer with `error` instead, unless the answer is
