@@ -437,14 +437,14 @@ LOCAL = "http://127.0.0.1:7000"  # this machine, as long as no url is set
 NO_URL = "; set CEREBRUM_URL, or the client's setting url, to its address: http://pi.local:7000"
 
 
+@dataclass
 class Pi:
     """The Pi, and whether it is away. The main thread sets `settings`; all threads ask."""
 
-    def __init__(self, settings: Settings, client: Client) -> None:
-        self.settings = settings
-        self.client = client
-        # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
-        self.away_until = 0.0
+    settings: Settings
+    client: Client
+    # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
+    away_until: float = 0.0
 
     def ask(self, call: Call, path: str, body: Object) -> Object:
         """POST the body, and return the answer's JSON. PiError, or Ended."""
