@@ -112,14 +112,14 @@ def read_settings(given: Any, settings: Settings) -> Settings:
         return settings
     if not isinstance(given, dict):
         raise BadSettings(f"expected an object of settings, got {kind_of(given)}")
-    changed = members_of(given)
+    changed = valid_settings(given)
     url = changed.get("url", settings.url)
     if url.rstrip("/") != settings.url.rstrip("/"):
         changed.setdefault("key", "")  # a project's settings must not send the user's key elsewhere
     return replace(settings, **changed)
 
 
-def members_of(given: Mapping[str, Any]) -> Object:
+def valid_settings(given: Mapping[str, Any]) -> Object:
     """The settings that an object has, each of the right kind."""
     members: Object = {}
     for name, default in vars(Settings()).items():

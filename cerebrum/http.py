@@ -297,11 +297,11 @@ class BodyDecoder:
     """Decodes a body that arrives in any split, framed by chunks, a length or the end of the
     connection (RFC 9112 section 6.3). Trailers are checked and dropped. The first `fault` is 400
     for a bad size, a missing CRLF or an over-long size line, 413 if chunks and extensions have more
-    than `room` bytes in all, 431 for trailers over 8 KiB. It is kept and not raised, because the
+    than `budget` bytes in all, 431 for trailers over 8 KiB. It is kept and not raised, because the
     payload before it still counts, however the bytes were split.
     """
 
-    def __init__(self, length: int | None, chunked: bool, room: int = sys.maxsize) -> None:
+    def __init__(self, length: int | None, chunked: bool, budget: int = sys.maxsize) -> None:
         """`length` and `chunked` are those of `parse_framing`."""
         self.done = length == 0 and not chunked
         self.may_end = length is None  # at any byte, with the connection
@@ -312,7 +312,7 @@ class BodyDecoder:
         # Payload bytes until the next `_step`, which parses the element after them.
         self._left = sys.maxsize if length is None else length
         self._step = BodyDecoder._size if chunked else BodyDecoder._end
-        self._room = room
+        self._budget = budget
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`, up to the end of the body or its fault."""
@@ -352,8 +352,8 @@ class BodyDecoder:
                 )
             return at
         self._left = int(match[1], 16)
-        self._room -= self._left + len(match[2])
-        if self._room < 0:
+        self._budget -= self._left + len(match[2])
+        if self._budget < 0:
             raise malformed(
                 f"expected a body of at most {MAX_BODY_BYTES} bytes", "PAYLOAD_TOO_LARGE"
             )
@@ -835,7 +835,7 @@ class Server:
         if count <= self.access.connections:
             self.most = self.access.connections
         if count >= self.most:
-            self._make_room()
+            self._close_one()
         self.connections[task] = connection
         try:
             await connection.open(self.tls)
@@ -850,7 +850,7 @@ class Server:
             self.connections.pop(task, None)
             connection.transport.abort()
 
-    def _make_room(self) -> None:
+    def _close_one(self) -> None:
         """Close a connection, so that no client can keep others out: one that waits for its client
         if possible, the oldest of the address that has most of them.
         """
@@ -904,13 +904,13 @@ class Server:
         body = io.BytesIO()  # shares its memory with the bytes that it returns
         client = exchange.notes.get("client", connection.address)
 
-        def hold(piece: bytes) -> None:
-            if not has_room(self.bodies, client, self.access.guests, len(piece)):
+        def collect(piece: bytes) -> None:
+            if not may_grow(self.bodies, client, self.access.guests, len(piece)):
                 raise malformed("too many requests are being sent; try again later", "OVERLOADED")
             self.bodies[client] += body.write(piece)
 
         try:
-            await connection.read_body(head, hold if route.json else None)
+            await connection.read_body(head, collect if route.json else None)
             request = Request(
                 head,
                 body.getvalue(),
@@ -1022,7 +1022,7 @@ async def answer_options(allow: str, _state: Any, request: Request) -> Response:
     return Response(status=204, headers=tuple(headers))
 
 
-def has_room(bodies: Counter[str], client: str, guests: Collection[str], size: int) -> bool:
+def may_grow(bodies: Counter[str], client: str, guests: Collection[str], size: int) -> bool:
     """Whether a client's request may grow by `size` bytes. A client may hold as many bytes as then
     stay free, so that there is always room for somebody who comes later. Guests have half of that
     together, by the same rule.

@@ -444,10 +444,10 @@ def test_guests_share_what_all_may_fill() -> None:
     bodies = Counter[str]()
     guests = [f"guest{number}" for number in range(32)]
     for guest in guests:
-        while cerebrum_http.has_room(bodies, guest, guests, 4096):
+        while cerebrum_http.may_grow(bodies, guest, guests, 4096):
             bodies[guest] += 4096
     assert all(bodies.values())
-    assert cerebrum_http.has_room(bodies, "anna", guests, cerebrum_http.MAX_BODY_BYTES)
+    assert cerebrum_http.may_grow(bodies, "anna", guests, cerebrum_http.MAX_BODY_BYTES)
 
 
 async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(
