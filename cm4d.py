@@ -7,8 +7,8 @@
          -d '{"prompt": "def fibonacci(n):", "language": "python", "max_tokens": 128}'
 
 models.toml lists the backends; without any, the only one is the VPS at CEREBRUM_VPS_URL.
-`Gateway.complete` runs every completion, and yields pairs of (event, value): `/v1/complete/stream`
-renders them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of
+`Runner` runs every completion, and yields pairs of (event, value): `/v1/complete/stream` renders
+them as SSE, `/v1/complete` as one JSON answer. Editors and tools speak the dialects of
 cerebrum/pi/dialects.py. A `Subscriber` reads a completion for one of their clients: identical
 requests share one completion, an editor that types on ends its older infill, and text that the last
 completion predicted is served without a backend.
@@ -79,22 +79,15 @@ from cerebrum.pi import dialects, upstream, vsix
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
-from cerebrum.pi.completion import (
-    NOTHING_SENT,
-    PREEMPTED,
-    Attempt,
-    Completion,
-    CompletionRequest,
-    Pairs,
-    read_text,
-)
+from cerebrum.pi.completion import Completion, CompletionRequest, Pairs, read_text
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.page import page_of
+from cerebrum.pi.runner import Runner
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
-from cerebrum.service import Service, make_parser, prompt_of, set_up_logging
+from cerebrum.service import Service, make_parser, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import (
     BY_NAME,
@@ -270,7 +263,7 @@ def find_model(name: Any, models: Collection[Model]) -> Model:
 
 
 def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> GenerationRequest:
-    """Convert a dialect's request to the fields that `Gateway.complete` reads. A request may name a
+    """Convert a dialect's request to the fields that a backend is asked with. A request may name a
     model by an alias; an unknown name counts as no name. An unknown language, or none, is guessed
     from the text and the file names, which a chat lacks.
     """
@@ -288,7 +281,7 @@ MAX_TOKENIZING = 4  # texts at a time; they take no place, and one text can be 8
 
 
 class Gateway:
-    """Connects the owners of state, and runs every completion; `Server` has the sockets."""
+    """Connects the owners of state; `Server` has the sockets."""
 
     def __init__(self, config: Config) -> None:
         self.started = time.monotonic()
@@ -296,9 +289,10 @@ class Gateway:
         self.reconfigured = 0
         self.fleet = Fleet()
         self.counting = Counting(config.state_dir / "people.json")
-        self._use(config)
         self.dispatcher = Dispatcher(self.fleet, self.counting.work)
-        self.broadcasts = Broadcasts(self.dispatcher, self.complete, self.beginning, self.counting)
+        self.runner = Runner(self.fleet, self.dispatcher, self.counting)
+        self.broadcasts = Broadcasts(self.runner)
+        self._use(config)
         self.model_names = list[dict[str, str]]()  # of the backends, when last probed
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         # A lock for each client that tokenizes, and one, named "", for all guests.
@@ -319,6 +313,7 @@ class Gateway:
     def _use(self, config: Config) -> None:
         self.fleet.replace(config.backends, config.models, config.prefer)
         self.counting.configure(config.models, config.names)
+        self.runner.logs_prompts = config.log_prompts
         self.config = config
 
     def use_keys(self, environ: Environment) -> None:
@@ -392,85 +387,6 @@ class Gateway:
         self.counting.people.save(time.monotonic())
         self.dispatcher.advance()
 
-    async def complete(self, completion: Completion) -> Pairs:
-        """One completion as pairs, "started" first. All resources are acquired in this body, so
-        they are released when the generator ends or is closed; a generator that was never started
-        holds nothing.
-        """
-        if self.config.log_prompts:
-            log.info("prompt: %s", prompt_of(vars(completion.request.fields)))
-        async with self.counting.completion(completion):
-            while True:
-                attempt = await self.dispatcher.enter(completion)
-                try:
-                    async with contextlib.aclosing(self._answer(attempt)) as pairs:
-                        async for pair in pairs:
-                            yield pair
-                    return
-                except HttpError as error:
-                    if attempt.may_be_repeated(error):
-                        # Both hold the prompt as it was sent.
-                        error.__traceback__ = None
-                        attempt.sent = NOTHING_SENT
-                    elif attempt.evicted == PREEMPTED:
-                        break
-                    else:
-                        raise
-            # It ends like a whole answer.
-            yield "started", self.beginning(completion)
-            yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
-
-    async def _answer(self, attempt: Attempt) -> Pairs:
-        """The pairs of one attempt. "started" comes first, and again when the backend responds: the
-        prompt may have been fitted again meanwhile.
-        """
-        has_begun = has_spoken = False
-        async with (
-            self.dispatcher.hold(attempt) as backend,
-            contextlib.aclosing(backend.answer(attempt)) as pairs,
-        ):
-            async for event, value in pairs:
-                if event == "begun" or not has_begun:
-                    has_begun = True
-                    yield "started", self.beginning(attempt.completion)
-                if event == "text" and not has_spoken:
-                    has_spoken = True
-                    self.dispatcher.advance()  # others may have waited for the end of a trial
-                elif event == "done":
-                    self.counting.work(attempt.model, value)
-                    self.dispatcher.read_rest(attempt)
-                    value = self._result(attempt, value)
-                if event != "begun":
-                    yield event, value
-
-    def beginning(self, completion: Completion) -> JsonObject:
-        """The value of the pair "started"."""
-        model = completion.model or self.fleet.route(completion.request)
-        attempt = completion.attempt
-        sent = attempt.sent if attempt else NOTHING_SENT
-        n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
-        return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept}
-
-    def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
-        """The result of a whole answer: our own members, then the backend's."""
-        fields = attempt.request.fields
-        text = attempt.sent.text
-        result: JsonObject = {
-            "language": fields.language,
-            "model": attempt.model,
-            "total_tokens": attempt.tokens,
-            "inference_time": time.monotonic() - attempt.completion.started,
-            "timestamp": timestamp(),
-            "mode": fields.mode,
-        }
-        if len(self.fleet.backends) > 1:
-            result["backend"] = attempt.backend
-        result |= done
-        result["inference_time"] = round(result["inference_time"], 3)
-        if text.kept:
-            result["kept"] = text.kept
-        return result
-
 
 # ----------------------------------------------------------------------------------------- handlers
 
@@ -499,8 +415,7 @@ def complete_natively(gateway: Gateway, request: Request) -> Pairs:
         name = f"{request.client} {fields.session}"
         session = hashlib.sha256(name.encode()).hexdigest()
     wanted = CompletionRequest("", fields, session=session, **gateway.who(request))
-    completion = Completion(wanted, request.end, request.notes)
-    return gateway.complete(completion)
+    return gateway.runner.run(Completion(wanted, request.end, request.notes))
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:

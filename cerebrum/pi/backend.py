@@ -312,7 +312,7 @@ class Backend:
 
     async def answer(self, attempt: Attempt) -> Pairs:
         """The answer to an attempt, as pairs: ("begun", None) once the backend responds, then those
-        that `Gateway.complete` lists, with a result of checked members. If the backend counts too
+        of `Event`, with a result of checked members. If the backend counts too
         many tokens, the prompt is fitted again and sent once more, but no speculative one's. Every
         result that somebody waits for goes to the breaker that has admitted the attempt.
         """

@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
-from cerebrum.fields import Members
 from cerebrum.pi.completion import (
     CUT,
     NEVER,
@@ -31,8 +29,9 @@ from cerebrum.pi.completion import (
     remember,
     text_event,
 )
-from cerebrum.pi.counting import Counting, Usage
-from cerebrum.pi.dispatcher import MAX_SERVED, Dispatcher
+from cerebrum.pi.counting import Usage
+from cerebrum.pi.dispatcher import MAX_SERVED
+from cerebrum.pi.runner import Runner
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, internal_error
 
@@ -267,7 +266,7 @@ class Subscriber:
         return self.completion.request
 
     async def pairs(self) -> Pairs:
-        """The pairs of `Gateway.complete` but "progress", which no dialect has, and "waiting".
+        """The pairs of `Runner.run` but "progress", which no dialect has, and "waiting".
         Several "idle" may come as one. A replaced request ends like a completion that a limit has
         cut, because some editors would show an error to the user; a speculative one fails, or
         llama.vim would remember the empty text.
@@ -287,7 +286,7 @@ class Subscriber:
             if not self.waits:
                 raise HttpError(SUPERSEDED, "other requests came first")
             if not self.at:
-                yield "started", self.broadcasts.beginning(self.completion)
+                yield "started", self.broadcasts.runner.beginning(self.completion)
             yield "done", {"finish_reason": "replaced"}
         finally:
             self.broadcasts.leave(self)
@@ -300,7 +299,7 @@ class Subscriber:
         try:
             await asyncio.wait_for(broadcast.changed.wait(), seconds)
         except TimeoutError:
-            for place, waiting in enumerate(self.broadcasts.dispatcher.advance(), 1):
+            for place, waiting in enumerate(self.broadcasts.runner.dispatcher.advance(), 1):
                 if waiting is broadcast.completion:
                     return "waiting", place
         # Nothing else comes before "started": an error can still be an HTTP status.
@@ -333,14 +332,9 @@ FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative one
 
 @dataclass(slots=True, eq=False)
 class Broadcasts:
-    """Owns all broadcasts, running and finished, and their subscribers. `compute` begins a
-    completion, `beginning` returns the value of its pair "started".
-    """
+    """Owns all broadcasts, running and finished, and their subscribers."""
 
-    dispatcher: Dispatcher
-    compute: Callable[[Completion], Pairs]
-    beginning: Callable[[Completion], Members]
-    counting: Counting
+    runner: Runner
     # Requests that ended this way.
     type_through: int = 0
     shared: int = 0
@@ -356,16 +350,17 @@ class Broadcasts:
         request = subscriber.request
         completion = subscriber.completion
         self.subscribers.append(subscriber)
+        dispatcher = self.runner.dispatcher
         digest = digest_of(request.fields, EQUAL_FIELDS)
         if request.speculative or self._is_llama_vims(request, digest):
             completion.request = request = replace(request, speculative=True)
             completion.clients.clear()
             subscriber.waits = False
         if request.fields.max_tokens == 0:
-            self.dispatcher.read_ahead(request)
+            dispatcher.read_ahead(request)
             return self._without_text(completion, "length")  # it replaces nothing
         if subscriber.waits and request.kind == "infill" and not request.guest:
-            remember(self.dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
+            remember(dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
         if request.fields.min_confidence == NEVER:
             broadcast = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):
@@ -387,7 +382,7 @@ class Broadcasts:
     def _without_text(self, completion: Completion, reason: str) -> Broadcast:
         """An answer for which no backend is asked."""
         done = {"finish_reason": reason}
-        return Broadcast(b"", "", [("started", self.beginning(completion)), ("done", done)])
+        return Broadcast(b"", "", [("started", self.runner.beginning(completion)), ("done", done)])
 
     def forget(self) -> None:
         """Forget the finished texts."""
@@ -415,16 +410,16 @@ class Broadcasts:
         if subscriber.typed:
             self.type_through += 1
             if broadcast.is_cut:
-                self.dispatcher.read_all(subscriber.request)
+                self.runner.dispatcher.read_all(subscriber.request)
         else:
             self.shared += 1
         if not running:
-            self.counting.people.add(client, Usage(completions=1))
+            self.runner.counting.people.add(client, Usage(completions=1))
             return
         running.clients.append(client)
         running.requested = completion.started  # it waits for a place from now on
         if running.request.speculative:
-            self.dispatcher.promote(running, client)
+            self.runner.dispatcher.promote(running, client)
 
     def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
         """A finished completion whose text the client has begun to type, or a running one of an
@@ -450,7 +445,7 @@ class Broadcasts:
         subscribers.
         """
         try:
-            async with contextlib.aclosing(self.compute(completion)) as pairs:
+            async with contextlib.aclosing(self.runner.run(completion)) as pairs:
                 async for event, value in pairs:
                     if event not in ("idle", "progress"):
                         broadcast.pairs.append((event, value))
@@ -514,7 +509,7 @@ class Broadcasts:
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
             completion.client = waiting[0].request.client
-            self.dispatcher.advance()
+            self.runner.dispatcher.advance()
         elif not others:
             task.cancel()
         elif not (completion.request.speculative or task.done()):
@@ -532,7 +527,7 @@ class Broadcasts:
         above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
         kept = kept_of(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
         shown = 0 if (prompt + text).endswith(above + hint) else len(text)
-        self.counting.people.add(request.client, Usage(shown=shown, kept=kept))
+        self.runner.counting.people.add(request.client, Usage(shown=shown, kept=kept))
         remember(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
 
     def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:

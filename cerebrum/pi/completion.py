@@ -105,7 +105,7 @@ def digest_of(fields: GenerationRequest, names: Iterable[str]) -> bytes:
 # depend neither on the client's API nor on the backend's.
 #
 #     ("begun", id)       a backend responds (id: None), or says which model answers instead of the
-#                         one that was asked for. `Gateway` replaces it by "started"
+#                         one that was asked for. `Runner` replaces it by "started"
 #     ("started", dict)   {"model", "n_ctx", "kept"}. An error before this pair can still be an HTTP
 #                         status. The pair comes again if another backend or model takes over
 #     ("waiting", int)    the place in the line; from then on an error is no HTTP status
@@ -152,7 +152,7 @@ NOTHING_SENT = Fitted({}, "", "")
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it,
-    `Dispatcher` how its place ended. After a failure, `Gateway` drops the prompt that was sent.
+    `Dispatcher` how its place ended. After a failure, `Runner` drops the prompt that was sent.
     """
 
     completion: Completion

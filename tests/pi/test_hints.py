@@ -21,6 +21,7 @@ from cerebrum.pi import counting
 from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import Completion, CompletionRequest
 from cerebrum.pi.counting import SAVE_SECONDS, Counting, People, Usage
+from cerebrum.pi.runner import Runner
 from cerebrum.request import GenerationRequest
 
 NOWHERE = Path("/dev/null/people.json")
@@ -48,7 +49,7 @@ def watch() -> tuple[Broadcasts, dict[str, Usage]]:
     unused: Any = None
     totals = Counting(NOWHERE)
     totals.configure([], ["anna", "ben"])
-    return Broadcasts(unused, unused, unused, totals), totals.people.total
+    return Broadcasts(Runner(unused, unused, totals)), totals.people.total
 
 
 def answer(
