@@ -21,6 +21,7 @@ from cerebrum.pi.completion import (
     SAMPLED_BY,
     SUPERSEDED,
     WITHOUT_MODEL,
+    Answered,
     Attempt,
     CompletionRequest,
     Fitted,
@@ -389,7 +390,8 @@ class Backend:
         """Count a whole answer, and return its result, without what no backend may set."""
         result = read_result(done)
         reason = result.get("finish_reason", "stop")
-        attempt.reason = reason if reason in FINISHED else "other"
+        if not attempt.evicted:
+            attempt.outcome = Answered(reason if reason in FINISHED else "other")
         # One event may hold several tokens.
         self._count(attempt, max(0, result.get("total_tokens", 0) - attempt.tokens))
         attempt.is_cut = "prompt_ms" in attempt.sent.fields and result.get("prompt_cut", False)

@@ -34,7 +34,7 @@ SURENESS = ("confidence", "text_confidence", "chance")
 MAX_OPENING = 200  # characters of a chat that tell it from others
 NEVER = 1.0  # a `min_confidence` with which an editor is shown nothing, and no model is asked
 SUPERSEDED = "SUPERSEDED"
-PREEMPTED = "preempted"  # a guest's completion has made room for somebody else's
+PREEMPTED = "preempted"  # a guest's completion makes room for somebody else's
 CUT = (PREEMPTED, "replaced")  # finish reasons of a text that ends wherever it was
 
 
@@ -149,10 +149,29 @@ class Fitted(NamedTuple):
 NOTHING_SENT = Fitted({}, "", "")
 
 
+class Answered(NamedTuple):
+    """A whole answer has come."""
+
+    reason: str  # one of FINISHED, or "other"
+
+
+class Evicted(NamedTuple):
+    """The attempt is being ended for another request, which gets its place."""
+
+    reason: str  # SUPERSEDED or PREEMPTED
+    again: bool = False  # too early: unless it has text, the completion starts again
+
+
+# What became of an attempt; None: it is on its way, or was given up by its client; HttpError: it
+# failed. An eviction stays, whatever still comes.
+Outcome = Answered | Evicted | HttpError | None
+
+
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at one backend. Its `Backend` writes what was sent, what came and how to `cut` it,
-    `Dispatcher` how its place ended. After a failure, `Runner` drops the prompt that was sent.
+    """One try at one backend. Its `Backend` writes what was sent, what came, that it was answered
+    and how to `cut` it; `Dispatcher` how its place ended and that it was evicted; `Runner` its
+    failure, after which it drops the prompt that was sent.
     """
 
     completion: Completion
@@ -165,36 +184,36 @@ class Attempt:
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the last token came, or the end of a whole answer
     is_cut: bool = False  # the model that was asked for has not read all of the prompt
-    reason: str = ""  # one of FINISHED, or "other", for a whole answer
-    # SUPERSEDED or PREEMPTED: it is being ended for another request, which gets its place.
-    evicted: str = ""
-    error: HttpError | None = None
+    outcome: Outcome = None
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
     # Closes its connection to the backend, once there is one.
     cut: Callable[[], object] = lambda: None
-    again: bool = False  # preempted too early: unless it has text, the completion starts again
 
     @property
     def request(self) -> CompletionRequest:
         return self.completion.request
 
     @property
-    def code(self) -> str:
-        """The code of its error; "" without one."""
-        return self.error.code if self.error else ""
+    def evicted(self) -> str:
+        """Why it is being ended for another request; "" if it is not."""
+        return self.outcome.reason if isinstance(self.outcome, Evicted) else ""
 
-    def may_be_repeated(self, error: HttpError) -> bool:
-        """Whether another attempt may follow this error. After the first token nothing is sent
-        again, nor is a request for which nobody waits; a prompt that is too long may fit into
-        another backend's context.
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether another attempt may follow it. After the first token nothing is sent again, nor
+        is a request for which nobody waits; a prompt that is too long may fit into another
+        backend's context.
         """
         if self.tokens or self.request.is_spare:
             return False
-        if self.evicted:
-            return self.again
-        return isinstance(error, TooLong) or error.status in RETRIED
+        match self.outcome:
+            case Evicted(again=again):
+                return again
+            case HttpError() as error:
+                return isinstance(error, TooLong) or error.status in RETRIED
+        return False
 
 
 @dataclass(eq=False)
@@ -253,9 +272,15 @@ class Completion:
         """The most informative error so far. One that a backend reports outweighs another backend's
         failure.
         """
-        errors = [attempt.error for attempt in self.attempts if attempt.error]
+        errors = [error for _, error in self.failures]
         reported = [error for error in errors if not isinstance(error, BackendFailure)]
         return next(reversed(reported or errors), None)
+
+    @property
+    def failures(self) -> list[tuple[Attempt, HttpError]]:
+        """The attempts that have failed."""
+        ended = [(attempt, attempt.outcome) for attempt in self.attempts]
+        return [(attempt, error) for attempt, error in ended if isinstance(error, HttpError)]
 
     def figures(self) -> JsonObject:
         """Its model, its tokens, and the seconds to the first token, for the log."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from cerebrum.fields import Field, JsonObject, Members, parse_json
 from cerebrum.metrics import CANCELLED, Tally
-from cerebrum.pi.completion import SUPERSEDED, Completion, remember
+from cerebrum.pi.completion import SUPERSEDED, Answered, Completion, Evicted, remember
 from cerebrum.settings import write_atomically
 from cerebrum_common import HttpError, Model, log
 
@@ -188,8 +188,9 @@ class Counting:
         """Count the end of a completion for its model."""
         tally = self.tallies.setdefault(completion.model or "none", Tally())
         attempt = completion.attempt
-        if attempt:
-            reason = attempt.evicted or attempt.reason or reason
+        match attempt and attempt.outcome:
+            case Answered(ended) | Evicted(ended):
+                reason = ended
         tally.ended[reason] += 1
         if attempt and attempt.first:
             tally.tokens += attempt.tokens

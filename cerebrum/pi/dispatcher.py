@@ -26,10 +26,12 @@ from cerebrum.pi.completion import (
     Attempt,
     Completion,
     CompletionRequest,
+    Evicted,
     remember,
 )
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum.pi.kind import TOO_MANY
+from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, internal_error, log
 
 # ----------------------------------------------------------------------------- policy: the decision
@@ -39,6 +41,7 @@ from cerebrum_common import HttpError, internal_error, log
 EDITOR_SECONDS = 60.0
 SHARE_SECONDS = 10.0  # a guest's share of each minute, which other guests respect
 SHARE_OF_SECONDS = 60.0
+REPLICAS = 2  # behind a balancer, that may fail a completion
 
 
 @dataclass(slots=True)
@@ -163,21 +166,20 @@ def decide_spare(state: State, request: CompletionRequest, now: float) -> Assign
 
 def untried(completion: Completion, options: Options) -> Options:
     """The options without the backends that have failed this completion, and without the models
-    that a backend could not load. A 429 is no failure if the client is ready to wait.
+    that a backend could not load. A 429 is no failure if the client is ready to wait. Behind a
+    balancer, another replica may answer what one has broken off; a refusal is final, and so is a
+    failure that took long.
     """
-    # By the ids of a backend and of a model; "" for all its models.
+    # Replicas that count as failed, by the ids of a backend and of a model; "" for all its models.
     failed = Counter[tuple[str, str]]()
-    for attempt in completion.attempts:
-        is_busy = attempt.code == "RATE_LIMIT" and completion.request.in_dialect
-        if attempt.code and not is_busy:
-            model = attempt.model if attempt.code in WITHOUT_MODEL else ""
-            # What broke off counts once. A refusal, or a failure that took long, counts twice, so
-            # that it is final behind a balancer, too.
-            failed[attempt.backend, model] += 1 + getattr(attempt.error, "late", True)
+    for attempt, error in completion.failures:
+        if error.code != "RATE_LIMIT" or not completion.request.in_dialect:
+            model = attempt.model if error.code in WITHOUT_MODEL else ""
+            broke_off = isinstance(error, BackendFailure) and not error.late
+            failed[attempt.backend, model] += 1 if broke_off else REPLICAS
 
     def may_try(backend: Backend, model: str) -> bool:
-        """Behind a balancer, another replica may answer what one has broken off."""
-        most = 2 if backend.config.affinity_header else 1
+        most = REPLICAS if backend.config.affinity_header else 1
         return failed[backend.id, model] + failed[backend.id, ""] < most
 
     return [
@@ -262,7 +264,7 @@ def who_makes_room(claim: Claim) -> Attempt | None:
 
     # An attempt whose answer is whole leaves by itself.
     running = state.running(claim.usable)
-    guests = [other for other in running if other.request.guest and not other.reason]
+    guests = [other for other in running if other.request.guest and not other.outcome]
     places = {**state.places}
     left = claim._replace(state=replace(state, places=places))
     for guest in sorted(guests, key=order, reverse=True):
@@ -403,21 +405,16 @@ class Dispatcher:
         """Hold a place for as long as the context lasts. A backend never works on more requests
         than its limit: an older request, which this one replaces, leaves first.
         """
-        backend = self.state.places[attempt]
+        places = self.state.places
+        backend = places[attempt]
+        here = [other for other, where in places.items() if where is backend]
         try:
             # Those that are being ended are cut, but a client may be slow to take its last text.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for ended in [
-                        other.ended
-                        for other, where in self.state.places.items()
-                        if where is backend and other.evicted and other != attempt
-                    ]:
-                        await ended.wait()
+                    for older in [other for other in here if other.evicted and other != attempt]:
+                        await older.ended.wait()
             yield backend
-        except HttpError as error:
-            attempt.error = None if attempt.evicted else error
-            raise
         finally:
             self._leave(attempt)
 
@@ -485,7 +482,7 @@ class Dispatcher:
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.evicted:
-            attempt.evicted = SUPERSEDED
+            attempt.outcome = Evicted(SUPERSEDED)
             attempt.completion.end(HttpError(SUPERSEDED, "another request took its place"))
 
     def _preempt(self, attempt: Attempt) -> None:
@@ -496,11 +493,12 @@ class Dispatcher:
         completion = attempt.completion
         client = completion.client
         now = time.monotonic()
-        if state.guest_seconds(client, now) < SHARE_SECONDS:
+        is_early = state.guest_seconds(client, now) < SHARE_SECONDS
+        if is_early:
             state.turns[client] = -math.inf  # before guests who have had no turn
-            attempt.again = attempt.request.in_dialect  # our own API never waits
             completion.requested = now
-        attempt.evicted = PREEMPTED
+        # Our own API never waits.
+        attempt.outcome = Evicted(PREEMPTED, is_early and attempt.request.in_dialect)
         attempt.admission.left()
         attempt.cut()
 
@@ -515,6 +513,11 @@ class Dispatcher:
             state.visits = [visit for visit in state.visits if now - visit[2] < SHARE_OF_SECONDS]
             state.visits.append((attempt.completion.client, attempt.begun, now))
         attempt.ended.set()
+        asked = self.ahead.get(request.client)
+        if attempt.is_cut and (not asked or asked.started <= attempt.begun):
+            # So that the next prompt of its file need not be cut; unless the client has asked for
+            # another place meanwhile.
+            self.read_all(request)
         self.advance()
 
     # Reading ahead.
@@ -540,14 +543,6 @@ class Dispatcher:
         for attempt in self.state.places:
             if attempt.request.ahead:
                 attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
-
-    def read_rest(self, attempt: Attempt) -> None:
-        """Queue all of a prompt that was cut, so that the next one of its file need not be; unless
-        the client has asked for another place meanwhile.
-        """
-        asked = self.ahead.get(attempt.request.client)
-        if attempt.is_cut and (not asked or asked.started <= attempt.begun):
-            self.read_all(attempt.request)
 
     def read_all(self, request: CompletionRequest) -> None:
         """Queue all of a request's prompt to be read."""
@@ -588,5 +583,3 @@ class Dispatcher:
             if task.cancelled():
                 self.ahead.clear()  # the daemon stops, or the keys have changed
         self._leave(attempt)
-        if attempt.reason:
-            self.read_rest(attempt)

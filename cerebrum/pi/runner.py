@@ -45,7 +45,8 @@ class Runner:
                             yield pair
                     return
                 except HttpError as error:
-                    if attempt.may_be_repeated(error):
+                    attempt.outcome = attempt.outcome or error
+                    if attempt.may_be_repeated:
                         # Both hold the prompt as it was sent.
                         error.__traceback__ = None
                         attempt.sent = NOTHING_SENT
@@ -75,7 +76,6 @@ class Runner:
                     self.dispatcher.advance()  # others may have waited for the end of a trial
                 elif event == "done":
                     self.counting.work(attempt.model, value)
-                    self.dispatcher.read_rest(attempt)
                     value = self._result(attempt, value)
                 if event != "begun":
                     yield event, value

@@ -20,6 +20,7 @@ from cerebrum.pi.completion import (
     Attempt,
     Completion,
     CompletionRequest,
+    Evicted,
 )
 from cerebrum.pi.dispatcher import (
     EDITOR_SECONDS,
@@ -114,7 +115,7 @@ class Case:
         completion.requested = self.asked
         for backend, model, error in self.attempts:
             admission = Breaker().admit(NOW)
-            attempt = Attempt(completion, backend, model, admission, error=error, left=NOW)
+            attempt = Attempt(completion, backend, model, admission, outcome=error, left=NOW)
             completion.attempts.append(attempt)
         return completion
 
@@ -143,7 +144,7 @@ class Case:
             holder = Completion(replace(other, guest=is_guest))
             begun = NOW - 9 + number
             attempt = Attempt(holder, id, "big", known[id].breaker.admit(NOW), begun=begun)
-            attempt.evicted = SUPERSEDED if place in self.superseded else ""
+            attempt.outcome = Evicted(SUPERSEDED) if place in self.superseded else None
             state.places[attempt] = known[id]
         state.editors = {client: NOW - ago for client, ago in self.editors.items()}
         if self.regular:
