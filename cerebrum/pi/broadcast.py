@@ -1,9 +1,9 @@
 """Completions and their readers: running ones that several clients share, finished ones whose text
 users type.
 
-A `Broadcast` is one completion, running or finished; a `Subscriber` is one client's request and its
-position in the text. `Broadcasts` finds the broadcast that a request can read, and ends an editor's
-older infills.
+A `Broadcast` is a running completion, `Remembered` the text of a finished one; a `Subscriber` is
+one client's request and its position in the text. `Broadcasts` finds the text that a request can
+read, and ends an editor's older infills.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
+from cerebrum.fields import JsonObject
 from cerebrum.pi.completion import (
     CUT,
     NEVER,
@@ -136,36 +138,56 @@ def kept_of(above: str, hint: str, prompt: str) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class Broadcast:
-    """One completion for all clients that ask for it: finished if it has no completion, else
-    running. A running one keeps all pairs but "idle" and "progress", so that a late client gets the
-    whole text. A finished one keeps its text and the end of its prompt, for the clients who got the
-    text; or it is an answer for which no backend was asked.
-    """
+class Remembered:
+    """The text of a finished completion, for the clients who got it and may type it."""
 
-    digest: bytes  # of the request, by `digest_of`
-    prompt: str  # or its end
-    pairs: list[Pair] = field(default_factory=list)
-    # Running.
-    completion: Completion | None = None
-    task: asyncio.Task[None] = field(init=False)  # computes it
-    failure: HttpError | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)  # its readers wait for it
-    kept: Broadcast | None = None  # its finished form, once a client has the whole text
-    # Finished.
+    digest: bytes  # of the request's EQUAL_FIELDS
+    prompt: str  # the end of it
+    omitted: int  # characters of the prompt before this end
+    text: str
+    begun: JsonObject  # the value of the pair "started"
+    done: JsonObject  # the result
+    is_cut: bool  # the model that was asked for has not read all of the prompt
     asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
-    omitted: int = 0  # characters of the prompt before its end
-    is_cut: bool = False  # the model that was asked for has not read all of the prompt
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
     @property
-    def text(self) -> str:
-        return read_text(b"".join(value for event, value in self.pairs if event == "text"))
+    def pairs(self) -> list[Pair]:
+        return [("started", self.begun), ("text", text_event(self.text)), ("done", self.done)]
+
+
+@dataclass(slots=True, eq=False)
+class Broadcast:
+    """A running completion for all clients that ask for it. It has all pairs but "idle" and
+    "progress", so that a late client gets the whole text.
+    """
+
+    completion: Completion
+    digest: bytes  # of the request's EQUAL_FIELDS
+    task: asyncio.Task[None] = field(init=False)  # computes it
+    pairs: list[Pair] = field(default_factory=list)
+    failure: HttpError | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # its readers wait for it
+    remembered: Remembered | None = None  # once a client has the whole text
+
+    @property
+    def request(self) -> CompletionRequest:
+        return self.completion.request
 
     def wake(self) -> None:
         """Wake its readers."""
         self.changed.set()
         self.changed = asyncio.Event()
+
+    def end(self, error: HttpError) -> None:
+        """End the completion for all who read it."""
+        self.failure = error
+        self.task.cancel()
+        self.wake()
+
+
+def text_of(pairs: Sequence[Pair]) -> str:
+    return read_text(b"".join(value for event, value in pairs if event == "text"))
 
 
 def may_type_through(request: CompletionRequest) -> bool:
@@ -183,58 +205,60 @@ def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
     return running.fields == fields and bool(running.guest) == bool(request.guest)
 
 
-def typed_in(
-    broadcast: Broadcast, completion: Completion, digest: bytes, is_reader: bool
+def typed_in_running(
+    broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool
 ) -> int | None:
-    """The number of characters of a broadcast's text that precede a request's cursor: 0 if the
+    """The number of characters of a broadcast's text that precede a request's cursor, 0 if the
     broadcast runs for an equal request; None if its text is no answer. `digest`: of EQUAL_FIELDS.
-    `is_reader`: the same editor reads the running broadcast, or the same client got the whole text
-    of the finished one.
+    `is_reader`: the same editor reads it.
     """
-    request = completion.request
-    running = broadcast.completion
-    if running:
-        if may_share(request, running.request):
-            return 0
-        is_reader = is_reader and request.kind == "infill"
-    if not is_reader or not may_type_through(request) or broadcast.digest != digest:
-        return None
-    prompt = request.fields.prompt
-    if broadcast.asked == completion.digest:
+    if may_share(request, broadcast.request):
         return 0
-    text = broadcast.text
-    typed = typed_of(broadcast.prompt, text, prompt, broadcast.omitted)
-    most = len(text) if running else len(text) - 1
-    return typed if 0 < typed <= most else None
+    if not is_reader or request.kind != "infill" or not may_type_through(request):
+        return None
+    if broadcast.digest != digest:
+        return None
+    text = text_of(broadcast.pairs)
+    return typed_of(broadcast.request.fields.prompt, text, request.fields.prompt) or None
 
 
-def to_keep(broadcast: Broadcast, completion: Completion) -> Broadcast | None:
-    """The finished form of a complete broadcast; None if nobody may type its text. A plain
-    completion may be a program's, which relies on its limit: a text cut by the limit must not begin
-    another answer.
-    """
+def typed_in_finished(old: Remembered, completion: Completion, digest: bytes) -> int | None:
+    """The same of a text that the client has got: 0 if it answers an equal request."""
     request = completion.request
+    if not may_type_through(request) or old.digest != digest:
+        return None
+    if old.asked == completion.digest:
+        return 0
+    typed = typed_of(old.prompt, old.text, request.fields.prompt, old.omitted)
+    return typed if 0 < typed < len(old.text) else None
+
+
+def to_remember(broadcast: Broadcast) -> Remembered | None:
+    """The text of a complete broadcast; None if nobody may type it. A plain completion may be a
+    program's, which relies on its limit: a text cut by the limit must not begin another answer.
+    """
+    request = broadcast.request
     last = dict(broadcast.pairs)  # of each event
-    begun = last["started"]
     result = last["done"]
     reason = result.get("finish_reason", "stop")
     if reason == "length" and request.kind == "completion":
         return None
-    text = broadcast.text
+    text = text_of(broadcast.pairs)
     if reason in CUT or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
     # An answer for which no backend is asked has no figures.
     done = {name: result[name] for name in ("finish_reason", *SURENESS) if name in result}
-    pairs: list[Pair] = [("started", begun), ("text", text_event(text)), ("done", done)]
-    omitted = max(0, len(broadcast.prompt) - CURSOR_CHARS)
-    kept = Broadcast(broadcast.digest, broadcast.prompt[omitted:], omitted=omitted, pairs=pairs)
+    prompt = request.fields.prompt
+    omitted = max(0, len(prompt) - CURSOR_CHARS)
+    is_cut = result.get("prompt_cut", False)
+    end = prompt[omitted:]
+    old = Remembered(broadcast.digest, end, omitted, text, last["started"], done, is_cut)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
     is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
-    kept.is_cut = result.get("prompt_cut", False)
-    is_whole = not (is_late or kept.is_cut)
+    is_whole = not (is_late or is_cut)
     if request.kind == "infill" and request.fields.temperature == 0 and is_whole:
-        kept.asked = completion.digest
-    return kept
+        old.asked = broadcast.completion.digest
+    return old
 
 
 # --------------------------------------------------------------------------- following a completion
@@ -246,15 +270,13 @@ WAITING_SECONDS = 5.0
 
 @dataclass(slots=True, eq=False)
 class Subscriber:
-    """One client's request in a dialect, and its position in a broadcast, which others may read
-    too.
-    """
+    """One client's request in a dialect, and its position in a text, which others may read too."""
 
     broadcasts: Broadcasts
     completion: Completion
     editor: str
     has_comments: bool  # the client's dialect: "waiting" and "idle" can be sent
-    broadcast: Broadcast | None = None  # once it has joined
+    broadcast: Broadcast | None = None  # that it reads; None: the text is finished
     at: int = 0  # pairs read
     typed: int = 0  # characters of the text that the client typed before
     skip: int = 0  # those of them that are not yet read
@@ -272,16 +294,14 @@ class Subscriber:
         llama.vim would remember the empty text.
         """
         try:
-            broadcast = self.broadcasts.join(self)
+            pairs = self.broadcasts.join(self)
             while not self.replaced:
-                if self.at < len(broadcast.pairs):
-                    event, value = self._next(broadcast)
+                if self.at < len(pairs):
+                    event, value = self._next(pairs)
                     yield event, value
                     if event == "done":
                         return
-                elif broadcast.failure:
-                    raise broadcast.failure
-                elif pair := await self._wait(broadcast):
+                elif self.broadcast and (pair := await self._wait(self.broadcast)):
                     yield pair
             if not self.waits:
                 raise HttpError(SUPERSEDED, "other requests came first")
@@ -293,8 +313,10 @@ class Subscriber:
 
     async def _wait(self, broadcast: Broadcast) -> Pair | None:
         """Wait for a change, or for WAITING_SECONDS in the line. Returns a pair if nothing is to be
-        read then.
+        read then. HttpError if the completion has failed.
         """
+        if broadcast.failure:
+            raise broadcast.failure
         seconds = WAITING_SECONDS if self.has_comments and not self.at else None
         try:
             await asyncio.wait_for(broadcast.changed.wait(), seconds)
@@ -306,17 +328,17 @@ class Subscriber:
         is_read = 0 < self.at == len(broadcast.pairs) and self.has_comments
         return ("idle", None) if is_read and not (broadcast.failure or self.replaced) else None
 
-    def _next(self, broadcast: Broadcast) -> Pair:
-        event, value = broadcast.pairs[self.at]
+    def _next(self, pairs: Sequence[Pair]) -> Pair:
+        event, value = pairs[self.at]
         self.at += 1
         if event == "text" and self.skip:
             value = self._rest_of(value)
         elif event == "done":
             if self.typed:
                 value = value | {"type_through": True}
-            self.broadcasts.keep(broadcast, self.request)
+            self.broadcasts.remember(self)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
-                self.broadcasts.show(self.completion, broadcast.text[self.typed :])
+                self.broadcasts.show(self.completion, text_of(pairs)[self.typed :])
         return event, value
 
     def _rest_of(self, events: bytes) -> bytes:
@@ -341,12 +363,14 @@ class Broadcasts:
     replaced: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
     # Finished ones, the newest last.
-    memory: deque[Broadcast] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
+    memory: deque[Remembered] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
     # The last hint in each file: what precedes it, its text, and when it was asked for.
     hints: dict[str, tuple[str, str, float]] = field(default_factory=dict)
 
-    def join(self, subscriber: Subscriber) -> Broadcast:
-        """The broadcast that the subscriber reads: one that is there, or a new one."""
+    def join(self, subscriber: Subscriber) -> Sequence[Pair]:
+        """The pairs that the subscriber reads: those of a text that is there, of a broadcast that
+        runs, or of a new one.
+        """
         request = subscriber.request
         completion = subscriber.completion
         self.subscribers.append(subscriber)
@@ -362,27 +386,27 @@ class Broadcasts:
         if subscriber.waits and request.kind == "infill" and not request.guest:
             remember(dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
         if request.fields.min_confidence == NEVER:
-            broadcast = self._without_text(completion, "unsure")
+            pairs = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):
-            broadcast = found
-            self._share(found, subscriber)
+            self._share(subscriber, found)
+            pairs = found.pairs
+            subscriber.broadcast = found if isinstance(found, Broadcast) else None
         else:
-            broadcast = self._start(completion, digest)
-        subscriber.broadcast = broadcast
-        self._replace_older(subscriber, spares_later=not broadcast.completion)
-        return broadcast
+            subscriber.broadcast = self._start(completion, digest)
+            pairs = subscriber.broadcast.pairs
+        self._replace_older(subscriber)
+        return pairs
 
     def _start(self, completion: Completion, digest: bytes) -> Broadcast:
-        prompt = completion.request.fields.prompt
-        own = Broadcast(digest, prompt, completion=completion)
-        own.task = asyncio.create_task(self._run(own, completion))
-        completion.end = lambda error: self._end(own, error)
+        own = Broadcast(completion, digest)
+        own.task = asyncio.create_task(self._run(own))
+        completion.end = own.end
         return own
 
-    def _without_text(self, completion: Completion, reason: str) -> Broadcast:
+    def _without_text(self, completion: Completion, reason: str) -> list[Pair]:
         """An answer for which no backend is asked."""
-        done = {"finish_reason": reason}
-        return Broadcast(b"", "", [("started", self.runner.beginning(completion)), ("done", done)])
+        begun = self.runner.beginning(completion)
+        return [("started", begun), ("done", {"finish_reason": reason})]
 
     def forget(self) -> None:
         """Forget the finished texts."""
@@ -394,58 +418,61 @@ class Broadcasts:
             return False
         prompt = request.fields.prompt
         for old in self.memory:
-            if request.client in old.clients and old.digest == digest:
-                text = old.text
-                if typed_of(old.prompt, text, prompt, old.omitted) == len(text):
-                    return True
+            typed = typed_of(old.prompt, old.text, prompt, old.omitted)
+            is_reader = request.client in old.clients and old.digest == digest
+            if is_reader and typed == len(old.text):
+                return True
         return False
 
-    def _share(self, broadcast: Broadcast, subscriber: Subscriber) -> None:
-        """Count another reader of a broadcast, if he waits."""
+    def _find(self, subscriber: Subscriber, digest: bytes) -> Remembered | Broadcast | None:
+        """A text that the client has begun to type, or that answers an equal request."""
+        for text, typed in self._texts(subscriber, digest):
+            if typed is not None:
+                subscriber.typed = subscriber.skip = typed
+                return text
+        return None
+
+    def _texts(
+        self, subscriber: Subscriber, digest: bytes
+    ) -> Iterator[tuple[Remembered | Broadcast, int | None]]:
+        """All texts, the newest finished one first, with what of each precedes the cursor."""
         completion = subscriber.completion
-        running = broadcast.completion
-        client = subscriber.request.client
+        for old in reversed(self.memory):
+            if subscriber.request.client in old.clients:
+                yield old, typed_in_finished(old, completion, digest)
+        for other in self.subscribers:
+            running = other.broadcast
+            if running and not running.failure:
+                is_reader = other.editor == subscriber.editor
+                yield running, typed_in_running(running, completion.request, digest, is_reader)
+
+    def _share(self, subscriber: Subscriber, text: Remembered | Broadcast) -> None:
+        """Count another reader of a text, if he waits."""
+        request = subscriber.request
+        runner = self.runner
         if not subscriber.waits:
             return
         if subscriber.typed:
             self.type_through += 1
-            if broadcast.is_cut:
-                self.runner.dispatcher.read_all(subscriber.request)
         else:
             self.shared += 1
-        if not running:
-            self.runner.counting.people.add(client, Usage(completions=1))
+        if isinstance(text, Remembered):
+            runner.counting.people.add(request.client, Usage(completions=1))
+            if subscriber.typed and text.is_cut:
+                runner.dispatcher.read_all(request)
             return
-        running.clients.append(client)
-        running.requested = completion.started  # it waits for a place from now on
+        running = text.completion
+        running.clients.append(request.client)
+        running.requested = subscriber.completion.started  # it waits for a place from now on
         if running.request.speculative:
-            self.runner.dispatcher.promote(running, client)
+            runner.dispatcher.promote(running, request.client)
 
-    def _find(self, subscriber: Subscriber, digest: bytes) -> Broadcast | None:
-        """A finished completion whose text the client has begun to type, or a running one of an
-        equal request, or one whose text begins with what the user has typed since the editor asked
-        for it.
-        """
-        client = subscriber.request.client
-        editor = subscriber.editor
-        known = [(old, client in old.clients) for old in reversed(self.memory)]
-        for other in self.subscribers:
-            running = other.broadcast
-            if running and running.completion and not running.failure:
-                known.append((running, other.editor == editor))
-        for broadcast, is_reader in known:
-            typed = typed_in(broadcast, subscriber.completion, digest, is_reader)
-            if typed is not None:
-                subscriber.typed = subscriber.skip = typed
-                return broadcast
-        return None
-
-    async def _run(self, broadcast: Broadcast, completion: Completion) -> None:
+    async def _run(self, broadcast: Broadcast) -> None:
         """Collect the pairs, and keep the error that ends them. "idle" only wakes the
         subscribers.
         """
         try:
-            async with contextlib.aclosing(self.runner.run(completion)) as pairs:
+            async with contextlib.aclosing(self.runner.run(broadcast.completion)) as pairs:
                 async for event, value in pairs:
                     if event not in ("idle", "progress"):
                         broadcast.pairs.append((event, value))
@@ -454,9 +481,9 @@ class Broadcasts:
             broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)
         broadcast.wake()
 
-    def _replace_older(self, subscriber: Subscriber, spares_later: bool) -> None:
-        """End an editor's older infills once its user has typed on, unless they are equal. With
-        `spares_later`, infills that continue the newer prompt go on: an editor asks ahead for the
+    def _replace_older(self, subscriber: Subscriber) -> None:
+        """End an editor's older infills once its user has typed on, unless they are equal. If the
+        text is finished, infills that continue the newer prompt go on: an editor asks ahead for the
         text after a completion that it shows.
         """
         request = subscriber.request
@@ -473,16 +500,10 @@ class Broadcasts:
         for other in [other for other in infills if other.editor == subscriber.editor]:
             older = other.request.fields
             is_later = older.prompt.startswith(newer.prompt)
-            goes_on = older == newer or (spares_later and is_later)
+            goes_on = older == newer or (is_later and not subscriber.broadcast)
             if not goes_on and is_typed_on(older, newer):
                 self.replaced += 1
                 self._replace(other)
-
-    def _end(self, broadcast: Broadcast, error: HttpError) -> None:
-        """End a completion for all who read it."""
-        broadcast.failure = error
-        broadcast.task.cancel()
-        broadcast.wake()
 
     def _replace(self, subscriber: Subscriber) -> None:
         """End a request. Its completion ends at once if nobody else reads it: a client may be
@@ -501,7 +522,7 @@ class Broadcasts:
             return
         self.subscribers.remove(subscriber)
         broadcast = subscriber.broadcast
-        if not broadcast or not broadcast.completion:
+        if not broadcast:
             return
         completion = broadcast.completion
         task = broadcast.task
@@ -513,7 +534,7 @@ class Broadcasts:
         elif not others:
             task.cancel()
         elif not (completion.request.speculative or task.done()):
-            self._end(broadcast, HttpError(SUPERSEDED, "nobody waits for it any more"))
+            broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
 
     def show(self, completion: Completion, text: str) -> None:
         """Count what an infill's prompt has of the last hint in its file; then the text, which its
@@ -530,13 +551,13 @@ class Broadcasts:
         self.runner.counting.people.add(request.client, Usage(shown=shown, kept=kept))
         remember(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
 
-    def keep(self, broadcast: Broadcast, request: CompletionRequest) -> None:
+    def remember(self, subscriber: Subscriber) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""
-        completion = broadcast.completion
-        if not completion or not may_type_through(request):
+        broadcast = subscriber.broadcast
+        if not broadcast or not may_type_through(subscriber.request):
             return
-        if not broadcast.kept and (kept := to_keep(broadcast, completion)):
-            broadcast.kept = kept
-            self.memory.append(kept)
-        if broadcast.kept:
-            broadcast.kept.clients.add(request.client)
+        if not broadcast.remembered and (old := to_remember(broadcast)):
+            broadcast.remembered = old
+            self.memory.append(old)
+        if broadcast.remembered:
+            broadcast.remembered.clients.add(subscriber.request.client)

@@ -569,12 +569,11 @@ def asked_for(prompt: str, **more: Any) -> tuple[Completion, Any]:
     return Completion(CompletionRequest("infill", fields)), digest
 
 
-def finish(prompt: str, text: str, **more: Any) -> broadcast.Broadcast | None:
-    """What is kept of an infill's text."""
-    asked, digest = asked_for(prompt, **more)
-    running = broadcast.Broadcast(digest, prompt, completion=asked)
+def finish(prompt: str, text: str, **more: Any) -> broadcast.Remembered | None:
+    """What is remembered of an infill's text."""
+    running = broadcast.Broadcast(*asked_for(prompt, **more))
     running.pairs = [("started", {"model": "m"}), ("text", text_event(text)), ("done", {})]
-    return broadcast.to_keep(running, asked)
+    return broadcast.to_remember(running)
 
 
 LINES = [f"line {number}\n" for number in range(300)]  # an editor sends so many before the cursor
@@ -603,7 +602,7 @@ def test_typed_of(name) -> None:
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
-    found = broadcast.typed_in(kept, *asked_for(prompt), is_reader=True)
+    found = broadcast.typed_in_finished(kept, *asked_for(prompt))
     assert found == (0 if prompt == asked else typed or None)
 
 
@@ -613,8 +612,7 @@ def test_what_is_kept_is_bounded():
     large = "\N{SMILING FACE WITH SUNGLASSES}" * 100_000
     kept = finish(large, large[: broadcast.MAX_FINISHED_CHARS], filename=large, stop=[large])
     assert kept
-    parts = (kept.prompt, kept.digest, *(value for kind, value in kept.pairs if kind == "text"))
-    assert kept.completion is None
+    parts = (kept.prompt, kept.digest, kept.text)
     assert sum(map(sys.getsizeof, parts)) < 33_000
 
 
