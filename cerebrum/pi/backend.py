@@ -149,13 +149,14 @@ class Prompts:
         body = passed_fields(attempt) | text.body
         if is_limited:
             body["prompt_ms"] = fields.prompt_ms
-        return Fitted(body, attempt.model, name, room, n_ctx, text, request.file)
+        kept = text.kept
+        return Fitted(body, attempt.model, name, room, n_ctx, kept, text.weight, request.file)
 
     def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
         """(weight per token, the most tokens) for a retry after a backend has counted too many
         tokens. If the count is not plausible, the prompt becomes a quarter shorter.
         """
-        weight = attempt.sent.text.weight
+        weight = attempt.sent.weight
         if self._is_plausible(attempt, counted):
             return REFIT * max(weight, 1) / counted, sys.maxsize
         return REFIT * RATIO, int(0.75 * weight / RATIO)
@@ -166,7 +167,7 @@ class Prompts:
         """
         if counted <= 0 or self._counts_exactly:
             return counted > 0
-        estimated = attempt.sent.text.weight / RATIO
+        estimated = attempt.sent.weight / RATIO
         return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
 
 

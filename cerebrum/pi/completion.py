@@ -18,7 +18,6 @@ from cerebrum.fields import JsonObject, Members
 from cerebrum.pi.breaker import Admission
 from cerebrum.pi.upstream import BackendFailure, TooLong
 from cerebrum.request import MAX_TOKENS, GenerationRequest
-from cerebrum.text.prompt import Prepared
 from cerebrum_common import HttpError, sse_event
 
 SAMPLED_BY = ("max_tokens", "temperature", "top_p", "seed", "stop")
@@ -142,7 +141,8 @@ class Fitted(NamedTuple):
     name: str  # the backend's name for it
     room: int = MAX_TOKENS  # tokens left in the context for the answer
     n_ctx: int = 0  # the context in tokens that the text was fitted to
-    text: Prepared = Prepared({}, {}, 0)
+    kept: Members = JsonObject()  # what was kept of the text, and its weight, as in `Prepared`
+    weight: float = 0
     file: str = ""  # as `CompletionRequest.file`
 
 

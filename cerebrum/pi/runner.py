@@ -86,12 +86,11 @@ class Runner:
         attempt = completion.attempt
         sent = attempt.sent if attempt else NOTHING_SENT
         n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
-        return {"model": model, "n_ctx": n_ctx, "kept": sent.text.kept}
+        return {"model": model, "n_ctx": n_ctx, "kept": sent.kept}
 
     def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
         """The result of a whole answer: our own members, then the backend's."""
         fields = attempt.request.fields
-        text = attempt.sent.text
         result: JsonObject = {
             "language": fields.language,
             "model": attempt.model,
@@ -104,6 +103,6 @@ class Runner:
             result["backend"] = attempt.backend
         result |= done
         result["inference_time"] = round(result["inference_time"], 3)
-        if text.kept:
-            result["kept"] = text.kept
+        if attempt.sent.kept:
+            result["kept"] = attempt.sent.kept
         return result
