@@ -344,7 +344,7 @@ class Gateway:
         self._use(config)
         self.broadcasts.forget()
         self.reconfigured += 1
-        self.dispatcher.advance()
+        self.dispatcher.changed()
 
     def who(self, request: Request) -> JsonObject:
         """The fields of a CompletionRequest that say who asks."""
@@ -385,7 +385,7 @@ class Gateway:
             self.broadcasts.forget()
         self.sample()
         self.counting.people.save(time.monotonic())
-        self.dispatcher.advance()
+        self.dispatcher.changed()
 
 
 # ----------------------------------------------------------------------------------------- handlers
@@ -595,7 +595,7 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
         try:
             tokens = await first_there(counting).tokenize(model, fields)
         finally:
-            gateway.dispatcher.advance()  # it may have been a trial
+            gateway.dispatcher.changed()  # it may have been a trial
     return Response(b'{"tokens":[%b]}' % tokens)
 
 

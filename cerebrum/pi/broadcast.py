@@ -321,9 +321,9 @@ class Subscriber:
         try:
             await asyncio.wait_for(broadcast.changed.wait(), seconds)
         except TimeoutError:
-            for place, waiting in enumerate(self.broadcasts.runner.dispatcher.advance(), 1):
-                if waiting is broadcast.completion:
-                    return "waiting", place
+            line = self.broadcasts.runner.dispatcher.in_turn()
+            if broadcast.completion in line:
+                return "waiting", 1 + line.index(broadcast.completion)
         # Nothing else comes before "started": an error can still be an HTTP status.
         is_read = 0 < self.at == len(broadcast.pairs) and self.has_comments
         return ("idle", None) if is_read and not (broadcast.failure or self.replaced) else None
@@ -530,7 +530,7 @@ class Broadcasts:
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
             completion.client = waiting[0].request.client
-            self.runner.dispatcher.advance()
+            self.runner.dispatcher.changed()
         elif not others:
             task.cancel()
         elif not (completion.request.speculative or task.done()):

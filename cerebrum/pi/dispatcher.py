@@ -375,7 +375,9 @@ class Dispatcher:
         """Completions that hold a place."""
         return len(self.state.answering)
 
-    # Places.
+    # Events, each of which lets those that wait advance: a request comes, or its time has passed
+    # (`enter`); a place is left (`_leave`); a prompt is to be read ahead (`read_ahead`); something
+    # else has `changed`.
 
     async def enter(self, completion: Completion) -> Attempt:
         """Give a completion a place; it must `hold` the place at once. HttpError if there is none
@@ -390,7 +392,7 @@ class Dispatcher:
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
         called = state.line[completion] = asyncio.Future[Attempt]()
         try:
-            while not called.done() and (until := self.advance().get(completion)):
+            while not called.done() and (until := self._advance().get(completion)):
                 await asyncio.wait([called], timeout=until - time.monotonic())
             return called.result()
         except asyncio.CancelledError:
@@ -418,26 +420,31 @@ class Dispatcher:
         finally:
             self._leave(attempt)
 
-    def advance(self) -> dict[Completion, float]:
-        """Give free places to those that wait, in turns, and return when to ask again for each of
-        the others, the next one first. If nobody waits, idle backends read ahead.
-        """
+    def changed(self) -> None:
+        """A backend, its breaker, the settings or who waits for a completion has changed."""
+        self._advance()
+
+    def in_turn(self) -> list[Completion]:
+        """The completions that wait for a place, the next one first."""
         state = self.state
-        waiting = [*state.line]
-        waits = {}
         running = Counter(
             attempt.completion.client for attempt in state.answering if not attempt.evicted
         )
-        while waiting:
-            completion = min(waiting, key=functools.partial(whose_turn, state, running))
-            waiting.remove(completion)
+        return sorted(state.line, key=functools.partial(whose_turn, state, running))
+
+    def _advance(self) -> dict[Completion, float]:
+        """Give free places to those that wait, in turns, and return when to ask again for each of
+        the others. If nobody waits, idle backends read ahead.
+        """
+        state = self.state
+        waits = dict[Completion, float]()
+        while waiting := [other for other in self.in_turn() if other not in waits]:
+            completion = waiting[0]
             match decide(state, completion, time.monotonic()):
                 case Assign() as place:
-                    running[completion.client] += 1
                     state.line.pop(completion).set_result(self._assign(completion, place))
                 case Preempt(guest):
                     self._preempt(guest)
-                    waiting.append(completion)
                 case Wait(until):
                     waits[completion] = until
                 case HttpError() as error:
@@ -518,7 +525,7 @@ class Dispatcher:
             # So that the next prompt of its file need not be cut; unless the client has asked for
             # another place meanwhile.
             self.read_all(request)
-        self.advance()
+        self._advance()
 
     # Reading ahead.
 
@@ -535,7 +542,7 @@ class Dispatcher:
             goes_on = is_own and ahead.fields.prompt.startswith(older.fields.prompt)
             if older.ahead and not goes_on and (is_own or older.guest > ahead.guest == 0):
                 self._supersede(attempt)
-        self.advance()
+        self._advance()
 
     def end_reading(self) -> None:
         """Read nothing ahead any more of what was asked for until now."""

@@ -73,7 +73,7 @@ class Runner:
                     yield "started", self.beginning(attempt.completion)
                 if event == "text" and not has_spoken:
                     has_spoken = True
-                    self.dispatcher.advance()  # others may have waited for the end of a trial
+                    self.dispatcher.changed()  # others may have waited for the end of a trial
                 elif event == "done":
                     self.counting.work(attempt.model, value)
                     value = self._result(attempt, value)
