@@ -116,59 +116,48 @@ def passed_fields(attempt: Attempt) -> JsonObject:
     return passed
 
 
-class Prompts:
-    """Fits prompts for one backend."""
+def fit(
+    attempt: Attempt, kind: Kind, name: str, n_ctx: int, layout: str, refused: TooLong | None
+) -> Fitted:
+    """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
+    `refused`. `name` is the backend's for the model.
+    """
+    request = attempt.request
+    fields = request.fields
+    ratio: float = RATIO
+    most = sys.maxsize
+    if refused:
+        n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
+        counted = refused.extra.get("prompt_tokens", 0)
+        ratio, most = refit(attempt.sent.weight, counted, kind.counts_exactly)
+    budget = budget_of(request, n_ctx)
+    if not kind.counts_exactly:
+        budget = min(int(budget / SPARE), most)
+    budget = int(budget * ratio / RATIO)
+    is_editors = request.kind == "infill"
+    is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
+    # vpsd knows what it has read, and chooses what to read in time.
+    around = WINDOW if kind.counts_exactly or not is_limited else SOON
+    text = prepare(vars(fields), fields.mode, budget, layout, is_editors, around)
+    tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
+    room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
+    body = passed_fields(attempt) | text.body
+    if is_limited:
+        body["prompt_ms"] = fields.prompt_ms
+    kept = text.kept
+    return Fitted(body, attempt.model, name, room, n_ctx, kept, text.weight, request.file)
 
-    def __init__(self, counts_exactly: bool) -> None:
-        self._counts_exactly = counts_exactly
 
-    def fit(
-        self, attempt: Attempt, name: str, n_ctx: int, layout: str, refused: TooLong | None
-    ) -> Fitted:
-        """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
-        `refused`. `name` is the backend's for the model.
-        """
-        request = attempt.request
-        fields = request.fields
-        ratio: float = RATIO
-        most = sys.maxsize
-        if refused:
-            n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
-            ratio, most = self._refit(attempt, refused.extra.get("prompt_tokens", 0))
-        budget = budget_of(request, n_ctx)
-        if not self._counts_exactly:
-            budget = min(int(budget / SPARE), most)
-        budget = int(budget * ratio / RATIO)
-        is_editors = request.kind == "infill"
-        is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
-        # vpsd knows what it has read, and chooses what to read in time.
-        around = WINDOW if self._counts_exactly or not is_limited else SOON
-        text = prepare(vars(fields), fields.mode, budget, layout, is_editors, around)
-        tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
-        room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
-        body = passed_fields(attempt) | text.body
-        if is_limited:
-            body["prompt_ms"] = fields.prompt_ms
-        kept = text.kept
-        return Fitted(body, attempt.model, name, room, n_ctx, kept, text.weight, request.file)
-
-    def _refit(self, attempt: Attempt, counted: int) -> tuple[float, int]:
-        """(weight per token, the most tokens) for a retry after a backend has counted too many
-        tokens. If the count is not plausible, the prompt becomes a quarter shorter.
-        """
-        weight = attempt.sent.weight
-        if self._is_plausible(attempt, counted):
-            return REFIT * max(weight, 1) / counted, sys.maxsize
-        return REFIT * RATIO, int(0.75 * weight / RATIO)
-
-    def _is_plausible(self, attempt: Attempt, counted: int) -> bool:
-        """Whether the prompt that was sent may have this many tokens. Another engine's count may be
-        misread.
-        """
-        if counted <= 0 or self._counts_exactly:
-            return counted > 0
-        estimated = attempt.sent.weight / RATIO
-        return estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
+def refit(weight: float, counted: int, exactly: bool) -> tuple[float, int]:
+    """(weight per token, the most tokens) for a retry after a backend has counted too many tokens
+    in a text of this weight. Another engine's count may be misread: if it is not plausible, the
+    prompt becomes a quarter shorter.
+    """
+    estimated = weight / RATIO
+    is_plausible = exactly or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
+    if counted > 0 and is_plausible:
+        return REFIT * max(weight, 1) / counted, sys.maxsize
+    return REFIT * RATIO, int(0.75 * estimated)
 
 
 # -------------------------------------------------------------------------------------- the backend
@@ -184,7 +173,6 @@ class Backend:
 
     def __init__(self, config: BackendConfig, catalog: Sequence[Model]) -> None:
         self._configure(KINDS[config.api](config, catalog))
-        self.prompts = Prompts(self.kind.counts_exactly)
         self.requests_total = 0  # for completions
         self.requests_failed = 0
         self.tokens = 0  # that came
@@ -358,7 +346,7 @@ class Backend:
         model = attempt.model
         layout = self.kind.layout(model, self._about(model))
         name = self.names.get(model, model)
-        return self.prompts.fit(attempt, name, self.n_ctx(model), layout, refused)
+        return fit(attempt, self.kind, name, self.n_ctx(model), layout, refused)
 
     def _take(self, attempt: Attempt, event: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set. Note

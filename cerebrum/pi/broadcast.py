@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
@@ -155,6 +155,15 @@ class Remembered:
     def pairs(self) -> list[Pair]:
         return [("started", self.begun), ("text", text_event(self.text)), ("done", self.done)]
 
+    def typed_in(self, completion: Completion) -> int | None:
+        """How many characters of the text precede a request's cursor, 0 if it answers an equal
+        request; None if it is no answer.
+        """
+        if self.asked == completion.digest:
+            return 0
+        typed = typed_of(self.prompt, self.text, completion.request.fields.prompt, self.omitted)
+        return typed if 0 < typed < len(self.text) else None
+
 
 @dataclass(slots=True, eq=False)
 class Broadcast:
@@ -170,9 +179,16 @@ class Broadcast:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # its readers wait for it
     remembered: Remembered | None = None  # once a client has the whole text
 
-    @property
-    def request(self) -> CompletionRequest:
-        return self.completion.request
+    def typed_in(self, request: CompletionRequest, may_type: bool) -> int | None:
+        """How many characters of the text so far precede a request's cursor, 0 if the requests are
+        equal; None if it is no answer. `may_type`: its editor may have typed what it reads here.
+        """
+        older = self.completion.request
+        if may_share(request, older):
+            return 0
+        if not may_type or request.kind != "infill":
+            return None
+        return typed_of(older.fields.prompt, text_of(self.pairs), request.fields.prompt) or None
 
     def wake(self) -> None:
         """Wake its readers."""
@@ -205,39 +221,11 @@ def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
     return running.fields == fields and bool(running.guest) == bool(request.guest)
 
 
-def typed_in_running(
-    broadcast: Broadcast, request: CompletionRequest, digest: bytes, is_reader: bool
-) -> int | None:
-    """The number of characters of a broadcast's text that precede a request's cursor, 0 if the
-    broadcast runs for an equal request; None if its text is no answer. `digest`: of EQUAL_FIELDS.
-    `is_reader`: the same editor reads it.
-    """
-    if may_share(request, broadcast.request):
-        return 0
-    if not is_reader or request.kind != "infill" or not may_type_through(request):
-        return None
-    if broadcast.digest != digest:
-        return None
-    text = text_of(broadcast.pairs)
-    return typed_of(broadcast.request.fields.prompt, text, request.fields.prompt) or None
-
-
-def typed_in_finished(old: Remembered, completion: Completion, digest: bytes) -> int | None:
-    """The same of a text that the client has got: 0 if it answers an equal request."""
-    request = completion.request
-    if not may_type_through(request) or old.digest != digest:
-        return None
-    if old.asked == completion.digest:
-        return 0
-    typed = typed_of(old.prompt, old.text, request.fields.prompt, old.omitted)
-    return typed if 0 < typed < len(old.text) else None
-
-
 def to_remember(broadcast: Broadcast) -> Remembered | None:
     """The text of a complete broadcast; None if nobody may type it. A plain completion may be a
     program's, which relies on its limit: a text cut by the limit must not begin another answer.
     """
-    request = broadcast.request
+    request = broadcast.completion.request
     last = dict(broadcast.pairs)  # of each event
     result = last["done"]
     reason = result.get("finish_reason", "stop")
@@ -388,9 +376,10 @@ class Broadcasts:
         if request.fields.min_confidence == NEVER:
             pairs = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):
-            self._share(subscriber, found)
-            pairs = found.pairs
-            subscriber.broadcast = found if isinstance(found, Broadcast) else None
+            text, subscriber.typed = found
+            subscriber.skip = subscriber.typed
+            self._share(subscriber, text)
+            pairs = text.pairs
         else:
             subscriber.broadcast = self._start(completion, digest)
             pairs = subscriber.broadcast.pairs
@@ -424,32 +413,34 @@ class Broadcasts:
                 return True
         return False
 
-    def _find(self, subscriber: Subscriber, digest: bytes) -> Remembered | Broadcast | None:
-        """A text that the client has begun to type, or that answers an equal request."""
-        for text, typed in self._texts(subscriber, digest):
-            if typed is not None:
-                subscriber.typed = subscriber.skip = typed
-                return text
-        return None
-
-    def _texts(
+    def _find(
         self, subscriber: Subscriber, digest: bytes
-    ) -> Iterator[tuple[Remembered | Broadcast, int | None]]:
-        """All texts, the newest finished one first, with what of each precedes the cursor."""
-        completion = subscriber.completion
+    ) -> tuple[Remembered | Broadcast, int] | None:
+        """A text that answers an equal request, or that the client has begun to type, and how much
+        of it: a finished text that the client got, else one that is being written for its editor.
+        """
+        request = subscriber.request
+        may_type = may_type_through(request)
         for old in reversed(self.memory):
-            if subscriber.request.client in old.clients:
-                yield old, typed_in_finished(old, completion, digest)
+            if may_type and old.digest == digest and request.client in old.clients:
+                typed = old.typed_in(subscriber.completion)
+                if typed is not None:
+                    return old, typed
         for other in self.subscribers:
             running = other.broadcast
             if running and not running.failure:
-                is_reader = other.editor == subscriber.editor
-                yield running, typed_in_running(running, completion.request, digest, is_reader)
+                is_alike = may_type and running.digest == digest
+                typed = running.typed_in(request, is_alike and other.editor == subscriber.editor)
+                if typed is not None:
+                    return running, typed
+        return None
 
     def _share(self, subscriber: Subscriber, text: Remembered | Broadcast) -> None:
-        """Count another reader of a text, if he waits."""
+        """Let a subscriber read a text, and count him if he waits."""
         request = subscriber.request
         runner = self.runner
+        if isinstance(text, Broadcast):
+            subscriber.broadcast = text
         if not subscriber.waits:
             return
         if subscriber.typed:

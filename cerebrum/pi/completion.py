@@ -162,11 +162,6 @@ class Evicted(NamedTuple):
     again: bool = False  # too early: unless it has text, the completion starts again
 
 
-# What became of an attempt; None: it is on its way, or was given up by its client; HttpError: it
-# failed. An eviction stays, whatever still comes.
-Outcome = Answered | Evicted | HttpError | None
-
-
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One try at one backend. Its `Backend` writes what was sent, what came, that it was answered
@@ -184,7 +179,9 @@ class Attempt:
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the last token came, or the end of a whole answer
     is_cut: bool = False  # the model that was asked for has not read all of the prompt
-    outcome: Outcome = None
+    # What became of it. HttpError: it failed; None: it is on its way, or its client has left. An
+    # eviction stays, whatever still comes.
+    outcome: Answered | Evicted | HttpError | None = None
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
@@ -272,15 +269,10 @@ class Completion:
         """The most informative error so far. One that a backend reports outweighs another backend's
         failure.
         """
-        errors = [error for _, error in self.failures]
+        outcomes = [attempt.outcome for attempt in self.attempts]
+        errors = [outcome for outcome in outcomes if isinstance(outcome, HttpError)]
         reported = [error for error in errors if not isinstance(error, BackendFailure)]
         return next(reversed(reported or errors), None)
-
-    @property
-    def failures(self) -> list[tuple[Attempt, HttpError]]:
-        """The attempts that have failed."""
-        ended = [(attempt, attempt.outcome) for attempt in self.attempts]
-        return [(attempt, error) for attempt, error in ended if isinstance(error, HttpError)]
 
     def figures(self) -> JsonObject:
         """Its model, its tokens, and the seconds to the first token, for the log."""

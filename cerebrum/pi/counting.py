@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import date, timedelta
 from itertools import pairwise
 from operator import add
@@ -165,8 +165,8 @@ class Counting:
         self.accepted_characters += characters
         return {"accepted": self.accepted, "accepted_characters": self.accepted_characters}
 
-    @contextlib.asynccontextmanager
-    async def completion(self, completion: Completion) -> AsyncIterator[None]:
+    @contextlib.contextmanager
+    def completion(self, completion: Completion) -> Iterator[None]:
         """Count the start and the end of a completion, and note its figures for the log. Without a
         client who waits, only its work counts.
         """

@@ -172,7 +172,10 @@ def untried(completion: Completion, options: Options) -> Options:
     """
     # Replicas that count as failed, by the ids of a backend and of a model; "" for all its models.
     failed = Counter[tuple[str, str]]()
-    for attempt, error in completion.failures:
+    for attempt in completion.attempts:
+        error = attempt.outcome
+        if not isinstance(error, HttpError):
+            continue
         if error.code != "RATE_LIMIT" or not completion.request.in_dialect:
             model = attempt.model if error.code in WITHOUT_MODEL else ""
             broke_off = isinstance(error, BackendFailure) and not error.late

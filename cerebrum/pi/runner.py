@@ -36,7 +36,7 @@ class Runner:
         """
         if self.logs_prompts:
             log.info("prompt: %s", prompt_of(vars(completion.request.fields)))
-        async with self.counting.completion(completion):
+        with self.counting.completion(completion):
             while True:
                 attempt = await self.dispatcher.enter(completion)
                 try:
@@ -62,7 +62,7 @@ class Runner:
         """The pairs of one attempt. "started" comes first, and again when the backend responds: the
         prompt may have been fitted again meanwhile.
         """
-        has_begun = has_spoken = False
+        has_begun = False
         async with (
             self.dispatcher.hold(attempt) as backend,
             contextlib.aclosing(backend.answer(attempt)) as pairs,
@@ -71,8 +71,7 @@ class Runner:
                 if event == "begun" or not has_begun:
                     has_begun = True
                     yield "started", self.beginning(attempt.completion)
-                if event == "text" and not has_spoken:
-                    has_spoken = True
+                if event == "text" and attempt.first == attempt.last:
                     self.dispatcher.changed()  # others may have waited for the end of a trial
                 elif event == "done":
                     self.counting.work(attempt.model, value)

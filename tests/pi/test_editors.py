@@ -602,7 +602,7 @@ def test_typed_of(name) -> None:
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
-    found = broadcast.typed_in_finished(kept, *asked_for(prompt))
+    found = kept.typed_in(asked_for(prompt)[0])
     assert found == (0 if prompt == asked else typed or None)
 
 
