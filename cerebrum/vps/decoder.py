@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 
 from cerebrum.vps.compute import Compute, ModelTally
 from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, Case, Drafter, Gain
@@ -55,17 +55,19 @@ class Decoder:
     costs: Costs
     compute: Compute
     tally: ModelTally
-    drafting: bool
-    draft_model: DraftModel | None
+    drafting: bool = False
+    draft_model: DraftModel | None = None
     gain: Gain = field(default_factory=Gain)
     left: float = -math.inf  # when its last run ended; monotonic
-
-    writer = ""  # a draft model's id
+    # Of a draft model:
+    writer: str = ""  # its id
+    drafts: int = 0  # how many of its first slots follow the large model's
+    waiting: list[Job] = field(default_factory=list)  # where the large model finds what it fails
 
     @property
     def slots(self) -> list[Slot]:
         """The slots of its jobs."""
-        return self.sequences.slots
+        return self.sequences.slots[self.drafts :]
 
     @property
     def runs(self) -> list[Run]:
@@ -99,8 +101,7 @@ class Decoder:
         model = self.model
         if not self.slots or len(prompt) >= model.n_ctx or max(prompt) >= model.n_vocab:
             return math.inf
-        missing = len(prompt) - self.sequences.known(prompt)
-        return self.costs.slowdown * self.costs(missing)
+        return self.costs.slowdown * self.costs(len(prompt) - self.sequences.known(prompt))
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
@@ -283,7 +284,7 @@ class Decoder:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
         or another.
         """
-        other = self.compute.baton.fastest_other(self)
+        other = min(self.compute.baton.others(self), default=math.inf)
         return min(self.costs(1), other) if own else other
 
     def _decode(self, works: list[Work]) -> float:
@@ -458,15 +459,6 @@ class DraftModel(Decoder):
     sequences, each of which it follows in the slot of the same number. In further slots it answers
     by itself, where the large model would be too late.
     """
-
-    _: KW_ONLY
-    writer: str
-    drafts: int  # slots that follow the large model's
-    waiting: list[Job]  # where the large model finds what this one fails to answer
-
-    @property
-    def slots(self) -> list[Slot]:
-        return self.sequences.slots[self.drafts :]
 
     def fail(self, run: Run, error: HttpError) -> None:
         if run.first_token:

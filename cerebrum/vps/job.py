@@ -55,8 +55,8 @@ class Job:
         self.unread = unread
         self.low = request.priority == "low"
         # A hint is wanted soon or never, so a draft model may answer.
-        is_soon = request.prompt_ms and request.min_confidence
-        self.is_hint = bool(is_soon) and request.temperature == 0
+        is_soon = bool(request.prompt_ms and request.min_confidence)
+        self.is_hint = is_soon and not request.temperature
         self.writer = ""  # the draft model that answers, if one does
         # Tokens of the prompt that the cache had when the job first got a slot.
         self.cached: int | None = None

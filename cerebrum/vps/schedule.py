@@ -155,14 +155,8 @@ class Baton:
             else:
                 self.active[decoder] = token_seconds
 
-    def fastest_other(self, decoder: object) -> float:
-        """Seconds per token of the fastest other decoder that waits while this one computes;
-        infinity if none waits.
-        """
-        return min(self.others(decoder), default=math.inf)
-
     def others(self, decoder: object) -> list[float]:
-        """Seconds per token of each other decoder that is active."""
+        """Seconds per token of each other decoder, which waits while this one computes."""
         with self._turn:
             return [pace for other, pace in self.active.items() if other is not decoder]
 

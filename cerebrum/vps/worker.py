@@ -385,7 +385,7 @@ class Worker(threading.Thread):
         costs = measure_costs(self.draft, self.baton, self._beat)
         drafts = loader.settings.sequences
         sequences = Sequences(self.draft, drafts + loader.settings.early * self.draft.unified, 0)
-        parts = self.draft, sequences, costs, compute, self.tally, False, None
+        parts = self.draft, sequences, costs, compute, self.tally
         return DraftModel(*parts, writer=loader.model_id, drafts=drafts, waiting=self.waiting)
 
     def _close(self) -> None:
