@@ -74,15 +74,6 @@ class Decoder:
         """The jobs that have a slot, in the order of the slots."""
         return [slot.run for slot in self.slots if isinstance(slot.run, Run)]
 
-    def run_that_yields(self) -> Run | None:
-        """The run that gives its slot to a job of normal priority: one of low priority whose prompt
-        is being read. A completion that has begun to write keeps its slot.
-        """
-        for run in self.runs:
-            if run.low and run.prefilling and not run.first_token:
-                return run
-        return None
-
     def choose(self, job: Job) -> Decoder:
         """Who answers now, this model or its draft model. Also chooses what is read for that."""
         draft_model = self.draft_model if job.is_hint else None

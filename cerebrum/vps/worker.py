@@ -76,6 +76,54 @@ RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when thi
 GIVE_WAY_SECONDS = 0.05
 
 
+# -------------------------------------------------------------------------- policy: who makes way
+
+# For whom a run makes way, if for anybody: jobs that do not go on with the text that it reads, also
+# those that do but have little time, any job of normal priority, any with its slot, or for whoever
+# comes, so at once.
+STAYS, FOR_OTHERS, FOR_HURRIED, FOR_ANY, WITH_SLOT, AT_ONCE = range(6)
+
+
+def makes_way(run: Run, is_long: bool = False) -> int:
+    """For whom the decode of a run is aborted. `is_long`: it takes more than PREFILL_SECONDS.
+
+        what is computed for the run                          it makes way
+        its text                                              STAYS
+        its text, and its client has left                     AT_ONCE
+        its prompt, of low priority                           WITH_SLOT
+        its prompt, and text that it has lost, of low priority FOR_ANY
+        its prompt ahead, longer than a key should wait       FOR_HURRIED
+        its prompt in a long chunk                            FOR_OTHERS
+        its prompt, and its client has left                   FOR_OTHERS, as its next key goes on
+        its prompt in a short chunk                           STAYS
+
+    What a decode has read of a prompt until then is kept, in whole micro-batches.
+    """
+    has_left = run.job.cancelled
+    if not run.prefilling:
+        return AT_ONCE if has_left else STAYS
+    if run.low and not run.first_token:
+        return WITH_SLOT
+    if run.low:
+        return FOR_ANY
+    if run.yields:
+        return FOR_HURRIED
+    return FOR_OTHERS if is_long or has_left else STAYS
+
+
+def leaves_more(run: Run, job: Job) -> bool:
+    """Whether a prompt that is being read will soon leave more of a job's beginning than its slot
+    has now. One of low priority may take long: only another such waits for it.
+    """
+    if not run.prefilling or run.low > job.low:
+        return False
+    now = common_prefix(run.slot.tokens, job.prompt)
+    return common_prefix(run.prompt, job.prompt) > now + MIN_PREFIX
+
+
+# ------------------------------------------------------------------------------------- IO: loading
+
+
 @dataclass(slots=True)
 class Loader:
     """Loads a model: the tuned file or the published one. `path`, `settings` and `encoding` are
@@ -202,42 +250,37 @@ class Worker(threading.Thread):
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client has left. Abort a running decode that has only cancelled jobs;
-        but what is being read of a prompt may serve the client's next request.
-        """
+        """Cancel a job whose client has left, and abort a decode that is for such jobs alone."""
         job.cancelled = True
         self.wake()
-        self._abort_if(lambda run: run.job.cancelled and not run.prefilling)
+        self._abort(lambda _run: AT_ONCE)
 
     def give_way(self, job: Job | None) -> None:
-        """Abort a decode that only reads low-priority prompts or a long chunk, or what a draft
-        model may need later: `job` has come, or one of another model (None). Finished micro-batches
-        are kept, except by recurrent models, which would begin again and are not aborted.
+        """Abort a decode that `job`, or one of another model (None), should not wait for. A
+        recurrent model is not aborted, since it would have to read from the beginning.
         """
-        decoder = self.decoder
-        if not decoder:
+
+        def least(run: Run) -> int:
+            if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
+                return FOR_OTHERS
+            return FOR_HURRIED if job.request.prompt_ms else FOR_ANY
+
+        if self.model and not self.model.recurrent:
+            self._abort(least)
+
+    def _abort(self, least: Callable[[Run], int]) -> None:
+        """Abort a running decode if each of its runs makes way at `least` that far; also one that
+        is for no run yet. `Compute.decode` clears the byte before it asks a last time who has left,
+        so no cancelled job is missed.
+        """
+        if not self.decoder:
             return
-        is_long = decoder.compute.is_long
-        recurrent = decoder.model.recurrent
-
-        def is_in_the_way(run: Run) -> bool:
-            if recurrent or not run.prefilling:
-                return False
-            is_late = is_long or run.yields or run.job.cancelled
-            goes_on = job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX
-            is_hurried = job and run.yields and job.request.prompt_ms > 0
-            return run.low or (is_late and (is_hurried or not goes_on))
-
-        self._abort_if(is_in_the_way)
-
-    def _abort_if(self, is_meant: Callable[[Run], bool]) -> None:
-        """Abort a running decode that is for such runs alone, or for nobody yet. `Compute.decode`
-        clears the byte before it asks a last time who has left, so no cancelled job is missed.
-        """
-        decoder = self.decoder
-        running = decoder.compute.running if decoder else None
-        if decoder and running is not None and all(map(is_meant, running)):
-            decoder.model.abort()
+        compute = self.decoder.compute
+        running = compute.running
+        if running is None:
+            return
+        if all(makes_way(run, compute.is_long) >= least(run) for run in running):
+            self.decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
         """Drop the least recently used parked sequences, of `size` bytes or more, or all. The
@@ -443,25 +486,18 @@ class Worker(threading.Thread):
                 continue
             chosen = decoder.choose(job)
             slots = [slot for slot in chosen.slots if not slot.run]
-            yielding = None if slots or job.low else chosen.run_that_yields()
-            if yielding:
-                slots = [yielding.slot]
-            # A prompt that is being read may soon leave more of this job's beginning. One of low
-            # priority may take long: only another such waits for it.
-            is_coming = any(
-                common_prefix(run.prompt, job.prompt)
-                > common_prefix(run.slot.tokens, job.prompt) + MIN_PREFIX
-                for run in chosen.runs
-                if run.prefilling and (job.low or not run.low)
-            )
+            if not slots and not job.low:
+                slots = [run.slot for run in chosen.runs if makes_way(run) == WITH_SLOT][:1]
+            is_coming = any(leaves_more(run, job) for run in chosen.runs)
             if slots and (decoder.model.recurrent or not is_coming):
                 self.waiting.remove(job)
-                self._start(job, slots, yielding, chosen)
+                self._start(job, slots, chosen)
 
-    def _start(self, job: Job, slots: list[Slot], yielding: Run | None, decoder: Decoder) -> None:
-        """Start the job in one of the slots, after the run that yields its slot has left it."""
+    def _start(self, job: Job, slots: list[Slot], decoder: Decoder) -> None:
+        """Start the job in one of these slots, which are idle, or the only one makes way."""
         try:
-            if yielding:
+            yielding = slots[0].run
+            if isinstance(yielding, Run):
                 decoder.sequences.cut_to_budget(yielding.slot)
                 decoder.release(yielding)
                 yielding.job.progress("queued", 0, 1)

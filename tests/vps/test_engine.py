@@ -179,6 +179,29 @@ def test_who_answers_in_time() -> None:
         assert f"{'small' if is_early else 'large'} {part}" == answer.strip(), row
 
 
+# What is computed for a run, and for whom it makes way then, in a short decode and in a long one.
+WAYS = """
+text              | STAYS STAYS
+text left         | AT_ONCE AT_ONCE
+text low          | STAYS STAYS
+prompt            | STAYS FOR_OTHERS
+prompt left       | FOR_OTHERS FOR_OTHERS
+prompt yields     | FOR_HURRIED FOR_HURRIED
+prompt low left   | WITH_SLOT WITH_SLOT
+prompt low again  | FOR_ANY FOR_ANY
+"""
+
+
+def test_who_makes_way_for_whom() -> None:
+    for row in WAYS.strip().splitlines():
+        words, ways = row.split("|")
+        job = SimpleNamespace(cancelled="left" in words)
+        run: Any = SimpleNamespace(prefilling="prompt" in words, job=job, low="low" in words)
+        run.first_token, run.yields = "again" in words, "yields" in words
+        for is_long, way in enumerate(ways.split()):
+            assert vps_worker.makes_way(run, bool(is_long)) == getattr(vps_worker, way), row
+
+
 # ------------------------------------------------------------------------------------------- drafts
 
 
