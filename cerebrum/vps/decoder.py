@@ -9,9 +9,19 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from cerebrum.vps.compute import Compute, ModelTally
-from cerebrum.vps.drafts import MODEL, MODEL_LENGTH, Case, Drafter, Gain
+from cerebrum.vps.drafts import (
+    MODEL,
+    MODEL_LENGTH,
+    Case,
+    Drafter,
+    Gain,
+    is_worth_checking,
+    is_worth_reading,
+    reading_seconds,
+)
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Slot
 from cerebrum.vps.prefixes import MIN_PREFIX, Sequences
@@ -19,13 +29,9 @@ from cerebrum.vps.schedule import PAUSE_SECONDS, Costs, chunk_size, share_second
 from cerebrum_common import HttpError, internal_error
 
 LAST = -1  # the last logits of a decode
-# So many are read at once while nobody waits for them: a draft model's, and those of a prompt that
-# is only read. A request that does not need them aborts them, and they are lost. Fewer take longer
-# each.
+# Longest piece of a text that is read before anybody waits for it. A request that does not need the
+# piece aborts it, and the piece is lost; but shorter pieces take longer for each token.
 AHEAD_TOKENS = 64
-# A draft model reads a text in at most this share of the time that the text's tokens took: it
-# hardly saves more of the time of as many tokens to come.
-MOST_SAVED = 0.5
 
 
 @dataclass(slots=True)
@@ -160,7 +166,7 @@ class Decoder:
             elif self.draft_model and not any(other.prefilling for other in runs):
                 # Reading delays this stream enough.
                 before = self.tally.ahead_seconds
-                self._write_ahead(self.draft_model, work, len(runs), room)
+                self.draft_model.write_ahead(self, work, len(runs), room)
                 if seconds := self.tally.ahead_seconds - before:
                     self.gain.charge((len(runs), MODEL), seconds)
             work.outputs = len(work.tokens)
@@ -172,7 +178,7 @@ class Decoder:
         # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
         if not self.drafting or run.heal or (beside and self.model.recurrent):
             return 0
-        share = self.costs.longest(share_seconds(self._pace(own=beside)))
+        share = self.costs.longest(share_seconds(self.pace(own=beside)))
         limits = [
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
@@ -182,69 +188,6 @@ class Decoder:
         ]
         return max(0, min(limits))
 
-    def _write_ahead(self, draft_model: DraftModel, work: Work, streams: int, room: int) -> None:
-        """Let the draft model read a piece of what it lacks, or write a draft of at most `room`
-        tokens, if that should save more time than it takes.
-        """
-        run = work.run
-        case = streams, MODEL
-        # Empty: it cannot have this text.
-        lacking = draft_model.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
-        # No stream waits long for another's draft, and no request that comes for any. Nothing of
-        # this reading is lost, so its pieces are longer.
-        share = share_seconds(self._pace(own=streams > 1)) / streams
-        readable = min(2 * AHEAD_TOKENS, draft_model.costs.longest(share))
-        # Each further piece begins a decode; one token is read for each draft in any case.
-        pieces = len(lacking) // readable
-        reading = draft_model.costs(len(lacking)) + (pieces - 1) * draft_model.costs(1)
-        if not lacking or not self.gain.wants(case, reading):
-            return
-        # Nobody knows how long the text gets; it may as well end when it is twice as long as it is.
-        tokens = min(run.generated, run.job.max_tokens - run.generated)
-        if reading > MOST_SAVED * tokens * streams * self.gain.plain[streams]:
-            return
-        if len(lacking) > readable:
-            draft_model.read(run.slot.id, lacking[:readable], [run])
-            return
-        deadline = time.perf_counter() + share
-        most = min(room, MODEL_LENGTH)
-        # The seconds that a right token saves, times the probability that all so far are right.
-        worth = self.gain.plain[streams]
-        size = streams  # of the decode that checks them, without the other streams' drafts
-        # Check a token that is likely enough to be right; write the next one if it is too.
-        for token, probability in draft_model.continuations(run, lacking):
-            work.foreseen.append(token)
-            worth *= probability
-            # An id of the padding may be none of the model, and the end of a text is no token to
-            # decode.
-            if token >= self.model.n_vocab or self.model.vocabulary.is_end(token):
-                return
-            if worth <= self.costs(size + 1) - self.costs(size):
-                return
-            work.tokens.append(token)
-            work.case = case
-            size += 1
-            further = draft_model.costs(1) + self.costs(size + 1)  # to write and check one more
-            is_late = time.perf_counter() + further > deadline
-            if is_late or len(work.foreseen) == most or worth <= further - self.costs(size):
-                return
-
-    def read_idle(self) -> bool:
-        """While nobody waits for any model: let the draft model read a piece of what it lacks of
-        the idle sequences, which the next requests will go on with. False if it has all, or cannot
-        read.
-        """
-        draft_model = self.draft_model
-        if not draft_model:
-            return False
-        for slot in self.sequences.slots:
-            lacking = draft_model.follow(slot.id, slot.tokens) if slot.tokens else []
-            if len(lacking) > 1:
-                if self.compute.baton.active:
-                    return True
-                return draft_model.read(slot.id, lacking[:AHEAD_TOKENS], []) in (0, ABORTED)
-        return False
-
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
         """The tokens of the prompt to read next, up to a checkpoint or the end."""
         begin = len(run.slot.tokens)
@@ -253,7 +196,7 @@ class Decoder:
         prefilling = [other for other in runs if other.prefilling]
         missing = [len(other.prompt) - len(other.slot.tokens) for other in prefilling]
         # A chunk of low priority must end soon when another request comes.
-        pace = self._pace(own=run.low or len(prefilling) < len(runs))
+        pace = self.pace(own=run.low or len(prefilling) < len(runs))
         # An infill is often given up for the next key, and an unfinished micro-batch is lost.
         is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
@@ -271,7 +214,7 @@ class Decoder:
         has_logits = end == len(run.prompt) and run.job.max_tokens > 0
         return Work(run, run.prompt[begin:end], int(has_logits))
 
-    def _pace(self, own: bool) -> float:
+    def pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
         or another.
         """
@@ -491,3 +434,57 @@ class DraftModel(Decoder):
         if code == 0:  # otherwise `follow` drops the cells that it may have left
             slot.tokens += tokens
         return code
+
+    def write_ahead(self, large: Decoder, work: Work, streams: int, room: int) -> None:
+        """Read a piece of what is lacking of a stream, or write a draft of at most `room` tokens,
+        if that should save more time than it takes.
+        """
+        run = work.run
+        case = streams, MODEL
+        # Empty: it cannot have this text.
+        lacking = self.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
+        # No stream waits long for another's draft, and no request that comes for any. Nothing of
+        # this reading is lost, so its pieces are longer.
+        share = share_seconds(large.pace(own=streams > 1)) / streams
+        piece = min(2 * AHEAD_TOKENS, self.costs.longest(share))
+        reading = reading_seconds(len(lacking), piece, self.costs)
+        if not lacking or not large.gain.wants(case, reading):
+            return
+        worth = large.gain.plain[streams]  # the seconds that a right token saves
+        left = run.job.max_tokens - run.generated
+        if not is_worth_reading(reading, run.generated, left, streams * worth):
+            return
+        if len(lacking) > piece:
+            self.read(run.slot.id, lacking[:piece], [run])
+            return
+        deadline = time.perf_counter() + share
+        size = streams  # of the decode that checks them, without the other streams' drafts
+        for token, probability in islice(self.continuations(run, lacking), min(room, MODEL_LENGTH)):
+            work.foreseen.append(token)
+            worth *= probability  # that all so far are right
+            # An id of the padding may be none of the model, and the end of a text is no token to
+            # decode.
+            if token >= large.model.n_vocab or large.model.vocabulary.is_end(token):
+                return
+            if not is_worth_checking(worth, size, large.costs):
+                return
+            work.tokens.append(token)
+            work.case = case
+            size += 1
+            writing = self.costs(1)
+            is_late = time.perf_counter() + writing + large.costs(size + 1) > deadline
+            if is_late or not is_worth_checking(worth, size, large.costs, writing):
+                return
+
+    def read_idle(self, slots: Sequence[Slot]) -> bool:
+        """While nobody waits for any model: read a piece of what is lacking of the large model's
+        idle sequences, which the next requests will go on with. False if nothing is lacking, or it
+        cannot be read.
+        """
+        for slot in slots:
+            lacking = self.follow(slot.id, slot.tokens) if slot.tokens else []
+            if len(lacking) > 1:
+                if self.compute.baton.active:
+                    return True
+                return self.read(slot.id, lacking[:AHEAD_TOKENS], []) in (0, ABORTED)
+        return False

@@ -25,10 +25,10 @@ MAX_MATCH = 32  # tokens that are compared before two positions
 LENGTHS = (0, 3, 7, 15, 31, 63)
 MODEL_LENGTH = 15  # most tokens that a draft model writes ahead
 
-# What drafts may cost before they save anything, and what they may lose of what they have saved: as
-# many seconds as this many tokens take without drafts. A small model has to read the prompt before
-# it can write ahead of a large one, and should get that far.
+# The credit of a case at its start, in the time of this many tokens without drafts. With less, a
+# small model would not get as far as to read the prompt before it writes ahead of a large one.
 TRIAL_TOKENS = 18
+# The highest credit, in the same unit: what a case may lose of what it has saved.
 MOST_TOKENS = 64
 AGAIN = 0.01  # of the time without drafts; it pays for the trials later
 RETRY = 64  # so many drafts in a row are compared with one decode without a draft
@@ -36,8 +36,10 @@ RETRY = 64  # so many drafts in a row are compared with one decode without a dra
 # every pair.
 USUAL_ACCEPTANCE = 0.889
 
+DecodeSeconds = Callable[[int], float]  # of a decode by its number of tokens
 
-def pair_rate(costs: Callable[[int], float], draft_seconds: float) -> float:
+
+def pair_rate(costs: DecodeSeconds, draft_seconds: float) -> float:
     """Tokens a second of a model whose draft model takes `draft_seconds` for a token, if that one
     is right as often as usual. `costs` are the seconds of the model's decodes. The rate without
     drafts if that is higher.
@@ -49,6 +51,54 @@ def pair_rate(costs: Callable[[int], float], draft_seconds: float) -> float:
         rates.append(tokens / (length * draft_seconds + costs(length + 1)))
     return max(rates)
 
+
+# --------------------------------------------------------------------------- policy: a draft model
+
+# Reading a text may take a draft model at most this share of the time in which the text's tokens
+# were written. Its drafts hardly save more of the time of as many further tokens.
+MOST_SAVED = 0.5
+
+
+def reading_seconds(missing: int, piece: int, costs: DecodeSeconds) -> float:
+    """How long a draft model takes to read `missing` tokens in pieces. One token is read for each
+    draft in any case, and does not count.
+
+    >>> reading_seconds(1, 50, lambda tokens: 1 + tokens / 10)
+    0.0
+    >>> reading_seconds(100, 50, lambda tokens: 1 + tokens / 10)  # each piece begins a decode
+    12.1
+    """
+    return costs(missing) + (missing // piece - 1) * costs(1)
+
+
+def is_worth_reading(seconds: float, written: int, left: int, pace: float) -> bool:
+    """Whether drafts can save the seconds of reading, in a text of so many tokens that take `pace`
+    seconds each. Nobody knows how long the text gets, but at most `left` tokens longer; it may as
+    well end when it is twice as long as it is.
+
+    >>> is_worth_reading(2.0, 20, 100, 0.2), is_worth_reading(2.0, 19, 100, 0.2)
+    (True, False)
+    >>> is_worth_reading(2.0, 80, 10, 0.2)  # it ends soon
+    False
+    """
+    return seconds <= MOST_SAVED * min(written, left) * pace
+
+
+def is_worth_checking(saved: float, size: int, costs: DecodeSeconds, writing: float = 0.0) -> bool:
+    """Whether one more token should save more than it takes: to write it, and to check it in a
+    decode of `size` tokens. `saved` has the seconds of a right token, times the probability that it
+    is right and all before it are.
+
+    >>> costs = {1: 0.1, 2: 0.15, 3: 0.17}.__getitem__
+    >>> is_worth_checking(0.04, 1, costs), is_worth_checking(0.04, 2, costs)
+    (False, True)
+    >>> is_worth_checking(0.04, 2, costs, writing=0.03)
+    False
+    """
+    return saved > writing + costs(size + 1) - costs(size)
+
+
+# ------------------------------------------------------------------------- policy: what they gain
 
 # The number of streams, and the length of a draft of the text or MODEL for any of a draft model.
 Case = tuple[int, int]

@@ -513,7 +513,7 @@ class Worker(threading.Thread):
         stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
         second and no request should wait for the storing.
         """
-        while decoder.read_idle():
+        while decoder.draft_model and decoder.draft_model.read_idle(decoder.slots):
             self._beat()
             if self._alarm.wait(GIVE_WAY_SECONDS if self.baton.active else 0):
                 return

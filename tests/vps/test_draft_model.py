@@ -4,6 +4,7 @@ changes a text.
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import logging
 import math
@@ -22,7 +23,7 @@ from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
 
 from cerebrum.metrics import CANCELLED
-from cerebrum.vps import decoder, llama, schedule
+from cerebrum.vps import decoder, drafts, llama, schedule
 from cerebrum.vps import plan as vps_plan
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.decoder import DraftModel
@@ -56,6 +57,7 @@ def test_the_rate_of_a_pair() -> None:
     for costs, draft_seconds, gain in RATES:
         rate = pair_rate(Costs(costs), draft_seconds)
         assert rate * costs[1] == pytest.approx(gain, abs=0.005)
+    assert doctest.testmod(drafts).failed == 0
 
 
 # --------------------------------------------------------------------------------- what it is given
@@ -329,7 +331,9 @@ def test_it_costs_little_where_it_does_not_pay(
     """When its drafts have been wrong, it is tried again now and then, and soon used once they are
     right.
     """
-    monkeypatch.setattr(pair.decoder, "read_idle", lambda: False)  # which costs nobody anything
+    monkeypatch.setattr(
+        pair.decoder.draft_model, "read_idle", lambda _: False
+    )  # which costs nobody anything
     draft = pair.decoder.draft_model
     right = draft.model.greedy
     draft.model.greedy = lambda _index: 7  # always wrong
@@ -426,7 +430,7 @@ def test_what_it_reads_for_later_drafts_is_kept(
     pair: Worker, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt of which it has nothing, while its completion is being written; whoever comes."""
-    monkeypatch.setattr(pair.decoder, "read_idle", lambda: False)
+    monkeypatch.setattr(pair.decoder.draft_model, "read_idle", lambda _: False)
     held = Held(clock)
     long = ask(pair, "xy" * 100, max_tokens=100)
     assert held.reached.wait(PATIENCE)

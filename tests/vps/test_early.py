@@ -53,7 +53,7 @@ def loader(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loa
 def pair(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     with running(worker_of(loader)) as worker:
         # Which would hide what an answer has read.
-        monkeypatch.setattr(worker.decoder, "read_idle", lambda: False)
+        monkeypatch.setattr(worker.decoder.draft_model, "read_idle", lambda _: False)
         yield worker
 
 
