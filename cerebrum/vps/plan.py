@@ -17,6 +17,9 @@ from cerebrum.vps.memory import Need, Parts, fit, needed
 from cerebrum.vps.schedule import MUCH_LATER, Costs
 from cerebrum_common import Model
 
+MIN_PAIR_GAIN = 1.05  # of a plan's worth; for less, a second model is not worth its memory
+MIN_EARLY_GAIN = 0.8  # if the second model can answer while the first one reads
+
 
 class LoadPlan(NamedTuple):
     """What to load of a model."""
@@ -36,13 +39,24 @@ class LoadPlan(NamedTuple):
         return sum(self.parts.values())
 
     @property
+    def draft_share(self) -> float:
+        """How large the draft model's weights are beside the model's; 0 without it."""
+        return self.draft.parts["weights"] / self.parts["weights"] if self.draft else 0.0
+
+    @property
     def rate(self) -> float:
         """The tokens a second to expect, if the draft model is as much faster as it is smaller."""
         if not self.draft:
             return 1 / self.seconds[0]
-        draft_seconds = self.seconds[0] * self.draft.parts["weights"] / self.parts["weights"]
         costs = Costs(dict(zip(DECODES, self.seconds, strict=True)))
-        return pair_rate(costs, draft_seconds)
+        return pair_rate(costs, self.seconds[0] * self.draft_share)
+
+    @property
+    def worth(self) -> float:
+        """Tokens a second times tokens of context: half of one is a fair price for twice the
+        other.
+        """
+        return self.rate * self.settings.n_ctx * self.settings.sequences
 
     @property
     def words(self) -> str:
@@ -81,65 +95,55 @@ def plan_pair(
     """What to load of a model and its draft model, whose files are in `folder`. ModelError or
     OSError if the model's published file cannot be used; its draft model is only left out.
     """
-    path = folder / model.file
-    alone = plan_load(path, settings, model.sha256, free, needed)
+    alone = plan_load(folder / model.file, settings, model.sha256, free, needed)
     if not draft or not settings.draft:
         return alone
-    file = folder / draft.file
-    small = replace(settings, cache_mb=0, outputs=1)
     try:
-        tuned, _ = find_tuned(file, small, draft.sha256)
-        file, small = (tuned.path, tuned.settings) if tuned else (file, small)
-
-        def beside(large: Settings) -> Settings:
-            early = model.early * large.sequences
-            return replace(small, n_ctx=large.n_ctx, sequences=large.sequences, early=early)
-
-        def need(large: Path, candidates: Sequence[Settings]) -> list[Parts]:
-            """What both models take."""
-            drafts = needed(file, [beside(candidate) for candidate in candidates])
-            pairs = zip(needed(large, candidates), drafts, strict=True)
-            return [own | {"draft": sum(other.values())} for own, other in pairs]
-
-        pair = plan_load(path, settings, model.sha256, free, need)
-        small = beside(pair.settings)
-        (parts,) = needed(file, [small])
-        check_pair(path, file)
+        pair = plan_both(model, draft, folder, settings, free)
     except FileNotFoundError:
         return alone._replace(note=f"{draft.id} is not here to write drafts")
     except (ModelError, OSError) as error:
         return alone._replace(note=f"{draft.id} writes no drafts: {error}")
-    tuned = tuned and tuned._replace(settings=small)
-    pair = pair._replace(draft=LoadPlan(small, tuned, parts, ""))
     # Without known speeds it must not take anything from the model. A plan may be too large for the
     # memory: `fit` returns the smallest settings then.
-    takes_nothing = (pair.settings, pair.tuned) == (alone.settings, alone.tuned)
+    takes_nothing = pair.settings == alone.settings and pair.tuned == alone.tuned
     if pair.bytes > free or not (alone.seconds or takes_nothing):
         return alone._replace(note=f"{draft.id} has no room to write drafts")
     if not alone.seconds:
         return pair._replace(note=f"{draft.id} writes drafts")
     # Reading takes about as long as the weights are large.
-    is_much_sooner = 2 * MUCH_LATER * parts["weights"] <= pair.parts["weights"]
+    is_much_sooner = 2 * MUCH_LATER * pair.draft_share <= 1
     least = MIN_EARLY_GAIN if model.early and is_much_sooner else MIN_PAIR_GAIN
-    return best_plan(alone, pair, draft.id, least)
+    if pair.worth > least * alone.worth:
+        note = f"{draft.id} writes drafts: expected {pair.words}; without it {alone.words}"
+        return pair._replace(note=note)
+    note = f"{draft.id} writes no drafts: expected {alone.words}; with it {pair.words}"
+    return alone._replace(note=note)
 
 
-MIN_PAIR_GAIN = 1.05  # of the rate; for less, a second model is not worth its memory
-MIN_EARLY_GAIN = 0.8  # if the second model can answer while the first one reads
+def plan_both(
+    model: Model, draft: Model, folder: Path, settings: Settings, free: float
+) -> LoadPlan:
+    """What to load of both. ModelError or OSError if they cannot be used together."""
+    published = folder / draft.file
+    plain = replace(settings, cache_mb=0, outputs=1)
+    tuned, _ = find_tuned(published, plain, draft.sha256)
+    path, own = (tuned.path, tuned.settings) if tuned else (published, plain)
 
+    def beside(large: Settings) -> Settings:
+        """The draft model's settings."""
+        early = model.early * large.sequences
+        return replace(own, n_ctx=large.n_ctx, sequences=large.sequences, early=early)
 
-def best_plan(alone: LoadPlan, pair: LoadPlan, draft_id: str, least: float) -> LoadPlan:
-    """A model with its draft model if that gains at least so many times the tokens a second times
-    tokens of context, or else alone. Half a context is a fair price for twice the speed.
-    """
+    def need(large: Path, candidates: Sequence[Settings]) -> list[Parts]:
+        """What both models take."""
+        drafts = needed(path, list(map(beside, candidates)))
+        pairs = zip(needed(large, candidates), drafts, strict=True)
+        return [parts | {"draft": sum(other.values())} for parts, other in pairs]
 
-    def worth(plan: LoadPlan) -> float:
-        return plan.rate * plan.settings.n_ctx * plan.settings.sequences
-
-    if worth(pair) > least * worth(alone):
-        return pair._replace(
-            note=f"{draft_id} writes drafts: expected {pair.words}; without it {alone.words}"
-        )
-    return alone._replace(
-        note=f"{draft_id} writes no drafts: expected {alone.words}; with it {pair.words}"
-    )
+    pair = plan_load(folder / model.file, settings, model.sha256, free, need)
+    check_pair(folder / model.file, path)
+    small = beside(pair.settings)
+    (parts,) = needed(path, [small])
+    tuned_small = tuned and tuned._replace(settings=small)
+    return pair._replace(draft=LoadPlan(small, tuned_small, parts, ""))
