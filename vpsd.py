@@ -69,7 +69,7 @@ from cerebrum.request import RULES, GenerationRequest
 from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
-from cerebrum.vps.compute import ModelTally
+from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import (
     Outcome,
     Progress,

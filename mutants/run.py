@@ -68,8 +68,7 @@ ROOMS = {
     "cerebrum/vps/schedule.py": "tests/vps/test_engine.py",
     "cerebrum/vps/prefixes.py": VPS,
     "cerebrum/vps/worker.py": VPS,
-    "cerebrum/vps/decoder.py": VPS,
-    "cerebrum/vps/compute.py": f"tests/vps/test_draft_model.py {VPS}",
+    "cerebrum/vps/decoder.py": f"tests/vps/test_draft_model.py {VPS}",
     "cerebrum/vps/job.py": VPS,
     "cerebrum_lsp.py": "tests/test_lsp.py",
 }

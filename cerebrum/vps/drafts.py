@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from cerebrum.vps.tokens import common_prefix
+from cerebrum.vps.prefixes import common_prefix
 
 # ----------------------------------------------------------------------------------- policy: drafts
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
-from cerebrum.vps.compute import ModelTally
+from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import untuned
 from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory

@@ -14,13 +14,24 @@ from pathlib import Path
 
 from cerebrum.settings import write_atomically
 from cerebrum.vps.llama import Llama, Slot
-from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import log
 
 MIN_PREFIX = 16  # tokens; a shorter sequence is computed faster than it is stored and restored
 TOKEN_BYTES = 4
 DIGEST_BYTES = 32
 STORE_SECONDS = 3.0  # after this long without a request, idle sequences are stored
+BLOCK = 64  # tokens that are compared at once, which is faster than one by one
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common prefix of `a` and `b`, two sequences of one type."""
+    limit = min(len(a), len(b))
+    length = 0
+    while length < limit and a[length : length + BLOCK] == b[length : length + BLOCK]:
+        length += BLOCK
+    while length < limit and a[length] == b[length]:
+        length += 1
+    return min(length, limit)
 
 
 @dataclass(slots=True)

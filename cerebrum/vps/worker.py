@@ -2,7 +2,7 @@
 try without HTTP:
 
     import pathlib, queue
-    from cerebrum.vps.compute import ModelTally
+    from cerebrum.vps.decoder import ModelTally
     from cerebrum.vps.job import Job
     from cerebrum.vps.llama import Settings, start_library
     from cerebrum.vps.schedule import Baton
@@ -47,8 +47,7 @@ from typing import Any
 import llama_cpp
 
 from cerebrum.metrics import CANCELLED, resident_bytes
-from cerebrum.vps.compute import Compute, ModelTally
-from cerebrum.vps.decoder import Decoder, DraftModel
+from cerebrum.vps.decoder import Compute, Decoder, DraftModel, ModelTally
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import (
@@ -61,9 +60,15 @@ from cerebrum.vps.llama import (
     file_stamp,
     llama_log,
 )
-from cerebrum.vps.prefixes import MIN_PREFIX, STORE_SECONDS, Sequences, load_parked, save_parked
+from cerebrum.vps.prefixes import (
+    MIN_PREFIX,
+    STORE_SECONDS,
+    Sequences,
+    common_prefix,
+    load_parked,
+    save_parked,
+)
 from cerebrum.vps.schedule import Baton, measure_costs
-from cerebrum.vps.tokens import common_prefix
 from cerebrum_common import HttpError, internal_error, log
 
 # A worker has hung after the longer of HUNG_SECONDS (a decode takes a few) and SLOWEST times the

@@ -17,8 +17,7 @@ from gaps import Case
 from cerebrum.request import GenerationRequest
 from cerebrum.text.ending import Ending
 from cerebrum.vps.llama import MAX_CHUNK, Llama, Settings, Slot
-from cerebrum.vps.prefixes import PrefixStore
-from cerebrum.vps.tokens import common_prefix
+from cerebrum.vps.prefixes import PrefixStore, common_prefix
 
 SEQUENCES, CONTEXT = 16, 1024
 MAX_TOKENS = 160

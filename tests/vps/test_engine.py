@@ -33,7 +33,7 @@ from cerebrum.settings import write_atomically
 from cerebrum.vps import drafts, llama, schedule
 from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
-from cerebrum.vps.compute import ModelTally
+from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.job import Event, Job, Run
@@ -43,13 +43,13 @@ from cerebrum.vps.prefixes import (
     Parked,
     PrefixStore,
     Sequences,
+    common_prefix,
     decode_parked,
     encode_parked,
     load_parked,
     save_parked,
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_seconds
-from cerebrum.vps.tokens import common_prefix
 from cerebrum.vps.vocabulary import heal_from
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError

@@ -28,7 +28,7 @@ from test_engine import ask, running, worker_of
 import vpsd
 from cerebrum.request import GenerationRequest
 from cerebrum.vps import memory
-from cerebrum.vps.compute import ModelTally
+from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.fetch import is_whole
 from cerebrum.vps.gguf import Source
 from cerebrum.vps.job import Sampler
