@@ -148,9 +148,8 @@ def load_config(env: Environment) -> Config:
     """Check the environment and return its settings. ConfigError names the wrong variable."""
     host = env.host("CEREBRUM_VPS_HOST", "127.0.0.1")
     port = env.integer("CEREBRUM_VPS_PORT", 9000, 0, 65535)
-    keys = env.keys("CEREBRUM_API_KEY")
     own_hosts = own_names(env.names("CEREBRUM_ALLOWED_HOSTS"))
-    access = Access(keys, own_hosts, env.names("CEREBRUM_ALLOWED_ORIGINS"))
+    access = Access(env.keys("CEREBRUM_API_KEY"), own_hosts, env.names("CEREBRUM_ALLOWED_ORIGINS"))
     path = env.text("CEREBRUM_MODELS_FILE") or HERE / "models.toml"
     catalog = load_catalog(Path(path), LANGUAGES)
     models = tuple(model for model in catalog.models if model.file)  # others run elsewhere
@@ -351,11 +350,11 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     wait_for_quiet()
     room_mb = available_mb() - config.min_free_mb
 
-    small = [model for model in config.models if model.memory_mb <= room_mb]
     fitting = []
-    for model in small:
+    for model in config.models:
+        is_small = model.memory_mb <= room_mb
         try:
-            if model.sources or is_whole(config.models_dir / model.file):
+            if is_small and (model.sources or is_whole(config.models_dir / model.file)):
                 fitting.append(model)
         except OSError as error:  # the process that reads the file got too little memory, say
             print(f"vpsd choose: {model.id}: {reason_of(error)}", file=sys.stderr)
@@ -507,8 +506,11 @@ class Admission:
         if "done" not in event:
             return event
         language = self.job.request.language
-        model = self.notes["model"]
-        return event | {"language": language, "model": model, "timestamp": timestamp()}
+        return event | {
+            "language": language,
+            "model": self.notes["model"],
+            "timestamp": timestamp(),
+        }
 
 
 class Engine:
@@ -606,8 +608,9 @@ class Engine:
         self.pool.check(model)
         try:
             instance = await self.pool.acquire(user, model, lambda _percent: None)
-            tokens = self.tokenizer.submit(instance.worker.tokenize, **arguments)
-            return await asyncio.wrap_future(tokens)
+            return await asyncio.wrap_future(
+                self.tokenizer.submit(instance.worker.tokenize, **arguments)
+            )
         finally:
             self.pool.release(user, model)
 
@@ -763,8 +766,9 @@ async def stats(engine: Engine, _request: Request) -> Response:
     results of drafting; of a draft model by its model, the times for each step.
     """
     figures = write_stats(table_of(engine))
-    used_mb = figures["memory_total_mb"] - figures["memory_available_mb"]
-    figures["memory_used_mb"] = round(used_mb, 1)
+    figures["memory_used_mb"] = round(
+        figures["memory_total_mb"] - figures["memory_available_mb"], 1
+    )
     figures["uptime"] = round(time.monotonic() - engine.started, 1)
     figures["version"] = VERSION
     tallies = engine.pool.tallies.items()
@@ -917,14 +921,12 @@ async def serve(environ: Environment, config: Config) -> int:
     """Listen and answer until a signal comes; then drain, save, end. Returns the exit status."""
     engine = Engine(config)
     server = Server(engine, ROUTES, config.access)
-    known = environ  # as last read
 
     def reload() -> None:
-        nonlocal known
         # ConfigError is raised below: whatever is wrong, a revoked key must stop working.
         with contextlib.suppress(ConfigError):
-            known = read_environment(os.environ, HERE, strict=False)
-            if keys := known.keys("CEREBRUM_API_KEY"):
+            readable = read_environment(os.environ, HERE, strict=False)
+            if keys := readable.keys("CEREBRUM_API_KEY"):
                 server.use(dataclasses.replace(server.access, keys=keys))
         known = read_environment(os.environ, HERE)
         new = load_config(known)

@@ -166,8 +166,7 @@ class Decoder:
         large = map(self.reading_seconds, prompts)
         # With as little as the last part, a small model is seldom right.
         small = map(draft_model.reading_seconds, prompts[:-1]) if draft_model else ()
-        streams = 1 + len(self.compute.baton.others(self))
-        limit = job.request.prompt_ms / 1000 / streams
+        limit = job.request.prompt_ms / 1000 / (1 + len(self.compute.baton.others(self)))
         is_early, part = who_answers([*large], [*small], limit)
         job.read(part)
         return draft_model if draft_model and is_early else self
@@ -210,17 +209,13 @@ class Decoder:
         for run in runs:
             with self._blamed_on(run):
                 works.append(self.next_work(run, runs))
-        is_prefilling = any(work.run.prefilling for work in works)
         # 3. Decode it.
-        tokens = self.tally.tokens
-        seconds = self._decode(works)
-        # 4. Did the drafts save time?
-        if seconds and not is_prefilling:
-            self._learn(works, self.tally.tokens - tokens, seconds)
+        if works:
+            self._decode(works)
         return bool(runs)
 
     def _learn(self, works: list[Work], tokens: int, seconds: float) -> None:
-        """A decode wrote `tokens` in `seconds`."""
+        """Whether drafts save time: a decode wrote `tokens` in `seconds`."""
         if all(len(work.tokens) == 1 for work in works):
             self.gain.learn_plain(len(works), tokens, seconds)
         for case in {work.case for work in works if work.case}:
@@ -270,8 +265,7 @@ class Decoder:
     def _next_chunk(self, run: Run, runs: list[Run]) -> Work:
         """The tokens of the prompt to read next, up to a checkpoint or the end."""
         begin = len(run.slot.tokens)
-        checkpoints = [length for length in run.checkpoints if length > begin]
-        stop = min(checkpoints, default=len(run.prompt))
+        stop = min((at for at in run.checkpoints if at > begin), default=len(run.prompt))
         prefilling = [other for other in runs if other.prefilling]
         missing = [len(other.prompt) - len(other.slot.tokens) for other in prefilling]
         # A chunk of low priority must end soon when another request comes.
@@ -300,20 +294,17 @@ class Decoder:
         other = min(self.compute.baton.others(self), default=math.inf)
         return min(self.costs(1), other) if own else other
 
-    def _decode(self, works: list[Work]) -> float:
-        """Run one llama_decode and handle its result for each sequence. Returns the seconds; 0.0 if
-        it was not done.
-        """
-        if not works:
-            return 0.0
+    def _decode(self, works: list[Work]) -> None:
+        """Run one llama_decode, and handle its result for each sequence."""
         runs = [work.run for work in works]
+        is_prefilling = any(run.prefilling for run in runs)
+        written = self.tally.tokens
         parts = [(work.run.slot, work.tokens, work.outputs) for work in works]
         code, begin = self.compute.decode(self.model, self.costs, runs, parts)
-        if code is None:
-            return 0.0
         if code:
             self._after_failure(works, code)
-            return 0.0
+        if code != 0:
+            return
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
         base = 0  # batch position of the work's first token
@@ -325,7 +316,8 @@ class Decoder:
                     self._after_decode(work, base)
             base += len(work.tokens)
             work.run.flush()
-        return time.perf_counter() - begin
+        if not is_prefilling:
+            self._learn(works, self.tally.tokens - written, time.perf_counter() - begin)
 
     # -- its result
 
@@ -428,10 +420,9 @@ class Decoder:
             self.tally.tokens += 1
         if run.drafter:
             run.drafter.advance(token)
-        is_full = len(run.slot.tokens) + 1 >= self.model.n_ctx
         if reason := run.feed(new):
             self._finish(run, reason, flush=False)  # `Ending.flush` may not follow its own end
-        elif is_full or run.is_spent():
+        elif run.is_spent() or len(run.slot.tokens) + 1 >= self.model.n_ctx:
             self._finish(run, "length")
         else:
             return False
@@ -489,8 +480,8 @@ class DraftModel(Decoder):
         """
         slot, _ = self.sequences.take_slot(tokens, [self.sequences.slots[number]], False)
         lacking = tokens[len(slot.tokens) :]
-        fits = len(tokens) + MODEL_LENGTH < self.model.n_ctx
-        return lacking if fits and max(lacking) < self.model.n_vocab else []
+        fits = len(tokens) + MODEL_LENGTH < self.model.n_ctx and max(lacking) < self.model.n_vocab
+        return lacking if fits else []
 
     def continuations(self, run: Run, lacking: list[int]) -> Iterator[tuple[int, float]]:
         """Read what is lacking of a run, then say what comes next, token by token, with

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import Any
 
 from cerebrum.vps.llama import ModelError, file_stamp, is_recurrent, load_model
 from cerebrum.vps.vocabulary import api
@@ -42,18 +41,14 @@ def _mismatch(path: Path, _stamp: str, draft: Path, _draft_stamp: str) -> str:
             loaded.callback(api.llama_model_free, models[-1])
         if any(map(is_recurrent, models)):
             return "a recurrent model cannot take back tokens"
-        return _difference(*map(api.llama_model_get_vocab, models))
-
-
-def _difference(ours: Any, theirs: Any) -> str:
-    """In what the draft model's vocabulary differs too much from the large model's."""
-    if any(read(ours) != read(theirs) for read in VOCABULARY_READERS):
-        return "its vocabulary is of another type, or begins and ends texts otherwise"
-    wanted, got = map(api.llama_vocab_n_tokens, (ours, theirs))
-    if abs(wanted - got) > MAX_PADDING:
-        return f"it has {got} tokens instead of {wanted}"
-    for read in (api.llama_vocab_get_text, api.llama_vocab_get_attr):
-        for token in range(min(wanted, got)):
-            if read(ours, token) != read(theirs, token):
-                return f"its token {token} is another one"
+        ours, theirs = map(api.llama_model_get_vocab, models)
+        if any(read(ours) != read(theirs) for read in VOCABULARY_READERS):
+            return "its vocabulary is of another type, or begins and ends texts otherwise"
+        wanted, got = map(api.llama_vocab_n_tokens, (ours, theirs))
+        if abs(wanted - got) > MAX_PADDING:
+            return f"it has {got} tokens instead of {wanted}"
+        for read in (api.llama_vocab_get_text, api.llama_vocab_get_attr):
+            for token in range(min(wanted, got)):
+                if read(ours, token) != read(theirs, token):
+                    return f"its token {token} is another one"
     return ""

@@ -167,9 +167,8 @@ class Drafter:
         self.own = len(guide)
         self.index = dict[tuple[int, ...], list[int]]()  # positions that follow each gram
         common = common_prefix(tokens, guide)
-        for position in range(max(GRAM, common), self.own + 1):
-            self._add(position)
-        for position in range(self.own + GRAM, len(self.tokens) + 1):
+        earlier = range(max(GRAM, common), self.own + 1)
+        for position in (*earlier, *range(self.own + GRAM, len(self.tokens) + 1)):
             self._add(position)
         self.at = -1  # position of the token expected next, -1 for none
         self.streak = 0  # number of consecutive tokens predicted correctly

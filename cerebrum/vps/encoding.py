@@ -274,9 +274,8 @@ def measure(model: Llama, read: int) -> Timing:
 
     largest = max(DECODES)
     decode(model, slot, tokens[:largest], largest)  # the first decode after a load is slow
-    reading = shortest_time(0, read, 1)
     times = {size: shortest_time(read, read + size, size) for size in DECODES}
-    return Timing(reading / read, times)
+    return Timing(shortest_time(0, read, 1) / read, times)
 
 
 def compare(variants: Sequence[tuple[Path, Settings]], report: Progress) -> list[Timing]:

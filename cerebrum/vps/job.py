@@ -55,8 +55,9 @@ class Job:
         self.unread = unread
         self.low = request.priority == "low"
         # A hint is wanted soon or never, so a draft model may answer.
-        is_soon = bool(request.prompt_ms and request.min_confidence)
-        self.is_hint = is_soon and not request.temperature
+        self.is_hint = (
+            bool(request.prompt_ms and request.min_confidence) and not request.temperature
+        )
         self.writer = ""  # the draft model that answers, if one does
         # Tokens of the prompt that the cache had when the job first got a slot.
         self.cached: int | None = None
@@ -72,8 +73,8 @@ class Job:
         vocabulary = model.vocabulary
         requests = [request]
         if request.prompt_ms and not request.special:
-            near = nearer(vars(request), vocabulary.layout)
-            requests += [replace(request, **fields) for fields in near]
+            for fields in nearer(vars(request), vocabulary.layout):
+                requests.append(replace(request, **fields))
         self.parts = [vocabulary.encode(part) for part in requests]
         self.read(0)
         count = len(self.prompt)
@@ -167,8 +168,7 @@ class Run:
 
     def is_spent(self) -> bool:
         """Whether the request's tokens or its time are used up."""
-        limit_ms = self.job.request.predict_ms
-        is_late = 1000 * (self.last_token - self.first_token) > limit_ms > 0
+        is_late = 1000 * (self.last_token - self.first_token) > self.job.request.predict_ms > 0
         is_cut = is_late and any("\n" in text for text, _ in self.written)
         return self.generated >= self.job.max_tokens or is_cut
 
@@ -179,9 +179,8 @@ class Run:
 
     def flush(self) -> None:
         """Deliver the events in the outbox."""
-        if self.outbox:
-            events = self.outbox
-            self.outbox = []
+        events, self.outbox = self.outbox, []
+        if events:
             self.job.deliver(events)
 
     def result(self, reason: str) -> Event:

@@ -274,8 +274,7 @@ class Llama:
         """float32[n_vocab] for batch position `index`: llama.cpp's own buffer, valid until the next
         decode.
         """
-        logits = api.llama_get_logits_ith(self.context, index)
-        return np.ctypeslib.as_array(logits, (self.n_vocab,))
+        return np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, index), (self.n_vocab,))
 
     def greedy(self, index: int) -> int:
         """The likeliest token at batch position `index`. Of equally likely tokens the first is

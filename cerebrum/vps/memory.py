@@ -99,10 +99,9 @@ def cgroup_left_bytes(
     try:
         group = root / table.read_text().rpartition("0::/")[2].strip()
         limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
         lines = (group / "memory.stat").read_text().splitlines()
         counts = dict(line.split() for line in lines)
-        return limit - used + int(counts["file"])
+        return limit - int((group / "memory.current").read_text()) + int(counts["file"])
     except (OSError, ValueError, KeyError):  # "max" is no limit; an older kernel has no such files
         return math.inf
 
@@ -139,9 +138,8 @@ def accepts(path: Path, _stamp: str) -> bool:
     """Whether llama.cpp can load a model file; a child process asks. ModelError if llama.cpp ends
     that process, OSError if something else does, such as too little memory.
     """
-    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", READ_HEADER, str(path.absolute())]
-    status = subprocess.run(command, cwd=root).returncode
+    status = subprocess.run(command, cwd=Path(__file__).resolve().parents[2]).returncode
     if status < 0 and status != -signal.SIGKILL:  # which the system sends if memory runs out
         raise ModelError("llama.cpp ends the process that reads this file, or takes too long")
     if status not in (0, REFUSED):
@@ -189,8 +187,9 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> tuple[int, 
         if OUTPUT_NAME not in header:  # llama.cpp may repack a copy of the embedding, as Q8_0
             weights += vocabulary * api.llama_model_n_embd(model) * Q8_0_BLOCK_BYTES // 32
         n_ctx = context_params(model, forms[0]).n_ctx // forms[0].sequences
-        parts = [{"weights": weights, **_beside_weights(model, vocabulary, form)} for form in forms]
-        return n_ctx, parts
+        return n_ctx, [
+            {"weights": weights, **_beside_weights(model, vocabulary, form)} for form in forms
+        ]
     finally:
         api.llama_model_free(model)
         ctypes.CDLL(None).malloc_trim(0)

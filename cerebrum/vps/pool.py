@@ -243,8 +243,7 @@ class Pool:
 
     def _how_loaded(self, model: Model) -> object:
         """What of models.toml a loaded model depends on: of its entry and its draft model's."""
-        entries = model, self.models.get(model.draft)
-        return [entry and how_loaded(entry) for entry in entries]
+        return [entry and how_loaded(entry) for entry in (model, self.models.get(model.draft))]
 
     def _start_load(self, model: Model) -> asyncio.Task[HttpError | None]:
         """The task that starts to load the model and returns the error if it cannot. The task
@@ -358,16 +357,14 @@ class Pool:
         self.instances[model.id] = instance
 
     def _loader(self, model: Model, plan: LoadPlan) -> Loader:
-        path = self.folder / model.file
-        fim = model.fim, model.fim_layout
-        return Loader(model.id, path, plan.settings, model.sha256, plan.tuned, *fim)
+        parts = self.folder / model.file, plan.settings, model.sha256, plan.tuned
+        return Loader(model.id, *parts, model.fim, model.fim_layout)
 
     async def _make_room(self, model_id: str, parts: Parts) -> None:
         """Unload instances until the model fits into memory; HttpError 503 if it cannot."""
-        while True:
-            free_mb = self._free_mb()  # anew after each: the system changes meanwhile
+        while True:  # the free memory is looked at anew after each: the system changes meanwhile
             loaded = self.instances.values()
-            if not (going := room_for(model_id, parts, free_mb, self.min_free_mb, loaded)):
+            if not (going := room_for(model_id, parts, self._free_mb(), self.min_free_mb, loaded)):
                 return
             await self._unload(going)
 
@@ -449,8 +446,7 @@ class Pool:
         for model_id, instance in self.ready.items():
             idle_minutes = (time.monotonic() - instance.last_used) / 60
             # Looked at only now, since a request may have come meanwhile.
-            is_unused = instance.idle and not instance.model.keep
-            if is_unused and idle_minutes >= self.idle_minutes:
+            if instance.idle and not instance.model.keep and idle_minutes >= self.idle_minutes:
                 freed[model_id] = await self._unload(instance)
                 log.info(
                     "model %s: unloaded, %g idle minutes are over", model_id, self.idle_minutes

@@ -249,8 +249,7 @@ class Vocabulary:
                 "suffix: expected a model with fill-in-the-middle tokens, got one without",
             )
         fim = [before], [after], [middle] * (middle >= 0)
-        spmv2 = self.layout == "spmv2"
-        suffix = steady_suffix(request.suffix) if spmv2 else request.suffix
+        suffix = steady_suffix(request.suffix) if self.layout == "spmv2" else request.suffix
         cursor = 0
         for part in arrange_gap(self.layout, fim, text, self.tokenize_part(suffix)):
             tokens += part

@@ -462,12 +462,10 @@ class Worker(threading.Thread):
                 )
         self.decoder = None
         self.decoders = []
-        if self.draft:
-            with self._logged("freeing the draft model"):
-                self.draft.close()
-        if self.model:
-            with self._logged("freeing the model"):
-                self.model.close()
+        for model in (self.draft, self.model):
+            if model:
+                with self._logged("freeing it"):
+                    model.close()
 
     @contextlib.contextmanager
     def _logged(self, task: str) -> Iterator[None]:
