@@ -126,6 +126,20 @@ def leaves_more(run: Run, job: Job) -> bool:
     return common_prefix(run.prompt, job.prompt) > now + MIN_PREFIX
 
 
+def slots_for(job: Job, decoder: Decoder) -> list[Slot]:
+    """The slots that a waiting job may get: the idle ones, or the first that makes way for it. No
+    slots while it should wait.
+    """
+    runs = decoder.runs
+    # A recurrent state is not shared.
+    if not decoder.model.recurrent and any(leaves_more(run, job) for run in runs):
+        return []
+    idle = [slot for slot in decoder.slots if not slot.run]
+    if idle or job.low:
+        return idle
+    return [run.slot for run in runs if makes_way(run) == WITH_SLOT][:1]
+
+
 # ------------------------------------------------------------------------------------- IO: loading
 
 
@@ -297,15 +311,11 @@ class Worker(threading.Thread):
         return done
 
     def wake(self) -> None:
-        """Make the thread look at its jobs, for instance when the client of a paused job has read
-        on.
-        """
+        """Make the thread look at its jobs: one has come, or the client of a paused one reads."""
         self._alarm.set()
 
     def stop(self) -> None:
-        """Make the thread end soon, without waiting for it. The thread first saves its sequences to
-        disk.
-        """
+        """Make the thread save its sequences and end soon, without waiting for it."""
         self.stopping = True
         self.wake()
         if self.model:
@@ -314,9 +324,7 @@ class Worker(threading.Thread):
     # -- the thread
 
     def _beat(self, seconds: float = 0.0) -> bool:
-        """Note progress for the watchdog; the next step may take `seconds`. Returns whether to
-        stop.
-        """
+        """Note progress; the next step may take `seconds`. Returns whether to stop."""
         self.due = time.monotonic() + max(HUNG_SECONDS, SLOWEST * seconds)
         return self.stopping
 
@@ -338,9 +346,7 @@ class Worker(threading.Thread):
             self.ended.set_result(None)
 
     def _serve(self, decoder: Decoder) -> None:
-        """The worker's loop: drop what is to be shed, start new jobs, and decode what the running
-        ones need next.
-        """
+        """Drop what is to be shed, start new jobs, and decode what the running ones need next."""
         while True:
             self._alarm.clear()  # before looking, so that no change is missed
             if self._beat():
@@ -475,9 +481,7 @@ class Worker(threading.Thread):
             log.exception("model %s: %s failed", self.model_id, task)
 
     def _start_jobs(self, decoder: Decoder) -> None:
-        """Drop cancelled jobs, and start waiting ones while there are slots: those of low priority
-        last, the oldest first.
-        """
+        """Drop cancelled jobs, and start waiting ones: low priority last, the oldest first."""
         for each in self.decoders:
             for run in each.runs:
                 if run.job.cancelled:
@@ -488,11 +492,7 @@ class Worker(threading.Thread):
                 self.tally.ended[CANCELLED] += 1
                 continue
             chosen = decoder.choose(job)
-            slots = [slot for slot in chosen.slots if not slot.run]
-            if not slots and not job.low:
-                slots = [run.slot for run in chosen.runs if makes_way(run) == WITH_SLOT][:1]
-            is_coming = any(leaves_more(run, job) for run in chosen.runs)
-            if slots and (decoder.model.recurrent or not is_coming):
+            if slots := slots_for(job, chosen):
                 self.waiting.remove(job)
                 self._start(job, slots, chosen)
 
