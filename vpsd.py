@@ -82,17 +82,10 @@ from cerebrum.vps.encoding import (
 )
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
 from cerebrum.vps.job import Event, Job
-from cerebrum.vps.llama import (
-    KV_TYPES,
-    MB,
-    ModelError,
-    Settings,
-    check_digest,
-    start_library,
-    usable_cores,
-)
+from cerebrum.vps.llama import KV_TYPES, MB, ModelError, Settings, start_library, usable_cores
 from cerebrum.vps.memory import (
     available_mb,
+    check_digest,
     check_memory,
     context_length,
     end_checks,

@@ -29,7 +29,8 @@ from cerebrum import check as cerebrum_check
 from cerebrum.pi import kind, upstream
 from cerebrum.vps import encoding
 from cerebrum.vps.encoding import Passport, TunedFile, cpu_features, passport_path, tuned_path
-from cerebrum.vps.llama import cpus, file_stamp, start_library
+from cerebrum.vps.llama import cpus, start_library
+from cerebrum.vps.memory import file_stamp
 from cerebrum_common import VERSION
 
 start_library()

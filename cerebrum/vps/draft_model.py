@@ -6,7 +6,8 @@ import contextlib
 import functools
 from pathlib import Path
 
-from cerebrum.vps.llama import ModelError, file_stamp, is_recurrent, load_model
+from cerebrum.vps.llama import ModelError, is_recurrent, load_model
+from cerebrum.vps.memory import file_stamp
 from cerebrum.vps.vocabulary import api
 
 MAX_PADDING = 256  # ids that only one of two vocabularies has

@@ -34,19 +34,8 @@ from typing import Any, NamedTuple, TextIO
 import llama_cpp
 
 from cerebrum.vps.gguf import Source, Types, write_sample
-from cerebrum.vps.llama import (
-    MAX_CHUNK,
-    MAX_DRAFT,
-    MB,
-    Llama,
-    Settings,
-    Slot,
-    check_disk,
-    cpus,
-    file_size,
-    file_stamp,
-)
-from cerebrum.vps.memory import needed
+from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB, Llama, Settings, Slot, cpus
+from cerebrum.vps.memory import check_disk, file_size, file_stamp, needed
 from cerebrum.vps.schedule import decode
 from cerebrum.vps.vocabulary import api
 

@@ -19,8 +19,8 @@ from email.message import Message
 from pathlib import Path
 from typing import Any
 
-from cerebrum.vps.llama import MB, ModelError, check_disk, file_digest, file_size, file_stamp
-from cerebrum.vps.memory import accepts
+from cerebrum.vps.llama import MB, ModelError
+from cerebrum.vps.memory import accepts, check_disk, file_digest, file_size, file_stamp
 from cerebrum_common import Model
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)

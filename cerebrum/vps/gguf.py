@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cerebrum.vps.llama import ModelError, check_disk
+from cerebrum.vps.llama import ModelError
+from cerebrum.vps.memory import check_disk
 
 PIECE_BYTES = 1 << 22  # transcoded at once, by one thread
 # Of a tensor: (n, weights), or (n, bytes of its blocks) where the type has blocks.

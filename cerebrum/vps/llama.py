@@ -1,5 +1,5 @@
-"""llama.cpp through the ctypes API of llama-cpp-python: settings, a model with its sequences; and
-the files that a worker reads and writes.
+"""llama.cpp through the ctypes API of llama-cpp-python: settings, and a model with its
+sequences.
 
 A model belongs to the thread that loaded it. Shortcut: a model's jinja chat template is never run
 (CVE-2024-34359); llama.cpp's own table of templates is used.
@@ -7,12 +7,9 @@ A model belongs to the thread that loaded it. Shortcut: a model's jinja chat tem
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -385,67 +382,3 @@ class Slot:
 
 # Of a decode: the slot, the tokens to append to it, and how many of the last ones get logits.
 Part = tuple[Slot, list[int], int]
-
-
-# ---------------------------------------------------------------------------- IO: files of a worker
-
-
-def file_digest(path: Path, tick: Callable[[int], None]) -> str:
-    """The file's sha256. After each block `tick` gets the number of bytes read; its exceptions end
-    the reading.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(4 * MB):
-            digest.update(data)
-            tick(file.tell())
-    return digest.hexdigest()
-
-
-def file_stamp(path: Path) -> str:
-    """The file's size and its ctime in nanoseconds. Programs can set a file's mtime back, but not
-    its ctime.
-    """
-    stat = path.stat()
-    return f"{stat.st_size}.{stat.st_ctime_ns}"
-
-
-def file_size(path: Path) -> int:
-    """In bytes; 0 if there is no file."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
-    """ModelError unless the file has this sha256 (empty: not checked). A match is remembered under
-    the file's stamp.
-    """
-    if not sha256:
-        return
-    stamp = state_dir / "verified" / f"{path.name}.{file_stamp(path)}.{sha256[:16]}"
-    if os.path.exists(stamp):
-        return
-
-    def tick(_done: int) -> None:
-        if stopping():
-            raise ModelError("cancelled")
-
-    if (got := file_digest(path, tick)) != sha256:
-        raise ModelError(f"expected sha256 {sha256}, got {got}; fetch it again")
-    with contextlib.suppress(OSError):
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
-
-
-SPARE_DISK = 100 * MB  # bytes that stay free, for what the daemon saves
-
-
-def check_disk(folder: Path, need: int) -> None:
-    """OSError with the figures unless a folder's disk has room for `need` bytes, and SPARE_DISK
-    beside them.
-    """
-    need += SPARE_DISK
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise OSError(
-            f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB"
-        )

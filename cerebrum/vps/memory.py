@@ -1,4 +1,5 @@
-"""How much memory a model takes, how much there is, and which context fits.
+"""A model's file: how much memory and disk it takes, how much there is, and which context fits; its
+digest, and whether llama.cpp accepts it.
 
 llama.cpp itself reports what a model takes: it makes the model and its context without allocating
 them. It ends the process at some headers, so a child process reads each file first.
@@ -9,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +35,6 @@ from cerebrum.vps.llama import (
     Slot,
     check_kind,
     context_params,
-    file_stamp,
     llama_log,
     load_model,
 )
@@ -104,6 +106,70 @@ def cgroup_left_bytes(
         return limit - int((group / "memory.current").read_text()) + int(counts["file"])
     except (OSError, ValueError, KeyError):  # "max" is no limit; an older kernel has no such files
         return math.inf
+
+
+# ---------------------------------------------------------------------------------------- IO: files
+
+
+def file_digest(path: Path, tick: Callable[[int], None]) -> str:
+    """The file's sha256. After each block `tick` gets the number of bytes read; its exceptions end
+    the reading.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(4 * MB):
+            digest.update(data)
+            tick(file.tell())
+    return digest.hexdigest()
+
+
+def file_stamp(path: Path) -> str:
+    """The file's size and its ctime in nanoseconds. Programs can set a file's mtime back, but not
+    its ctime.
+    """
+    stat = path.stat()
+    return f"{stat.st_size}.{stat.st_ctime_ns}"
+
+
+def file_size(path: Path) -> int:
+    """In bytes; 0 if there is no file."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def check_digest(path: Path, sha256: str, state_dir: Path, stopping: Callable[[], bool]) -> None:
+    """ModelError unless the file has this sha256 (empty: not checked). A match is remembered under
+    the file's stamp.
+    """
+    if not sha256:
+        return
+    stamp = state_dir / "verified" / f"{path.name}.{file_stamp(path)}.{sha256[:16]}"
+    if os.path.exists(stamp):
+        return
+
+    def tick(_done: int) -> None:
+        if stopping():
+            raise ModelError("cancelled")
+
+    if (got := file_digest(path, tick)) != sha256:
+        raise ModelError(f"expected sha256 {sha256}, got {got}; fetch it again")
+    with contextlib.suppress(OSError):
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+
+
+SPARE_DISK = 100 * MB  # bytes that stay free, for what the daemon saves
+
+
+def check_disk(folder: Path, need: int) -> None:
+    """OSError with the figures unless a folder's disk has room for `need` bytes, and SPARE_DISK
+    beside them.
+    """
+    need += SPARE_DISK
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(
+            f"expected {need / MB:.0f} MB of free disk in {folder}, got {free / MB:.0f} MB"
+        )
 
 
 # ------------------------------------------------------------------------------------ IO: llama.cpp

@@ -24,8 +24,8 @@ from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
 from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import untuned
-from cerebrum.vps.llama import MB, ModelError, Settings, file_stamp
-from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory
+from cerebrum.vps.llama import MB, ModelError, Settings
+from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory, file_stamp
 from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.worker import Loader, Worker

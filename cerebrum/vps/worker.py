@@ -50,16 +50,8 @@ from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.decoder import Compute, Decoder, DraftModel, ModelTally
 from cerebrum.vps.encoding import TunedFile, untuned
 from cerebrum.vps.job import Job, Run
-from cerebrum.vps.llama import (
-    MB,
-    Llama,
-    ModelError,
-    Settings,
-    Slot,
-    check_digest,
-    file_stamp,
-    llama_log,
-)
+from cerebrum.vps.llama import MB, Llama, ModelError, Settings, Slot, llama_log
+from cerebrum.vps.memory import check_digest, file_stamp
 from cerebrum.vps.prefixes import (
     MIN_PREFIX,
     STORE_SECONDS,

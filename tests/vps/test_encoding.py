@@ -41,7 +41,8 @@ from cerebrum.vps.encoding import (
     tuned_path,
 )
 from cerebrum.vps.gguf import Source
-from cerebrum.vps.llama import MB, Settings, Slot, file_stamp, start_library
+from cerebrum.vps.llama import MB, Settings, Slot, start_library
+from cerebrum.vps.memory import file_stamp
 
 MODEL = FILES["qwen_0_5b"]
 ROOM = 4 << 30

@@ -30,7 +30,7 @@ from test_ending import splits
 import vpsd
 from cerebrum.request import GenerationRequest
 from cerebrum.settings import write_atomically
-from cerebrum.vps import drafts, llama, schedule
+from cerebrum.vps import drafts, llama, memory, schedule
 from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.decoder import ModelTally
@@ -595,7 +595,7 @@ def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
     right = hashlib.sha256(data).hexdigest()
 
     def check(sha256: str = right, stopping: bool = False) -> None:
-        llama.check_digest(path, sha256, tmp_path / "state", lambda: stopping)
+        memory.check_digest(path, sha256, tmp_path / "state", lambda: stopping)
 
     check("")
     assert not (tmp_path / "state").exists()

@@ -39,11 +39,10 @@ from cerebrum.vps.llama import (
     ModelError,
     Settings,
     Slot,
-    check_digest,
     llama_log,
     start_library,
 )
-from cerebrum.vps.memory import accepts, needed
+from cerebrum.vps.memory import accepts, check_digest, needed
 from cerebrum.vps.pool import Pool
 from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.schedule import Baton

