@@ -261,37 +261,34 @@ class Worker(threading.Thread):
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client has left, and abort a decode that is for such jobs alone."""
+        """Cancel a job whose client has left; abort a decode that writes for such jobs alone."""
         job.cancelled = True
         self.wake()
-        self._abort(lambda _run: AT_ONCE)
+        self._abort(None, AT_ONCE)
 
     def give_way(self, job: Job | None) -> None:
         """Abort a decode that `job`, or one of another model (None), should not wait for. A
         recurrent model is not aborted, since it would have to read from the beginning.
         """
-
-        def least(run: Run) -> int:
-            if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
-                return FOR_OTHERS
-            return FOR_HURRIED if job.request.prompt_ms else FOR_ANY
-
         if self.model and not self.model.recurrent:
-            self._abort(least)
+            self._abort(job, FOR_OTHERS)
 
-    def _abort(self, least: Callable[[Run], int]) -> None:
-        """Abort a running decode if each of its runs makes way at `least` that far; also one that
-        is for no run yet. `Compute.decode` clears the byte before it asks a last time who has left,
-        so no cancelled job is missed.
+    def _abort(self, job: Job | None, way: int) -> None:
+        """Abort a running decode if all its runs make way this far, or further for a job that goes
+        on with their text; also one that is for no run yet. `Compute.decode` clears the byte before
+        it asks a last time who has left, so no cancelled job is missed.
         """
-        if not self.decoder:
+        decoder = self.decoder
+        running = decoder.compute.running if decoder else None
+        if not decoder or running is None:
             return
-        compute = self.decoder.compute
-        running = compute.running
-        if running is None:
-            return
-        if all(makes_way(run, compute.is_long) >= least(run) for run in running):
-            self.decoder.model.abort()
+        for run in running:
+            least = way
+            if job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX:
+                least = FOR_HURRIED if job.request.prompt_ms else FOR_ANY
+            if makes_way(run, decoder.compute.is_long) < least:
+                return
+        decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
         """Drop the least recently used parked sequences, of `size` bytes or more, or all. The
@@ -403,8 +400,8 @@ class Worker(threading.Thread):
         self.decoder = Decoder(
             self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
-        self.decoders = [each for each in (draft_model, self.decoder) if each]
-        drafts = f", drafts by {loader.draft.model_id}" if loader.draft and self.draft else ""
+        self.decoders = [draft_model, self.decoder] if draft_model else [self.decoder]
+        drafts = f", drafts by {draft_model.writer}" if draft_model else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
             self.model_id,
