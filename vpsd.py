@@ -89,7 +89,7 @@ from cerebrum.vps.memory import (
     check_memory,
     context_length,
     end_checks,
-    fit,
+    fit_context,
     needed,
 )
 from cerebrum.vps.pool import Pool
@@ -443,7 +443,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
     source = model.sha256 or digest_with_bar(path)
     room = round((available_mb() - config.min_free_mb) * MB)
-    settings, _ = fit(path, config.engine, room, needed)
+    settings, _ = fit_context(path, config.engine, room, needed)
     return tune(path, source, settings, room, bars(model.id), output, dry_run)
 
 

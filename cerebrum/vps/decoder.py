@@ -31,7 +31,7 @@ from cerebrum.vps.schedule import (
     Baton,
     Costs,
     chunk_size,
-    share_seconds,
+    longest_delay,
     who_answers,
 )
 from cerebrum_common import HttpError, internal_error, log
@@ -147,7 +147,7 @@ class Decoder:
     # Of a draft model:
     writer: str = ""  # its id
     drafts: int = 0  # how many of its first slots follow the large model's
-    waiting: list[Job] = field(default_factory=list)  # where the large model finds what it fails
+    waiting: list[Job] = field(default_factory=list)  # for the large model: what it cannot answer
 
     @property
     def slots(self) -> list[Slot]:
@@ -230,9 +230,9 @@ class Decoder:
         if run.pending is None:
             return self._next_chunk(run, runs)
         work = Work(run, [run.pending])
-        if room := self._room(run, runs):
+        if most := self._most_drafted(run, runs):
             assert run.drafter
-            draft = run.drafter.draft(room)
+            draft = run.drafter.draft(most)
             case = len(runs), len(draft)
             if draft and self.gain.wants(case):
                 work.tokens += draft
@@ -240,25 +240,25 @@ class Decoder:
             elif self.draft_model and not any(other.prefilling for other in runs):
                 # Reading delays this stream enough.
                 before = self.tally.ahead_seconds
-                self.draft_model.write_ahead(self, work, len(runs), room)
+                self.draft_model.write_ahead(self, work, len(runs), most)
                 if seconds := self.tally.ahead_seconds - before:
                     self.gain.charge((len(runs), MODEL), seconds)
             work.outputs = len(work.tokens)
         return work
 
-    def _room(self, run: Run, runs: list[Run]) -> int:
+    def _most_drafted(self, run: Run, runs: list[Run]) -> int:
         """The most tokens that a draft may have; 0: none is made."""
         beside = len(runs) > 1
         # llama.cpp takes tokens back wrongly from one of several recurrent states in a batch.
         if not self.drafting or run.heal or (beside and self.model.recurrent):
             return 0
-        share = self.costs.longest(share_seconds(self.pace(own=beside)))
+        longest = self.costs.longest(longest_delay(self.pace(own=beside)))
         limits = [
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
             self.model.n_ctx - len(run.slot.tokens) - 2,
             MAX_CHUNK // len(runs) - 1,
-            share - 1,
+            longest - 1,
         ]
         return max(0, min(limits))
 
@@ -375,9 +375,8 @@ class Decoder:
             return
         run.job.progress("decode", 0, run.job.max_tokens)
         run.pending = run.sample(self.model, base + len(work.tokens) - 1)
-        has_ended = self._emit(run, run.pending)
-        run.flush()
-        if not has_ended:  # only now: a Drafter takes a millisecond for each thousand tokens
+        if not self._emit(run, run.pending):
+            run.flush()  # first: a Drafter takes a millisecond for each thousand tokens
             run.drafter = Drafter(run.prompt, run.guide)
             run.drafter.advance(run.pending)
 
@@ -505,8 +504,8 @@ class DraftModel(Decoder):
             slot.tokens += tokens
         return code
 
-    def write_ahead(self, large: Decoder, work: Work, streams: int, room: int) -> None:
-        """Read a piece of what is lacking of a stream, or write a draft of at most `room` tokens,
+    def write_ahead(self, large: Decoder, work: Work, streams: int, most: int) -> None:
+        """Read a piece of what is lacking of a stream, or write a draft of at most `most` tokens,
         if that should save more time than it takes.
         """
         run = work.run
@@ -515,8 +514,8 @@ class DraftModel(Decoder):
         lacking = self.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
         # No stream waits long for another's draft, and no request that comes for any. Nothing of
         # this reading is lost, so its pieces are longer.
-        share = share_seconds(large.pace(own=streams > 1)) / streams
-        piece = min(2 * AHEAD_TOKENS, self.costs.longest(share))
+        delay = longest_delay(large.pace(own=streams > 1)) / streams
+        piece = min(2 * AHEAD_TOKENS, self.costs.longest(delay))
         reading = reading_seconds(len(lacking), piece, self.costs)
         if not lacking or not large.gain.wants(case, reading):
             return
@@ -527,9 +526,9 @@ class DraftModel(Decoder):
         if len(lacking) > piece:
             self.read(run.slot.id, lacking[:piece], [run])
             return
-        deadline = time.perf_counter() + share
+        deadline = time.perf_counter() + delay
         size = streams  # of the decode that checks them, without the other streams' drafts
-        for token, probability in islice(self.continuations(run, lacking), min(room, MODEL_LENGTH)):
+        for token, probability in islice(self.continuations(run, lacking), min(most, MODEL_LENGTH)):
             work.foreseen.append(token)
             worth *= probability  # that all so far are right
             # An id of the padding may be none of the model, and the end of a text is no token to

@@ -289,8 +289,8 @@ class Drafter:
             return []
         return [token for token, _, _ in islice(self._ahead(), limit)]
 
-    def draft(self, room: int) -> list[int]:
-        """The tokens to check next, at most `room`, and about as many as were right before."""
-        tokens = self.propose(min(room, self.streak))
+    def draft(self, most: int) -> list[int]:
+        """The tokens to check next, at most `most`, and about as many as were right before."""
+        tokens = self.propose(min(most, self.streak))
         length = max(length for length in LENGTHS if length <= len(tokens))
         return tokens[:length]

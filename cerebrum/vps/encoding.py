@@ -313,7 +313,7 @@ class TuneError(Exception):
     """Why a model cannot be tuned now. The message says what was expected and what came."""
 
 
-def candidates_of(settings: Settings) -> list[Settings]:
+def variants_of(settings: Settings) -> list[Settings]:
     """These settings, and others that may be faster."""
     found = [settings, replace(settings, flash_attention=False)]
     if not settings.fixed_threads and cpus() != settings.threads:
@@ -338,7 +338,7 @@ def tune(
     OSError nothing has changed.
     """
     stamp = file_stamp(published)
-    candidates = candidates_of(settings)
+    candidates = variants_of(settings)
     memory = [sum(parts.values()) for parts in needed(published, candidates)]
     if memory[0] > room:
         raise TuneError(

@@ -49,9 +49,9 @@ def q4_k_to_q4_1(rows: Rows) -> Rows:
     """
     blocks = rows.reshape(-1, 144)
     factors = blocks[:, :4].view("<f2").astype(np.float32)
-    steps, least = pypi().quants.Q4_K.get_scale_min(blocks[:, 4:16])
+    steps, offsets = pypi().quants.Q4_K.get_scale_min(blocks[:, 4:16])
     scales = factors[:, :1] * steps
-    minima = -factors[:, 1:] * least
+    minima = -factors[:, 1:] * offsets
     with np.errstate(over="ignore"):
         halves = np.stack((scales, minima), axis=-1).astype("<f2")
     if not np.isfinite(halves).all():

@@ -87,8 +87,8 @@ class Job:
             )
         self.max_tokens = min(request.max_tokens, n_ctx - count)
         where = request.mode, request.language, self._begun(), request.suffix, request.stop_at
-        least = None if request.messages else request.min_confidence
-        self.ending = Ending(*where, request.indent, request.stop, least)
+        min_confidence = None if request.messages else request.min_confidence
+        self.ending = Ending(*where, request.indent, request.stop, min_confidence)
 
     def read(self, part: int) -> None:
         """Choose the part of the prompt to read."""

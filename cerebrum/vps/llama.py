@@ -299,18 +299,18 @@ class Llama:
         row = self.logits(index)
         likeliest = np.argpartition(row, -HEAL_CANDIDATES)[-HEAL_CANDIDATES:].tolist()
         own = self.vocabulary.tokenize_bytes(start, False, False)[0]
-        least = 1
+        shortest = 1
         if start.isspace():
-            least = max(1, len(self.vocabulary.piece(own)) - 1)
+            shortest = max(1, len(self.vocabulary.piece(own)) - 1)
 
         def fits(token: int) -> bool:
             piece = self.vocabulary.piece(token)
-            return len(piece) >= least and piece[: len(start)] == start[: len(piece)]
+            return len(piece) >= shortest and piece[: len(start)] == start[: len(piece)]
 
         fitting = list(filter(fits, [*likeliest, own]))
-        kept = row[fitting]
+        logits = row[fitting]
         row.fill(-np.inf)
-        row[fitting] = kept
+        row[fitting] = logits
 
     def computed(self, slot: Slot) -> int:
         """Number of tokens in the slot's KV cells. After an abort they include the decode's

@@ -64,7 +64,7 @@ def candidates_of(settings: Settings) -> list[Settings]:
     return found
 
 
-def fit(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settings, Parts]:
+def fit_context(path: Path, settings: Settings, free: float, need: Need) -> tuple[Settings, Parts]:
     """The settings of a model file with the longest context that fits into `free` bytes, and what
     they take; if nothing fits, the smallest settings.
     """

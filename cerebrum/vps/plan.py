@@ -13,7 +13,7 @@ from cerebrum.vps.draft_model import check_pair
 from cerebrum.vps.drafts import pair_rate
 from cerebrum.vps.encoding import DECODES, TunedFile, find_tuned
 from cerebrum.vps.llama import MB, ModelError, Settings
-from cerebrum.vps.memory import Need, Parts, fit, needed
+from cerebrum.vps.memory import Need, Parts, fit_context, needed
 from cerebrum.vps.schedule import MUCH_LATER, Costs
 from cerebrum_common import Model
 
@@ -71,7 +71,7 @@ def plan_load(
     only if it fits with the context that the published file has. ModelError or OSError if the
     published file cannot be used.
     """
-    fitted, parts = fit(published, settings, free, need)
+    fitted, parts = fit_context(published, settings, free, need)
     tuned, reason = find_tuned(published, fitted, sha256)
     if not tuned:
         return LoadPlan(fitted, None, parts, reason)
@@ -105,7 +105,7 @@ def plan_pair(
     except (ModelError, OSError) as error:
         return alone._replace(note=f"{draft.id} writes no drafts: {error}")
     # Without known speeds it must not take anything from the model. A plan may be too large for the
-    # memory: `fit` returns the smallest settings then.
+    # memory: `fit_context` returns the smallest settings then.
     takes_nothing = pair.settings == alone.settings and pair.tuned == alone.tuned
     if pair.bytes > free or not (alone.seconds or takes_nothing):
         return alone._replace(note=f"{draft.id} has no room to write drafts")
@@ -113,8 +113,8 @@ def plan_pair(
         return pair._replace(note=f"{draft.id} writes drafts")
     # Reading takes about as long as the weights are large.
     is_much_sooner = 2 * MUCH_LATER * pair.draft_share <= 1
-    least = MIN_EARLY_GAIN if model.early and is_much_sooner else MIN_PAIR_GAIN
-    if pair.worth > least * alone.worth:
+    min_gain = MIN_EARLY_GAIN if model.early and is_much_sooner else MIN_PAIR_GAIN
+    if pair.worth > min_gain * alone.worth:
         note = f"{draft.id} writes drafts: expected {pair.words}; without it {alone.words}"
         return pair._replace(note=note)
     note = f"{draft.id} writes no drafts: expected {alone.words}; with it {pair.words}"

@@ -69,9 +69,9 @@ def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
     """Remove the saved prompts and the tuned files of models that are not among these. Another
     process may be tuning, in a folder whose name begins with a dot.
     """
-    kept = {model.id for model in models} | {model.file for model in models}
+    listed = {model.id for model in models} | {model.file for model in models}
     for path in (*state_dir.glob("kv/*"), *state_dir.glob("tuned/[!.]*")):
-        if path.name.removesuffix(".json") not in kept:
+        if path.name.removesuffix(".json") not in listed:
             log.info("%s: removed, models.toml does not list its model", path)
             shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):  # a file
@@ -331,7 +331,7 @@ class Pool:
         if plan.note:
             log.info("model %s: %s", model.id, plan.note)
         await self._make_room(model.id, plan.parts)
-        begun = time.monotonic()
+        start = time.monotonic()
         tally = self.tallies[model.id]
         loader = self._loader(model, plan)
         if draft and plan.draft:
@@ -348,7 +348,7 @@ class Pool:
             if not error:
                 instance.last_used = time.monotonic()
                 tally.loads += 1
-                tally.load_seconds += instance.last_used - begun
+                tally.load_seconds += instance.last_used - start
             elif isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
                 tally.failed_loads += 1
                 self._remember(model, error.message)

@@ -71,7 +71,7 @@ class Costs:
         return max(1, bisect.bisect_right(sizes, seconds / self.slowdown, key=self))
 
 
-def share_seconds(token_seconds: float) -> float:
+def longest_delay(token_seconds: float) -> float:
     """How long a stream may be delayed whose tokens take `token_seconds` each."""
     return max(PAUSE_SECONDS, PAUSE_TOKENS * token_seconds)
 
@@ -90,7 +90,7 @@ def chunk_size(
     since the weights are read once for each piece, whatever its length.
     """
     if token_seconds < math.inf:
-        return min(missing, costs.longest(share_seconds(token_seconds)))
+        return min(missing, costs.longest(longest_delay(token_seconds)))
     longest = costs.longest(PREFILL_SECONDS / len(reading))
     if len(reading) == 1:
         longest = max(piece, longest - longest % piece)
@@ -176,13 +176,13 @@ def measure_costs(model: Llama, baton: Baton, give_up: Callable[[], bool]) -> Co
     True. Another model may decode between two measurements.
     """
     slot = Slot(0)
-    least = dict.fromkeys(MEASURED, math.inf)
+    fastest = dict.fromkeys(MEASURED, math.inf)
     for size in (1, *MEASURED, 1, MEASURED[-1]):  # the first decode after a load is slow
         if give_up():
             raise ModelError("cancelled")
         tokens = [7919 * number % model.n_vocab for number in range(size)]  # of many experts
         with baton:
             seconds = decode(model, slot, tokens, min(size, model.outputs))
-        least[size] = min(seconds, least[size])
+        fastest[size] = min(seconds, fastest[size])
         model.cut(slot, 0)
-    return Costs(least)
+    return Costs(fastest)

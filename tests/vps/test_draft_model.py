@@ -362,7 +362,7 @@ def test_no_other_stream_waits_longer_than_for_a_chunk(pair: Worker, clock: Cloc
     ends = [end for whose, _, end in clock.log if whose == "target"]
     longest = max(after - before for before, after in itertools.pairwise(ends))
     costs = Costs(INTEL)  # beside a chunk the running stream has a token of its own
-    assert INTEL[16] < longest < schedule.share_seconds(INTEL[1]) + costs.further
+    assert INTEL[16] < longest < schedule.longest_delay(INTEL[1]) + costs.further
 
 
 def test_a_client_may_leave_while_it_writes(pair: Worker, clock: Clock) -> None:

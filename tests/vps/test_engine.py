@@ -38,7 +38,7 @@ from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.job import Event, Job, Run
 from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB
-from cerebrum.vps.memory import Parts, fit
+from cerebrum.vps.memory import Parts, fit_context
 from cerebrum.vps.prefixes import (
     Parked,
     PrefixStore,
@@ -49,7 +49,7 @@ from cerebrum.vps.prefixes import (
     load_parked,
     save_parked,
 )
-from cerebrum.vps.schedule import Baton, Costs, chunk_size, share_seconds
+from cerebrum.vps.schedule import Baton, Costs, chunk_size, longest_delay
 from cerebrum.vps.vocabulary import heal_from
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
@@ -517,7 +517,7 @@ def test_the_longest_context_that_fits(row: str) -> None:
 
     n_ctx, sequences, free_mb, *fitted = map(int, row.partition("#")[0].split())
     given = llama.Settings(threads=1, n_ctx=n_ctx, sequences=sequences)
-    got, parts = fit(Path(), given, free_mb * MB, need)
+    got, parts = fit_context(Path(), given, free_mb * MB, need)
     assert [got.n_ctx, got.sequences] == fitted
     assert parts["kv"] == fitted[0] * fitted[1] * MB // 2
     assert replace(got, n_ctx=n_ctx, sequences=sequences) == given
@@ -991,7 +991,7 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     run, slot.run = Run(normal, llama.Slot(0), []), Run(low, slot, [])
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
     worker.baton.note(other, 0.01)
-    most = decoder.costs.longest(share_seconds(0.01))
+    most = decoder.costs.longest(longest_delay(0.01))
     assert len(decoder.next_work(run, [run]).tokens) == most < MAX_CHUNK
     assert not decoder.turn([slot.run])
     worker.baton.note(other, None)
