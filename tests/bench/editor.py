@@ -243,7 +243,8 @@ class Arm:
         body = {**LLAMA_VIM, **self.more, "model": self.model, "filename": name, "stream": True}
         body |= {"prompt": above.pop(), "input_prefix": "".join(above), "input_suffix": below}
         body |= more
-        first, text, writer = 0.0, "", ""
+        text = writer = ""
+        first = 0.0
         began = time.perf_counter()
         url = f"http://127.0.0.1:{self.port}/infill"
         with servers.events_of(url, **body) as events:
