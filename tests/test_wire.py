@@ -3,7 +3,7 @@
 In this process every row is sent whole and byte by byte, and must come out the same. Both daemons
 are that server: the rows go through cm4d once, some of them through vpsd. K: the connection answers
 another request after it. C: it is closed. A list of statuses is a list of answers, in order. Many
-of the cases are other people's: docs/measured.md says whose, and what other servers do.
+of the cases are other people's: docs/measured.md says whose, and how strict other servers are.
 """
 
 from __future__ import annotations
