@@ -165,7 +165,7 @@ def accepted(pi: Pi) -> int:
 
 @pytest.mark.nightly
 def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    lua = settings("README.md", "Tab accepts\n", warm.url) + settings(*MORE_LUA, warm.url)
+    lua = settings(*LUA, warm.url) + settings(*MORE_LUA, warm.url)
     home(tmp_path, ".config/init.lua", lua)
     before = accepted(warm)
     with editing(debian, tmp_path, "nvim", "-u", f"{HOME}/.config/init.lua") as editor:
@@ -188,7 +188,7 @@ def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
 
 
 CRLF = TEXT.replace("\n", "\r\n")
-LUA = ("README.md", "Tab accepts\n")
+LUA = ("docs/editors.md", "Tab accepts\n")
 LISP = ("docs/editors.md", "return accepts\n")
 TOML = ("docs/editors.md", "its menu.\n")
 # its settings and their file, its options, the keys that ask, that accept, that leave, that save
