@@ -69,9 +69,9 @@ needs_tools = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missin
 pytestmark = [pytest.mark.slow, needs_root, needs_tools]
 
 
-def blocks(step: str, page: str = "docs/deploy.md") -> list[str]:
-    """The commands of a step of a page: its ```sh blocks, by a word of its heading."""
-    text = (ROOT / page).read_text()
+def blocks(step: str) -> list[str]:
+    """The commands of a step of docs/deploy.md: its ```sh blocks, by a word of its heading."""
+    text = (ROOT / "docs/deploy.md").read_text()
     (section,) = re.findall(rf"^###? [^\n]*{step}.*?(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     return re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
@@ -707,10 +707,10 @@ def test_remove_and_purge(cerebrum: Machine) -> None:
 
 @pytest.mark.packages
 @pytest.mark.parametrize("suite", [SUITE, OLDER])
-def test_the_lines_of_the_readme(suite: str) -> None:
+def test_copied_files(suite: str) -> None:
     with booted("copied", suite) as machine:
         machine.run("echo 100.64.0.1 vps >>/etc/hosts; echo 127.0.0.1 pi.local >>/etc/hosts")
-        on_the_vps, on_the_pi, ask = blocks("Deploy it", "README.md")
+        on_the_vps, on_the_pi, ask = blocks("From copied files")
         machine.run(OWN_SOURCES.replace(CATALOG, "cerebrum/models.toml"))
         *_, key = machine.run(f"cd cerebrum\n{on_the_vps}").splitlines()
         machine.run(f"mv {KEY} key; cd cerebrum\n{on_the_pi}", stdin=key)
@@ -780,12 +780,12 @@ CEREBRUM_VPS_URL=http://127.0.0.1:{port}
 @pytest.mark.nightly
 @pytest.mark.skipif(not EMULATOR.exists(), reason="needs qemu-user-binfmt")
 async def test_an_emulated_pi(tmp_path: Path) -> None:
-    """An arm64 with the host's network, by the README's lines: what runs there, not how fast."""
+    """An arm64 with the host's network, from copied files: what runs there, not how fast."""
     debian, _ = bootstrapped(PACKAGES_OF_A_PI, OLDER, "--arch=arm64")
     (debian / "complete").write_text(PACKAGES_OF_A_PI)
     with in_a_thread(Backend(tokens=TOKENS)) as backend, started("arm64", debian) as pi:
         assert pi.run("uname -m") == "aarch64"
-        _, lines, _ = blocks("Deploy it", "README.md")
+        _, lines, _ = blocks("From copied files")
         install, start, _ = lines.rpartition("systemctl start cerebrum-cm4")
         pi.run("ln -s /bin/true /usr/bin/tailscale")
         pi.run(f"cd cerebrum\n{install}", stdin=KEY_OF_TESTS)
