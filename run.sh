@@ -112,6 +112,23 @@ requirements() {
 	EOF
 }
 
+# show_progress PID: until a process ends, shows for how long it has run, and the step of a build
+# ("[12/180]" or "[ 7%]") that its log names last; without a terminal, twice a minute.
+show_progress() {
+	local pid=$1 step shown=0
+	while kill -0 "$pid" 2>/dev/null; do
+		step=$(grep -soE '^ *\[ *[0-9]+(%|/[0-9]+)\]' "$STATE/setup.log" | tail -n 1) || step=''
+		if [[ -t 2 ]]; then
+			printf '\r%s s %s ' "$SECONDS" "$step" >&2
+		elif ((SECONDS >= shown + 30)); then
+			shown=$SECONDS
+			note "$SECONDS s $step"
+		fi
+		sleep 0.2
+	done
+	[[ ! -t 2 ]] || printf '\r' >&2
+}
+
 # quietly LABEL COMMAND...: runs a long command, whose output goes to a log. Its temporary files go
 # when it ends or is stopped, and after a SIGKILL at the next run.
 quietly() {
@@ -124,6 +141,7 @@ quietly() {
 	mkdir "$BUILD"
 	TMPDIR=$BUILD setsid "$@" >"$log" 2>&1 </dev/null &
 	PIDS+=($!)
+	show_progress $!
 	wait $! || { tail -n 30 "$log" >&2; die "failed: $label; the whole output is in $log"; }
 	PIDS=()
 	rm -rf "$BUILD"
@@ -143,8 +161,9 @@ make_venv() {
 	[[ -x $PYTHON ]] || python3 -m venv .venv
 	requirements "$1" >"$wanted"
 	! cmp -s "$wanted" "$installed" || return 0
-	have_llama || label='building llama.cpp (about four minutes, once)'
-	quietly "$label" "$PYTHON" -m pip install --disable-pip-version-check -r "$wanted"
+	have_llama || label='building llama.cpp (about five minutes on two slow cores, once)'
+	# Verbose: its log has the steps of the build
+	quietly "$label" "$PYTHON" -m pip install --verbose --disable-pip-version-check -r "$wanted"
 	mv "$wanted" "$installed"
 }
 
