@@ -869,12 +869,13 @@ class Completions:
         )
         if is_quiet or self.is_off(gap):
             return nothing
-        rest = self.suggestions.rest(gap)
-        # Who asks gets what the Pi has: the one that is known may end where the model is unsure.
-        if rest is not None and call.is_automatic:
-            return items(rest)
-        if call.is_automatic and time.monotonic() < self.pi.away_until:
-            return nothing
+        # Who asks gets what the Pi has: what is known may end where the model is unsure.
+        if call.is_automatic:
+            rest = self.suggestions.rest(gap)
+            if rest is not None:
+                return items(rest)
+            if time.monotonic() < self.pi.away_until:
+                return nothing
 
         def work() -> Any:
             call.wait()
