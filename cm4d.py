@@ -17,9 +17,14 @@ The Pi refuses a completion with 429 while all places are taken, and with 503 wh
 open; a completion in a dialect first waits for a place or for a breaker's trial. From a backend the
 Pi refuses redirects, inexact framing or JSON, and a stream without a proper end: the client gets
 all whole events up to the fault, then an error event, then a cut. A request that fails before its
-first token goes to the next backend. The same one gets it again only after it closed a spare
-connection without a byte, answered 429, refused the prompt as too long, could not load one model
-and has another, or broke off behind a balancer. After the first token nothing is sent again.
+first token goes to the next backend; after the first token nothing is sent again. In five cases the
+same backend gets the request again:
+
+- it has closed a spare connection without a byte;
+- it has answered 429, and the client is ready to wait;
+- it has refused the prompt as too long: a shorter one is sent, once;
+- it could not load one model, and has another;
+- it has broken off behind a balancer, where another replica may answer.
 
 Each class says which state it owns; docs/design.md has them in one table. Everything runs on the
 event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml
@@ -232,7 +237,7 @@ FIELDS = {
 }
 
 
-def read_completion(members: Members, models: Collection[Model]) -> GenerationRequest:
+def read_native(members: Members, models: Collection[Model]) -> GenerationRequest:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
     in models.toml. An alias of a language becomes the name that models.toml lists. An instruction
     may be for any other language: where its answer ends does not depend on the syntax.
@@ -408,7 +413,7 @@ async def health(gateway: Gateway, request: Request) -> Response:
 
 def complete_natively(gateway: Gateway, request: Request) -> Pairs:
     """The pairs of a completion of our own API."""
-    fields = read_completion(parse_json(request.body), gateway.config.models)
+    fields = read_native(parse_json(request.body), gateway.config.models)
     session = ""
     if fields.session:
         # Two clients may choose the same name, and a backend sees only the Pi's address.

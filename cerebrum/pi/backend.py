@@ -116,7 +116,7 @@ def passed_fields(attempt: Attempt) -> JsonObject:
     return passed
 
 
-def fit(
+def fit_prompt(
     attempt: Attempt, kind: Kind, name: str, n_ctx: int, layout: str, refused: TooLong | None
 ) -> Fitted:
     """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
@@ -346,7 +346,7 @@ class Backend:
         model = attempt.model
         layout = self.kind.layout(model, self._about(model))
         name = self.names.get(model, model)
-        return fit(attempt, self.kind, name, self.n_ctx(model), layout, refused)
+        return fit_prompt(attempt, self.kind, name, self.n_ctx(model), layout, refused)
 
     def _take(self, attempt: Attempt, event: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set. Note

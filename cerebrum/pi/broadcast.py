@@ -121,12 +121,12 @@ HINT_SECONDS = 60  # from the request for a hint to the next one
 MAX_HINTS = 256  # remembered
 
 
-def kept_of(above: str, hint: str, prompt: str) -> int:
+def characters_kept(above: str, hint: str, prompt: str) -> int:
     """How many characters of a hint stand behind its place in a newer prompt; 0 if this is not near
     the prompt's end. `above`: the end of the text before the hint, at most CURSOR_CHARS. Both
     texts begin with "\\0" where the editor's window begins, which moves in a longer file.
 
-    >>> kept_of("\\0x = ", "foo(a)", "\\0x = foo(b")
+    >>> characters_kept("\\0x = ", "foo(a)", "\\0x = foo(b")
     4
     """
     nearby = prompt[-CURSOR_CHARS - len(hint) - MAX_TYPED_CHARS :]
@@ -537,7 +537,7 @@ class Broadcasts:
         text = text.replace("\r\n", "\n")
         prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")
         above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
-        kept = kept_of(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
+        kept = characters_kept(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
         shown = 0 if (prompt + text).endswith(above + hint) else len(text)
         self.runner.counting.people.add(request.client, Usage(shown=shown, kept=kept))
         remember(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)

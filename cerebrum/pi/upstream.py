@@ -132,9 +132,9 @@ BACKEND = {
     "max_concurrent": Field(int, 1, MAX_PLACES, 2),
     "n_ctx": Field(int, 0, MAX_N_CTX, 0),
     "affinity_header": Field(
-        # None that the Pi writes itself.
         str,
         default="",
+        # Not a header that the Pi writes itself.
         pattern="(?!(?i:x-request-id|x-api-key)$)(?:[Xx]-[A-Za-z0-9-]{1,60})?",
     ),
 }
@@ -261,7 +261,7 @@ def data_of(event: bytes) -> bytes:
 
 # ------------------------------------------------------------------------------ IO: asking backends
 
-# Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend
+# Tailscale over a bad uplink needs two; the client should not wait longer for a dead backend.
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
 SPARE_SECONDS = 8.0  # until an unused spare connection is closed; vpsd closes it after 10
@@ -467,8 +467,7 @@ class Upstream:
     """Sends requests to one backend, each on its own connection, so that a late answer can never
     reach another request. A POST leaves a spare connection for the next one, which saves a round
     trip, or three with TLS. An unused spare is closed after SPARE_SECONDS. `key_line` begins the
-    header that carries our key. ConfigError if `ca_file` holds no
-    certificates.
+    header that carries our key. ConfigError if `ca_file` holds no certificates.
     """
 
     def __init__(self, config: BackendConfig, key_line: str) -> None:

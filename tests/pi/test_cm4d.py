@@ -42,7 +42,7 @@ from cerebrum.pi.upstream import Endpoint
 from cerebrum.settings import ConfigError, Environment, load_catalog
 from cerebrum.text.languages import LANGUAGES
 from cerebrum_common import HttpError
-from cm4d import Config, load_config, read_completion, warn_of
+from cm4d import Config, load_config, read_native, warn_of
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 PATHS = ("/v1/complete", "/v1/complete/stream")
@@ -159,14 +159,14 @@ FIELDS = [
 @pytest.mark.parametrize(("field", "good", "bad"), FIELDS)
 def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]) -> None:
     for value in good:
-        read = getattr(read_completion(GOOD_FIELDS | {field: value}, SHIPPED), field)
+        read = getattr(read_native(GOOD_FIELDS | {field: value}, SHIPPED), field)
         assert read in (value, [value])
     for value in bad:
         body = GOOD_FIELDS | {field: value}
         if value is None:
             del body[field]
         with pytest.raises(HttpError, match=f"^{field}: expected ") as caught:
-            read_completion(body, SHIPPED)
+            read_native(body, SHIPPED)
         assert caught.value.status == 400
         assert caught.value.code == "INVALID_REQUEST"
 
@@ -438,10 +438,10 @@ def test_editors_names_of_a_language_are_known():
     for name, language in EDITORS.items():
         asked = {"prompt": "x", "language": name}
         if language:
-            assert read_completion(asked, SHIPPED).language == language, name
+            assert read_native(asked, SHIPPED).language == language, name
             continue
         with pytest.raises(HttpError, match="language: expected ") as refused:
-            read_completion(asked, SHIPPED)
+            read_native(asked, SHIPPED)
         assert refused.value.code == "INVALID_REQUEST"
 
 
