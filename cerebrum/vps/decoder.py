@@ -1,5 +1,8 @@
 """What a model decodes next: each running completion's part of a `llama_decode`, and what becomes
 of its result.
+
+`Compute` calls llama.cpp, in turn with other models. A `Decoder` decides for its runs, and counts
+in a `ModelTally`. A `DraftModel` is the `Decoder` of a small model beside a large one.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from cerebrum.vps.drafts import (
     Case,
     Drafter,
     Gain,
+    catch_up_seconds,
     is_worth_checking,
     is_worth_reading,
-    reading_seconds,
 )
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import ABORTED, MAX_CHUNK, Llama, Part, Slot
@@ -516,7 +519,7 @@ class DraftModel(Decoder):
         # this reading is lost, so its pieces are longer.
         delay = longest_delay(large.pace(own=streams > 1)) / streams
         piece = min(2 * AHEAD_TOKENS, self.costs.longest(delay))
-        reading = reading_seconds(len(lacking), piece, self.costs)
+        reading = catch_up_seconds(len(lacking), piece, self.costs)
         if not lacking or not large.gain.wants(case, reading):
             return
         worth = large.gain.plain[streams]  # the seconds that a right token saves

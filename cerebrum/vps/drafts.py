@@ -59,13 +59,13 @@ def pair_rate(costs: DecodeSeconds, draft_seconds: float) -> float:
 MOST_SAVED = 0.5
 
 
-def reading_seconds(missing: int, piece: int, costs: DecodeSeconds) -> float:
+def catch_up_seconds(missing: int, piece: int, costs: DecodeSeconds) -> float:
     """How long a draft model takes to read `missing` tokens in pieces. One token is read for each
     draft in any case, and does not count.
 
-    >>> reading_seconds(1, 50, lambda tokens: 1 + tokens / 10)
+    >>> catch_up_seconds(1, 50, lambda tokens: 1 + tokens / 10)
     0.0
-    >>> reading_seconds(100, 50, lambda tokens: 1 + tokens / 10)  # each piece begins a decode
+    >>> catch_up_seconds(100, 50, lambda tokens: 1 + tokens / 10)  # each piece begins a decode
     12.1
     """
     return costs(missing) + (missing // piece - 1) * costs(1)

@@ -71,11 +71,10 @@ class Job:
         """
         request = self.request
         vocabulary = model.vocabulary
-        requests = [request]
+        self.parts = [vocabulary.encode(request)]
         if request.prompt_ms and not request.special:
             for fields in nearer(vars(request), vocabulary.layout):
-                requests.append(replace(request, **fields))
-        self.parts = [vocabulary.encode(part) for part in requests]
+                self.parts.append(vocabulary.encode(replace(request, **fields)))
         self.read(0)
         count = len(self.prompt)
         n_ctx = model.n_ctx
