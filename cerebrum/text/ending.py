@@ -429,9 +429,9 @@ def scan(language: Language, prompt: str) -> Scanner:
     prompt = next((quotes for quotes in marks if starts_in_docstring(prompt, quotes)), "") + prompt
     scanner = scanner_of(language, prompt)
     if scanner.opener in language.texts and scanner.closer:
-        starts = (definition.start() for definition in language.defines.finditer(prompt))
-        header = max((start for start in starts if HEADER.match(prompt, start)), default=0)
-        again = scanner_of(language, prompt[header:])
+        starts = [definition.start() for definition in language.defines.finditer(prompt)]
+        headers = [start for start in starts if HEADER.match(prompt, start)]
+        again = scanner_of(language, prompt[max(headers, default=0) :])
         return scanner if again.closer else again  # in code: a quote above was misread
     return scanner
 
@@ -454,15 +454,11 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str) -> list[Stage
         code = scanner_of(known, prompt.rpartition(scanner.closer)[2])
     if isinstance(code, StatementScanner) and not code.head.strip():
         code.last = ""  # nothing of the next statement has come
-    stages = list[Stage]()
     typed = last_line(prompt)
-    if typed and code.starting:
-        stages.append(Typed(typed))
+    begun: list[Stage] = [Typed(typed)] if typed and code.starting else []
     if suffix:
-        stages.append(gap_of(code, prompt, suffix))
-    else:
-        stages.append(BLOCKS[type(scanner)](scanner, prompt))
-    return stages
+        return [*begun, gap_of(code, prompt, suffix)]
+    return [*begun, BLOCKS[type(scanner)](scanner, prompt)]
 
 
 class Ending:
@@ -493,7 +489,8 @@ class Ending:
         # Only a gap has one, and a blank one is none.
         suffix = suffix if mode == "infill" and suffix and suffix.strip() else ""
         self.stages: list[Stage] = [Sure(least)] if least else []
-        self.stages.append(StopStrings(stops))
+        if stops:
+            self.stages.append(StopStrings(stops))
         if mode == "instruct":
             self.stages.append(Fences(syntax, prompt))
         elif stop_at != "none":

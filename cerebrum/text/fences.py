@@ -52,7 +52,6 @@ class Fences(Stage):
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        self._restart("chatter")
         self.feed(begun)
         if self.reason or self.state != "code":  # `begun` has no block that is still open
             self._restart("chatter")

@@ -295,12 +295,13 @@ class Repeat(Stage):
         lines = self.lines
         periods = range(1, PERIOD_LINES + 1)
         twice = [size for size in periods if lines[-size:] == lines[-2 * size : -size]]
-        self.third_at = (self.third_at or position) if twice else None
+        third = self.third_at or position
+        self.third_at = third if twice else None
         for size in twice:
             enough = max(REPEATED_LINES, REPEATED_COPIES * size)
             last = lines[-enough:]
             if len(last) == enough and last[size:] == last[:-size]:
-                self.end("repeat", self.third_at or position)
+                self.end("repeat", third)
 
 
 def confidence_of(tokens: Sequence[Written], start: int, text: str) -> dict[str, float]:
