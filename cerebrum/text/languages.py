@@ -122,11 +122,11 @@ class Language:
     @cached_property
     def comments(self) -> list[Delimiters]:
         """(opening, closing) of each comment."""
-        line = [(self.line_comment, "\n")] if self.line_comment else []
         start, _, end = self.block_comment.partition(" ")
-        block = [(start, end)] if end else []
-        directives = [("#", "\n")] * self.directives
-        return [*line, *block, *self.other_comments, *directives]
+        directive = "#" * self.directives
+        line = self.line_comment
+        pairs = [(line, "\n"), (start, end), *self.other_comments, (directive, "\n")]
+        return [pair for pair in pairs if pair[0]]
 
     @cached_property
     def delimiters(self) -> list[Delimiters]:
@@ -442,9 +442,14 @@ MODELINE = re.compile(
 OPENED = re.compile(r"^[ \t]*(?:`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)[^\n`]*+$", re.M)
 
 
+def id_of(name: str) -> str:
+    """The key in `LANGUAGES` of this name or alias; "" if it is unknown."""
+    return BY_NAME.get(name.lower(), "")
+
+
 def language_named(name: str) -> Language | None:
     """The language of this name or alias, if it is known."""
-    return LANGUAGES.get(BY_NAME.get(name.lower(), ""))
+    return LANGUAGES.get(id_of(name))
 
 
 def guess_language(filename: str, text: str, others: Sequence[str]) -> str:
@@ -458,14 +463,14 @@ def guess_language(filename: str, text: str, others: Sequence[str]) -> str:
     """
     if name := language_of_file(filename):
         return name
-    if (match := SHEBANG.match(text)) and (name := BY_NAME.get(match[1].lower(), "")):
+    if (match := SHEBANG.match(text)) and (name := id_of(match[1])):
         return name
     for match in MODELINE.finditer(text, 0, text.rfind("\n", 0, HEADER_CHARS) + 1):
-        named = BY_NAME.get((match[1] or "").lower(), "")
+        named = id_of(match[1] or "")
         if name := named or language_of_file(match[2] or match[3] or ""):
             return name
     fences = OPENED.findall(text[-FENCED_CHARS:])
-    if len(fences) % 2 and (name := BY_NAME.get(fences[-1].lower(), "")):
+    if len(fences) % 2 and (name := id_of(fences[-1])):
         return name
     known = [language_of_file(other) for other in others]
     counts = Counter(name for name in known if name and name not in BESIDE_CODE.split())
