@@ -542,7 +542,9 @@ class Dispatcher:
         for attempt in self.state.places:
             older = attempt.request
             is_own = older.client == ahead.client
-            goes_on = is_own and ahead.fields.prompt.startswith(older.fields.prompt)
+            # A jump to another place has another suffix.
+            same_gap = is_own and ahead.fields.suffix == older.fields.suffix
+            goes_on = same_gap and ahead.fields.prompt.startswith(older.fields.prompt)
             if older.ahead and not goes_on and (is_own or older.guest > ahead.guest == 0):
                 self._supersede(attempt)
         self._advance()

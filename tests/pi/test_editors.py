@@ -662,6 +662,16 @@ async def test_what_is_typed_of_a_hint_is_read_once_the_rest_of_its_prompt_is() 
         assert typed == rest | {"prompt": f"{rest['prompt']}yz"}
 
 
+async def test_a_jump_down_a_file_ends_the_reading_above() -> None:
+    async with pi_with(script("y", **TOLD), [CHUNKED, HANG], script(**TOLD)) as (pi, backend):
+        await infill(pi, **PLACE | {"input_suffix": AFTER})
+        await until(pi.reads_ahead)
+        below = {"input_prefix": LONG + "x\n", "input_suffix": AFTER[100:], "n_predict": 0}
+        await infill(pi, **PLACE | below)
+        await until(lambda: len(backend.completions) == 4 and not pi.reads_ahead())
+        assert "x\n" in backend.completions[2]["prompt"][-5:]
+
+
 BY = event(model="qwen_1_5b")
 
 
