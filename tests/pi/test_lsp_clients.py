@@ -50,9 +50,8 @@ def settings(document: str, begin: str, url: str) -> str:
     return text.partition("```")[0].replace("http://pi.local:7000", url)
 
 
-@pytest.fixture(scope="module")
-def debian() -> Path:
-    """The Debian with the editors."""
+def installed() -> Path:
+    """The Debian with the editors, made if it is not here."""
     for program in ("debootstrap", "systemd-nspawn", "tmux"):
         needs(program)
     if os.geteuid() != 0:
@@ -66,6 +65,11 @@ def debian() -> Path:
         assert done.returncode == 0, done.stdout[-2000:]
         complete.write_text(PACKAGES)
     return DEBIAN
+
+
+@pytest.fixture(scope="module")
+def debian() -> Path:
+    return installed()
 
 
 @pytest.fixture
