@@ -342,7 +342,7 @@ FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative one
 
 @dataclass(slots=True, eq=False)
 class Broadcasts:
-    """Owns all broadcasts, running and finished, and their subscribers."""
+    """Owns all broadcasts, the remembered texts, and their subscribers."""
 
     runner: Runner
     # Requests that ended this way.
@@ -350,7 +350,7 @@ class Broadcasts:
     shared: int = 0
     replaced: int = 0
     subscribers: list[Subscriber] = field(default_factory=list)
-    # Finished ones, the newest last.
+    # The newest last.
     memory: deque[Remembered] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
     # The last hint in each file: what precedes it, its text, and when it was asked for.
     hints: dict[str, tuple[str, str, float]] = field(default_factory=dict)

@@ -256,15 +256,6 @@ class Completion:
         return self.attempts[-1] if self.attempts else None
 
     @property
-    def tokens(self) -> int:
-        """Of its last attempt."""
-        return self.attempt.tokens if self.attempt else 0
-
-    @property
-    def model(self) -> str:
-        return self.attempt.model if self.attempt else ""
-
-    @property
     def failure(self) -> HttpError | None:
         """The most informative error so far. One that a backend reports outweighs another backend's
         failure.

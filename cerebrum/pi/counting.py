@@ -179,15 +179,16 @@ class Counting:
             self.failed += bool(completion.clients) and reason != SUPERSEDED
             raise
         finally:
-            completion.notes |= completion.figures()
+            figures = completion.figures()
+            completion.notes |= figures
             self._share(completion)
-            if completion.clients or completion.tokens:
+            if completion.clients or "tokens" in figures:
                 self._tally(completion, reason)
 
     def _tally(self, completion: Completion, reason: str) -> None:
         """Count the end of a completion for its model."""
-        tally = self.tallies.setdefault(completion.model or "none", Tally())
         attempt = completion.attempt
+        tally = self.tallies.setdefault(attempt.model if attempt else "none", Tally())
         match attempt and attempt.outcome:
             case Answered(ended) | Evicted(ended):
                 reason = ended

@@ -81,8 +81,8 @@ class Runner:
 
     def beginning(self, completion: Completion) -> JsonObject:
         """The value of the pair "started"."""
-        model = completion.model or self.fleet.route(completion.request)
         attempt = completion.attempt
+        model = attempt.model if attempt else self.fleet.route(completion.request)
         sent = attempt.sent if attempt else NOTHING_SENT
         n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
         return {"model": model, "n_ctx": n_ctx, "kept": sent.kept}
