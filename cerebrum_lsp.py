@@ -674,7 +674,7 @@ def lacks(answer: Any) -> str:
     return ""
 
 
-def accepted(text: str) -> Object:
+def accept_command(text: str) -> Object:
     """The command that the client runs when its user has accepted this completion."""
     count = {"characters": len(text)}
     return {"title": "accepted", "command": ACCEPTED, "arguments": [count]}
@@ -816,7 +816,7 @@ class Completions:
             item = {
                 "insertText": inserted + text,
                 "range": span(start, end),
-                "command": accepted(text),
+                "command": accept_command(text),
             }
             return {"items": [item] if text and not is_unwanted else []}
 
@@ -851,7 +851,7 @@ class Completions:
                 "sortText": "\0",
                 "preselect": True,
                 "textEdit": edit,
-                "command": accepted(rest),
+                "command": accept_command(rest),
             }
             return {"isIncomplete": True, "items": [entry] if rest.strip() else []}
 
@@ -989,8 +989,8 @@ class Commands:
 JETBRAINS = re.compile(r"\(build [A-Z]+-\d")  # in the version of a JetBrains IDE, by LSP4IJ
 
 
-class Server:
-    """One editor's session: its beginning and end, its settings, and who handles which message."""
+class Session:
+    """One editor's: its beginning and end, its settings, and who handles which message."""
 
     def __init__(self, client: Client, settings: Settings, faults: list[str]) -> None:
         self.client = client
@@ -1117,7 +1117,7 @@ def main() -> int:
         return 0 if options == ["--help"] else 2
     client = Client(sys.stdout.buffer)
     sys.stdout = sys.stderr  # nothing else may write to the editor
-    return Server(client, *first_settings(os.environ)).serve(sys.stdin.buffer)
+    return Session(client, *first_settings(os.environ)).serve(sys.stdin.buffer)
 
 
 if __name__ == "__main__":

@@ -477,7 +477,7 @@ class Desk(Editor):
         monkeypatch.setattr(cerebrum_lsp, "READ_DELAY_SECONDS", 0.001)
         self.numbers, self.came = itertools.count(1), Queue()
         client = cerebrum_lsp.Client(cast(Any, self))
-        self.server = cerebrum_lsp.Server(client, Settings(url=pi.url), [])
+        self.server = cerebrum_lsp.Session(client, Settings(url=pi.url), [])
         self.start({"read_ahead": True, **settings})
 
     def write(self, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import sys
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,25 @@ def test_no_module_imports_itself_through_others() -> None:
     TopologicalSorter(
         {name_of(Path(file)): names for file, names in IMPORTS.items()}
     ).prepare()  # or CycleError
+
+
+def test_a_name_is_defined_once_or_where_the_glossary_says() -> None:
+    """A word of the glossary also names no module but its own. Both daemons have rooms of the same
+    names, so they count as one file.
+    """
+    text = (ROOT / "docs/design.md").read_text()
+    entries = re.findall(r"^- \*\*(.+?)\*\*:((?:.|\n )+)", text, re.M)
+    meanings = dict(entries)
+    assert len(meanings) == len(entries)
+    places = dict[str, str]()
+    for file in FILES:
+        path = str(file).removeprefix("cerebrum/").replace("cm4d", "vpsd")
+        nodes = ast.parse((ROOT / file).read_text()).body
+        names = {node.name for node in nodes if hasattr(node, "name")}
+        names |= {file.stem} & meanings.keys()
+        for name in names - {"main"}:
+            place = places.setdefault(name, f"`{path}`")
+            assert f"`{path}`" in meanings.get(name.lower(), place), name
 
 
 # ----------------------------------------------------------------------- how much a statement says

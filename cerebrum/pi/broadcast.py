@@ -188,7 +188,7 @@ class Broadcast:
             return 0
         if not may_type or request.kind != "infill":
             return None
-        return typed_of(older.fields.prompt, text_of(self.pairs), request.fields.prompt) or None
+        return typed_of(older.fields.prompt, text_in(self.pairs), request.fields.prompt) or None
 
     def wake(self) -> None:
         """Wake its readers."""
@@ -202,7 +202,7 @@ class Broadcast:
         self.wake()
 
 
-def text_of(pairs: Sequence[Pair]) -> str:
+def text_in(pairs: Sequence[Pair]) -> str:
     return read_text(b"".join(value for event, value in pairs if event == "text"))
 
 
@@ -231,7 +231,7 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
     reason = result.get("finish_reason", "stop")
     if reason == "length" and request.kind == "completion":
         return None
-    text = text_of(broadcast.pairs)
+    text = text_in(broadcast.pairs)
     if reason in CUT or not 1 < len(text) <= MAX_FINISHED_CHARS:
         return None
     # An answer for which no backend is asked has no figures.
@@ -326,7 +326,7 @@ class Subscriber:
                 value = value | {"type_through": True}
             self.broadcasts.remember(self)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
-                self.broadcasts.show(self.completion, text_of(pairs)[self.typed :])
+                self.broadcasts.show(self.completion, text_in(pairs)[self.typed :])
         return event, value
 
     def _rest_of(self, events: bytes) -> bytes:
