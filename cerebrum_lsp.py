@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import io
 import itertools
 import json
 import os
@@ -281,11 +282,9 @@ class Document:
         that end.
         """
         line, units = position
-        starts = [0, *(end.end() for end in LINE_END.finditer(self.text))]
-        if line >= len(starts):
-            return len(self.text)
-        start = starts[line]
-        before = LINE_END.split(self.text[start:], 1)[0][:units]
+        lines = io.StringIO(self.text, newline="")  # their ends are LSP's: \r\n, \r and \n
+        start = sum(map(len, itertools.islice(lines, line)))
+        before = lines.readline().rstrip("\r\n")[:units]
         while (over := utf16_units(before) - units) > 0:  # inside a character counts as before it
             before = before[: -over // 2]  # the last ones, each of one unit or two
         return start + len(before)
