@@ -112,6 +112,7 @@ function median(values) {
  * @param {any} answer
  */
 function lacks(answer) {
+  if (!answer.done) return "the connection ended before the answer did";
   if (answer.kept?.parts?.join() !== "all") return "the text is too long for the model";
   const reason = answer.finish_reason ?? "stop";
   if (reason === "length") return `the answer is longer than ${MAX_TOKENS} tokens`;

@@ -801,16 +801,17 @@ desk("a selection is changed as a whole, after its difference was shown", async 
   assert.deepEqual(at.tabs, []);
 });
 
-const LACKING = [
-  [{ finish_reason: "length" }, "the answer is longer than 2048 tokens"],
-  [{ finish_reason: "repeat" }, "the model began to repeat itself"],
-  [{ finish_reason: "preempted" }, "the answer broke off"],
-  [{ kept: { parts: ["window"] } }, "the text is too long for the model"],
+const LACKING = [ // the last event, and what is said
+  [{ ...DONE, finish_reason: "length" }, "the answer is longer than 2048 tokens"],
+  [{ ...DONE, finish_reason: "repeat" }, "the model began to repeat itself"],
+  [{ ...DONE, finish_reason: "preempted" }, "the answer broke off"],
+  [{ ...DONE, kept: { parts: ["window"] } }, "the text is too long for the model"],
+  [{ token: " = 2" }, "the connection ended before the answer did"],
 ];
-for (const [lacking, why] of LACKING) {
+for (const [last, why] of LACKING) {
   desk(`an answer that is not whole changes nothing: ${why}`, async (at, pi) => {
     const document = select(at, "|b = 1|");
-    pi.answers["/v1/complete/stream"] = sse({ token: "b" }, { ...DONE, ...lacking });
+    pi.answers["/v1/complete/stream"] = sse({ token: "b" }, last);
     at.answers = ["two"];
     await change(at);
     assert.equal(document.text, "b = 1");
@@ -936,20 +937,14 @@ desk("a stream that is no JSON ends at once", async (at, pi) => {
   await until(() => pi.left === 1);
 });
 
-desk("a stream that breaks off, or is cancelled, changes nothing", async (at, pi) => {
+desk("a stream that is cancelled changes nothing", async (at, pi) => {
   const document = select(at, "|b = 1|");
-  pi.answers["/v1/complete/stream"] = sse({ token: "b" });
-  at.answers = ["two"];
-  await change(at);
-  assert.equal(document.text, "b = 1");
   pi.answers["/v1/complete/stream"] = (_asked, response) => response.writeHead(200).write('data: {"token": "b"}\n\n');
   at.cancels = (token) => void until(() => at.previews.at(-1) === "b").then(() => token.cancel());
-  at.previews = [];
   at.answers = ["two"];
-  const shown = at.shown.length;
   await change(at);
   await until(() => pi.left === 1);
-  assert.equal(at.shown.filter((line) => line.startsWith("warning")).length, 1);
-  assert.ok(at.shown.length > shown);
+  assert.ok(at.shown.length > 0);
+  assert.deepEqual(at.shown.filter((line) => line.startsWith("warning")), []);
   assert.deepEqual([document.text, at.tabs], ["b = 1", []]);
 });
