@@ -272,7 +272,6 @@ class Document:
 
     uri: str
     language: str
-    version: int
     text: str
     deleted: int = -1  # the line of the latest edit, if that only removed text
     is_changed: bool = False  # since the latest request for ghost text in a JetBrains IDE
@@ -578,9 +577,6 @@ class Client:
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
         self.lock = threading.Lock()
-        self.numbers = itertools.count(1)
-        # By the id of a request without a response.
-        self.reactions: dict[Any, Callable[[Any], None]] = {}
         self.running = set[Call]()
 
     def send(self, **members: Any) -> None:
@@ -589,14 +585,6 @@ class Client:
         with self.lock, contextlib.suppress(OSError, ValueError):
             self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
             self.stream.flush()
-
-    def request(self, method: str, params: Any, react: Callable[[Any], None]) -> None:
-        """Send a request. The main thread calls `react` with the result, which is None after an
-        error.
-        """
-        request_id = f"cerebrum-{next(self.numbers)}"
-        self.reactions[request_id] = react
-        self.send(id=request_id, method=method, params=params)
 
     def show(self, level: int, message: str, method: str = "window/showMessage") -> None:
         """Show a message to the user: 1 is an error, 2 a warning, 3 information."""
@@ -736,8 +724,7 @@ class Completions:
         uri = get(params, "textDocument.uri", str)
         text = get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str)
-        version = get(params, "textDocument.version", int)
-        self.documents[uri] = Document(uri, language, version, text)
+        self.documents[uri] = Document(uri, language, text)
         self.read(params)
 
     def change(self, params: Any) -> None:
@@ -758,8 +745,6 @@ class Completions:
                     if rest.startswith(text):
                         self.pi.count(None, len(text))
                 document.edit(start, end, text)
-        # Some clients have no number for it.
-        document.version = get(params, "textDocument.version", int, document.version)
         document.is_changed = True
         self.documents[document.uri] = document
 
@@ -932,7 +917,6 @@ class Commands:
     client: Client
     documents: Documents
     pi: Pi
-    has_versions: bool = False  # the client takes edits with the version that they are for
 
     def execute(self, params: Any, request_id: Any) -> Any:
         command = get(params, "command", str)
@@ -971,25 +955,18 @@ class Commands:
             changed = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             changed += selection[len(selection.rstrip("\r\n")) :]
             edits = [{"range": span(start, end), "newText": changed}]
-            edit: Object = {"changes": {document.uri: edits}}
-            if self.has_versions:
-                versioned = {"uri": document.uri, "version": document.version}
-                edit = {"documentChanges": [{"textDocument": versioned, "edits": edits}]}
-            params = {"label": "Cerebrum", "edit": edit}
-            self.client.request("workspace/applyEdit", params, self.applied)
+            params = {"label": "Cerebrum", "edit": {"changes": {document.uri: edits}}}
+            # The editor itself says if it does not apply the change.
+            self.client.send(id=request_id, method="workspace/applyEdit", params=params)
 
         return self.client.start(call, work)
-
-    def applied(self, result: Any) -> None:
-        if not get(result, "applied", bool, False):
-            self.client.show(2, "the editor did not apply the change")
 
 
 JETBRAINS = re.compile(r"\(build [A-Z]+-\d")  # in the version of a JetBrains IDE, by LSP4IJ
 
 
 class Session:
-    """One editor's: its beginning and end, its settings, and who handles which message."""
+    """One editor's session: its beginning and end, its settings, and who handles which message."""
 
     def __init__(self, client: Client, settings: Settings, faults: list[str]) -> None:
         self.client = client
@@ -1033,9 +1010,7 @@ class Session:
         request_id = message.get("id")
         if method == "exit":
             raise EOFError
-        if method is None:
-            if react := self.client.reactions.pop(str(request_id), None):
-                outcome(lambda: react(message.get("result")))
+        if method is None:  # a response
             return
         response = outcome(lambda: self.run(method, message.get("params"), request_id))
         if request_id is not None and response.get("result") is not LATER:
@@ -1057,8 +1032,6 @@ class Session:
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
-        versions = "capabilities.workspace.workspaceEdit.documentChanges"
-        self.commands.has_versions = get(params, versions, bool, False)
         with contextlib.suppress(ProtocolError):
             version = get(params, "clientInfo.version", str)
             self.completions.is_jetbrains = JETBRAINS.search(version) is not None
@@ -1083,13 +1056,7 @@ class Session:
         self.pi.away_until = 0.0  # the next request tries
 
     def change_configuration(self, params: Any) -> None:
-        if (given := get(params, "settings", dict, None)) is not None:
-            self.configure(given)
-        else:
-            items = {"items": [{"section": "cerebrum"}]}
-            self.client.request(
-                "workspace/configuration", items, lambda found: self.configure(found and found[0])
-            )
+        self.configure(get(params, "settings", dict, None))
 
     def cancel(self, params: Any) -> None:
         self.client.end_calls(lambda call: call.request_id == params["id"], CANCELLED)

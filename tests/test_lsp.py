@@ -78,7 +78,6 @@ class Editor:
     """A client: sends messages to a server in a process of its own, and sorts what comes back."""
 
     client: Any = None  # its name and its version
-    able: Any = None  # its capabilities
 
     def __init__(self, environment: dict[str, str], setup: str = "pass") -> None:
         """`setup` is run by the server before it starts."""
@@ -145,7 +144,7 @@ class Editor:
 
     def start(self, options: Any = None, text: str | None = None) -> Any:
         options = {"read_ahead": False, **(options or {})}
-        params = {"capabilities": self.able or {}, "initializationOptions": options}
+        params = {"capabilities": {}, "initializationOptions": options}
         found = self.ask("initialize", {**params, "clientInfo": self.client})
         self.tell("initialized", {})
         if text is not None:
@@ -153,16 +152,15 @@ class Editor:
         return found
 
     def open(self, text: str, language: str = "python", uri: str = URI) -> None:
-        document = {"uri": uri, "languageId": language, "version": 1, "text": text}
+        document = {"uri": uri, "languageId": language, "text": text}
         self.tell("textDocument/didOpen", {"textDocument": document})
 
-    def type(self, line: int, character: int, text: str, version: int | None = 2) -> None:
-        change = {"range": span((line, character), (line, character)), "text": text}
-        self.change(change, version)
+    def type(self, line: int, character: int, text: str) -> None:
+        self.change({"range": span((line, character), (line, character)), "text": text})
 
-    def change(self, change: Any, version: int | None = 2) -> None:
-        document = {"uri": URI, "version": version}
-        self.tell("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
+    def change(self, change: Any) -> None:
+        changed = {"textDocument": {"uri": URI}, "contentChanges": [change]}
+        self.tell("textDocument/didChange", changed)
 
     def configure(self, settings: Any) -> None:
         self.tell("workspace/didChangeConfiguration", {"settings": settings})
@@ -695,10 +693,7 @@ def instructed(text: Any, reason: str = "stop", kept: Any = ("all",)) -> dict[st
 
 
 def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
-    """A client that knows `documentChanges` gets the version that the change is for. Its range may
-    be backwards.
-    """
-    editor.able = {"workspace": {"workspaceEdit": {"documentChanges": True}}}
+    """Its range may be backwards."""
     editor.start()
     editor.open("let b\na=1\nb=2\n", "javascriptreact")
     pi.says(**instructed("total=1"))
@@ -707,12 +702,11 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
     number = editor.command("cerebrum.instruct", {**SELECTED, "range": backwards})
     asked = editor.called("workspace/applyEdit")
     edits = [{"range": selected, "newText": "total=1\n"}]
-    versioned = [{"textDocument": {"uri": URI, "version": 1}, "edits": edits}]
-    assert asked["params"]["edit"] == {"documentChanges": versioned}
+    assert asked["params"]["edit"] == {"changes": {URI: edits}}
+    editor.send(id=asked["id"], result={"applied": True})
     assert editor.answer(number)["result"] is None
     assert pi.hears()[:2] == ("/v1/complete", INSTRUCTED)
-    editor.send(id=asked["id"], result={"applied": False})
-    assert editor.shown() == "the editor did not apply the change"
+    assert editor.came.empty()
 
 
 LACKING = [
@@ -737,7 +731,7 @@ def test_an_instruction_overwrites_nothing_with_less_and_no_newer_text(
     pi.scripts = [[wait_for(end), answer(200, instructed("total\n"))]]
     number = editor.command("cerebrum.instruct", SELECTED)
     wait_until(lambda: len(pi.asked) > count, "the Pi is asked")
-    editor.type(0, 0, "y", None)  # without a number for the version
+    editor.type(0, 0, "y")
     assert "error" in editor.answer(editor.request("made/up"))  # so the change has been read
     end.set()
     message = f"the text has changed meanwhile{NOTHING}"
@@ -933,15 +927,8 @@ def test_settings_come_from_the_file_the_environment_and_the_client(pi: Pi, tmp_
         editor.configure({"tokens": "many"})
         assert editor.next()["params"] == {"type": 1, "message": f"Cerebrum: {NOT_A_NUMBER}"}
         editor.configure(None)
-        asked = editor.next()
-        assert asked["method"] == "workspace/configuration"
-        assert asked["params"] == {"items": [{"section": "cerebrum"}]}
-        editor.send(id=asked["id"], result=[{"tokens": 13}])
-        for nothing in ([], [False], [None], None):
-            editor.configure(None)
-            editor.send(id=editor.next()["id"], result=nothing)
         editor.ghost(0, 2)
-        assert (pi.body()["n_predict"], editor.came.empty()) == (13, True)
+        assert (pi.body()["n_predict"], editor.came.empty()) == (11, True)
 
 
 def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
@@ -1075,7 +1062,7 @@ EDITS = [  # behind an end, or in a character
 
 
 def document_of(text: str) -> Document:
-    return Document(URI, "python", 0, text)
+    return Document(URI, "python", text)
 
 
 def test_odd_positions() -> None:
