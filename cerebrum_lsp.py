@@ -191,35 +191,17 @@ def read_file(folder: Path) -> Any:
     return None
 
 
-# The others are CEREBRUM_LSP_TOKENS and so on.
 VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
-
-
-def read_variables(environment: Mapping[str, str]) -> Object:
-    """The settings of the environment: texts, lists with commas, or else JSON."""
-    given: Object = {}
-    for name, default in vars(Settings()).items():
-        text = environment.get(VARIABLES.get(name, f"CEREBRUM_LSP_{name.upper()}"))
-        if not text:
-            continue
-        given[name] = text
-        if isinstance(default, tuple):
-            # Not at the commas of {a,b}.
-            items = re.findall(r"(?!\s)(?:\{[^{}]*\}|[^,])+", text)
-            given[name] = [item.strip() for item in items]
-        elif not isinstance(default, str):
-            with contextlib.suppress(ValueError):
-                given[name] = json.loads(text)
-    return given
 
 
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings of the file, which those of the environment override, and the faults of both."""
     home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     folder = Path(home) / "cerebrum"
+    variables = {name: environment.get(VARIABLES[name]) or None for name in VARIABLES}
     sources: dict[str, Callable[[], Any]] = {
         f"the settings in {folder}": lambda: read_file(folder),
-        "the environment": lambda: read_variables(environment),
+        "the environment": lambda: variables,
     }
     settings = Settings()
     faults = []

@@ -973,27 +973,16 @@ def test_https(tmp_path: Path) -> None:
                 assert editor.ghost(0, 4) == says
 
 
-ENVIRONMENT = {
-    "XDG_CONFIG_HOME": "/nowhere",
-    "CEREBRUM_URL": "http://[::1]:1",
-    "CEREBRUM_CM4_API_KEY": "12",
-    "CEREBRUM_LSP_TOKENS": "64",
-    "CEREBRUM_LSP_OFF": " markdown ,text, ",
-    "CEREBRUM_LSP_EXCLUDE": "*.{key,pem},\t{a, b}\n",
-    "CEREBRUM_LSP_COMPLETION": "true",
-}
-
-
-def test_settings_of_the_environment() -> None:
-    lists = {"off": ("markdown", "text"), "exclude": ("*.{key,pem}", "{a, b}")}
-    expected = Settings("http://[::1]:1", "12", 64, completion=True, **lists)
-    environment = ENVIRONMENT.copy()
-    assert first_settings(environment) == (expected, [])
-    environment["CEREBRUM_LSP_TOKENS"] = "many"
-    assert first_settings(environment) == (Settings(), [f"the environment: {NOT_A_NUMBER}"])
+def test_settings_of_the_environment(tmp_path: Path) -> None:
+    configured(tmp_path, "lsp.toml", 'url = "http://pi"\nkey = "of-the-file"\n')
+    environment = {"XDG_CONFIG_HOME": str(tmp_path), "CEREBRUM_URL": ""}
+    assert first_settings(environment) == (Settings("http://pi", "of-the-file"), [])
+    environment["CEREBRUM_URL"] = "http://[::1]:1"
+    environment["CEREBRUM_CM4_API_KEY"] = "12"
+    assert first_settings(environment) == (Settings("http://[::1]:1", "12"), [])
     environment["CEREBRUM_URL"] = "pi.local"
-    del environment["CEREBRUM_LSP_TOKENS"]
-    assert first_settings(environment) == (Settings(), [f"the environment: {URL_EXPECTED}"])
+    kept = Settings("http://pi", "of-the-file")
+    assert first_settings(environment) == (kept, [f"the environment: {URL_EXPECTED}"])
 
 
 URL_EXPECTED = "expected a url such as http://pi.local:7000"
