@@ -1014,9 +1014,8 @@ class Session:
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
-        with contextlib.suppress(ProtocolError):
-            version = get(params, "clientInfo.version", str)
-            self.completions.is_jetbrains = JETBRAINS.search(version) is not None
+        client = str(params.get("clientInfo"))
+        self.completions.is_jetbrains = JETBRAINS.search(client) is not None
         capabilities = {
             "textDocumentSync": {"openClose": True, "change": 2},
             "inlineCompletionProvider": {},

@@ -239,16 +239,6 @@ SERVER = (
         "Start of the process, by the clock as it is now.",
         lambda _: round(time.time() - time.monotonic() + STARTED, 1),
     ),
-    Metric(
-        "process_open_fds",
-        "Open files of the process.",
-        lambda _: len(os.listdir("/proc/self/fd")) - 1,
-    ),
-    Metric(
-        "process_max_fds",
-        "Most files that the process may open.",
-        lambda _: os.sysconf("SC_OPEN_MAX"),
-    ),
 )
 
 
