@@ -270,11 +270,10 @@ class Document:
             before = before[: -over // 2]  # the last ones, each of one unit or two
         return start + len(before)
 
-    def gap(self, start: Position, end: Position, inserted: str = "") -> Gap:
-        """The gap behind `inserted`, which stands for the text between two positions."""
-        before = self.text[: self.offset(start)] + inserted
-        after = self.text[self.offset(end) :]
-        return Gap(self.uri, unix(before), unix(after), self.language)
+    def gap(self, cursor: Position) -> Gap:
+        offset = self.offset(cursor)
+        before, after = unix(self.text[:offset]), unix(self.text[offset:])
+        return Gap(self.uri, before, after, self.language)
 
     def line_end(self, near: str = "") -> str:
         """The first line end of a text, if it has one, or else of the document."""
@@ -723,7 +722,7 @@ class Completions:
                 # A JetBrains IDE does not report what its user accepts, but inserts it in one
                 # piece. A key inserts one character, and perhaps an indentation.
                 if self.is_jetbrains and len(text.strip()) > 1:
-                    rest = self.suggestions.rest(document.gap(start, end)) or ""
+                    rest = self.suggestions.rest(document.gap(start)) or ""
                     if rest.startswith(text):
                         self.pi.count(None, len(text))
                 document.edit(start, end, text)
@@ -736,7 +735,7 @@ class Completions:
         """
         document = self.documents.find(params)
         cursor = position(params, "position") if "position" in params else (0, 0)
-        gap = document.gap(cursor, cursor)
+        gap = document.gap(cursor)
         self.client.end_calls(lambda old: old.is_waiting and old.lane == READING, {})
         call = Call(None, READING, READ_DELAY_SECONDS)
 
@@ -758,13 +757,8 @@ class Completions:
 
     def inline(self, params: Any, request_id: Any) -> Any:
         document = self.documents.find(params)
-        start = end = position(params, "position")
-        inserted = ""
-        if chosen := get(params, "context.selectedCompletionInfo", dict, None):
-            # What the editor's own menu would insert.
-            inserted = get(chosen, "text", str)
-            start, end = positions(chosen)
-        gap = document.gap(start, end, inserted)
+        cursor = position(params, "position")
+        gap = document.gap(cursor)
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
         pause = self.suggestions.pause(gap)
         if self.is_jetbrains:
@@ -776,18 +770,13 @@ class Completions:
 
         # Unasked, nothing is shown that was typed over twice. After a deletion nothing is asked.
         def items(text: str) -> Object:
-            # What a menu would insert is not typed.
-            times = 0 if inserted else self.suggestions.show(gap, text)
-            is_unwanted = times > 1 and is_automatic
-            item = {
-                "insertText": inserted + text,
-                "range": span(start, end),
-                "command": accept_command(text),
-            }
+            is_unwanted = self.suggestions.show(gap, text) > 1 and is_automatic
+            place = span(cursor, cursor)
+            item = {"insertText": text, "range": place, "command": accept_command(text)}
             return {"items": [item] if text and not is_unwanted else []}
 
         call = Call(request_id, "inline", pause if is_automatic else 0.0)
-        return self.complete(call, gap, items, is_automatic and document.deleted == start[0])
+        return self.complete(call, gap, items, is_automatic and document.deleted == cursor[0])
 
     def menu(self, params: Any, request_id: Any) -> Any:
         """The same for a client without inline completion, as one entry of its menu. Helix inserts
@@ -796,7 +785,7 @@ class Completions:
         """
         document = self.documents.find(params)
         cursor = position(params, "position")
-        gap = document.gap(cursor, cursor)
+        gap = document.gap(cursor)
         # The cursor may be behind the end of its line, or of the text.
         *above, line = gap.before.split("\n")
         word = WORD.search(line[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches

@@ -165,13 +165,12 @@ class Editor:
     def configure(self, settings: Any) -> None:
         self.tell("workspace/didChangeConfiguration", {"settings": settings})
 
-    def at(self, line: int, character: int, kind: int = INVOKED, **context: Any) -> int:
-        context["triggerKind"] = kind
-        params = {**cursor(line, character), "context": context}
+    def at(self, line: int, character: int, kind: int = INVOKED) -> int:
+        params = {**cursor(line, character), "context": {"triggerKind": kind}}
         return self.request("textDocument/inlineCompletion", params)
 
-    def items(self, line: int, character: int, kind: int = INVOKED, **context: Any) -> Any:
-        return self.answer(self.at(line, character, kind, **context))["result"]["items"]
+    def items(self, line: int, character: int, kind: int = INVOKED) -> Any:
+        return self.answer(self.at(line, character, kind))["result"]["items"]
 
     def ghost(self, line: int, character: int, kind: int = INVOKED) -> str:
         return "".join(item["insertText"] for item in self.items(line, character, kind))
@@ -370,18 +369,6 @@ def test_what_is_not_shown_unasked(editor: Editor, pi: Pi) -> None:
     assert editor.ghost(1, 3, AUTOMATIC) == "a + b"  # elsewhere
     editor.change({"text": ""})  # without a range
     assert editor.ghost(0, 9, AUTOMATIC) == "a + b"
-
-
-def test_what_the_editors_own_menu_would_insert_is_typed_over_nothing(
-    editor: Editor, pi: Pi
-) -> None:
-    editor.start(text="x = ")
-    chosen = {"range": span((0, 2), (0, 4)), "text": "print"}
-    for _ in range(3):
-        assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
-        (item,) = editor.items(0, 4, selectedCompletionInfo=chosen)
-        assert (item["insertText"], item["range"]) == ("printa + b", chosen["range"])
-    assert pi.body()["input_prefix"] == "x print"
 
 
 def test_a_long_text_begins_at_the_same_place_for_many_keys() -> None:
