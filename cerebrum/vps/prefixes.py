@@ -188,12 +188,6 @@ class Sequences:
             if fits and self.model.copy_prefix(nearest, slot, length):
                 slot.tokens = nearest.tokens[:]
 
-    def cut_to_budget(self, slot: Slot) -> None:
-        """Cut a sequence to what the store can hold of it; a recurrent state cannot be cut."""
-        size = self.model.state_size(slot)
-        if size > self.store.budget and not self.model.recurrent:
-            self.model.cut(slot, len(slot.tokens) * self.store.budget // size)
-
     def keep(self, slot: Slot) -> None:
         """Copy the slot's sequence to the store, if it is within the budget. Room is made first:
         both would take memory together.

@@ -490,7 +490,6 @@ class Worker(threading.Thread):
         try:
             yielding = slots[0].run
             if isinstance(yielding, Run):
-                decoder.sequences.cut_to_budget(yielding.slot)
                 decoder.release(yielding)
                 yielding.job.progress("queued", 0, 1)
                 self.waiting.append(yielding.job)

@@ -1112,18 +1112,6 @@ def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
 
 
 @ONE_SEQUENCE
-def test_of_a_prompt_that_gives_way_as_much_is_kept_as_the_cache_holds(worker: Worker) -> None:
-    """At half a megabyte a token, the whole would not fit, and all of it would be read again."""
-    decoder: Any = worker.decoder
-    decoder.model.state_size = lambda slot: 100 * len(slot.tokens)
-    decoder.sequences.store.budget = 100 * 40
-    log = script(worker, {"l2": lambda: arrive(worker, "x" * 17)})
-    assert ask(worker, "l" * 150, max_tokens=1, priority="low").outcome()[0] == "m"
-    assert log[:3] == ["l53", "l53", "x17"]
-    assert sum(int(step[1:]) for step in log if step[0] == "l") == 2 * 53 + 150 - 40
-
-
-@ONE_SEQUENCE
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(
     worker: Worker, lost: bool
