@@ -93,7 +93,7 @@ from cerebrum.vps.memory import (
     needed,
 )
 from cerebrum.vps.pool import Pool
-from cerebrum.vps.worker import RESUME_BACKLOG, Worker
+from cerebrum.vps.worker import Worker
 from cerebrum_common import (
     SSE_COMMENT,
     VERSION,
@@ -474,18 +474,15 @@ class Admission:
         def deliver(events: list[Event | HttpError]) -> None:  # called by the worker's thread
             loop.call_soon_threadsafe(self.events.put_nowait, events)
 
-        self.job = Job(request, deliver, self.events.qsize)
+        self.job = Job(request, deliver)
 
     async def next_events(self, seconds: float) -> list[Event | HttpError]:
         """The next events; an empty list if none came within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                events = await self.events.get()
+                return await self.events.get()
         except TimeoutError:
             return []
-        if self.worker and self.events.qsize() == RESUME_BACKLOG:
-            self.worker.wake()
-        return events
 
     def annotate(self, event: Event) -> Event:
         """Note the event's figures. A done event gets the daemon's own members."""

@@ -200,11 +200,12 @@ class Decoder:
 
     # -- the next decode
 
-    def turn(self, runs: list[Run]) -> bool:
+    def turn(self) -> bool:
         """Decode the next work of every run, together. False if there is none: prompts of low
         priority are read only while no other request needs the CPU.
         """
         # 1. Whose work is it? A decoder of any model is active if it has runs of normal priority.
+        runs = self.runs
         if self.compute.baton.active:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?

@@ -33,8 +33,7 @@ class Job:
     """A request on its way through a worker.
 
     The worker's thread calls `deliver` with lists of events; the job's last event is a done event
-    or an HttpError. The thread pauses the job while `unread()` is MAX_BACKLOG or more. Only other
-    threads set `cancelled`.
+    or an HttpError. Only other threads set `cancelled`.
     """
 
     # What `prepare` finds.
@@ -47,12 +46,9 @@ class Job:
     max_tokens: int  # of the completion
     ending: Ending  # of the completion
 
-    def __init__(
-        self, request: GenerationRequest, deliver: Deliver, unread: Callable[[], int] = lambda: 0
-    ) -> None:
+    def __init__(self, request: GenerationRequest, deliver: Deliver) -> None:
         self.request = request
         self.deliver = deliver
-        self.unread = unread
         self.low = request.priority == "low"
         # A hint is wanted soon or never, so a draft model may answer.
         self.is_hint = (

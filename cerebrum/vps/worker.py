@@ -67,8 +67,6 @@ from cerebrum_common import HttpError, internal_error, log
 # decode's expected time.
 HUNG_SECONDS = 120.0
 SLOWEST = 20.0
-MAX_BACKLOG = 256  # a job pauses when its client has this many deliveries unread
-RESUME_BACKLOG = 64  # the reader of the deliveries calls `Worker.wake` when this few are left
 # Until a run whose prompt stands still, or a draft model, looks again whether another model works.
 GIVE_WAY_SECONDS = 0.05
 
@@ -300,7 +298,7 @@ class Worker(threading.Thread):
         return done
 
     def wake(self) -> None:
-        """Make the thread look at its jobs: one has come, or the client of a paused one reads."""
+        """Make the thread look at what has changed."""
         self._alarm.set()
 
     def stop(self) -> None:
@@ -349,18 +347,13 @@ class Worker(threading.Thread):
             if self._alarm.is_set():
                 # More jobs may have come while a sequence was parked, which takes milliseconds.
                 continue
-            turns = [(each, self._ready_runs(each)) for each in self.decoders]
-            if not any(runs for _, runs in turns):
+            for each in self.decoders:
+                is_low = all(run.low for run in each.runs)
+                self.baton.note(each, None if is_low else each.costs(1))
+            if not any(each.runs for each in self.decoders):
                 self._idle(decoder)
-            elif not sum(each.turn(runs) for each, runs in turns):
+            elif not sum(each.turn() for each in self.decoders):
                 self._alarm.wait(GIVE_WAY_SECONDS)
-
-    def _ready_runs(self, decoder: Decoder) -> list[Run]:
-        """A decoder's runs without those whose clients do not keep up. Others learn of them."""
-        runs = [run for run in decoder.runs if run.job.unread() < MAX_BACKLOG]
-        is_low = all(run.low for run in runs)
-        self.baton.note(decoder, None if is_low else decoder.costs(1))
-        return runs
 
     def _failure(self, error: Exception) -> HttpError:
         """Log why the worker ends early, and return the error for its clients."""

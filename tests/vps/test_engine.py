@@ -993,10 +993,10 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     worker.baton.note(other, 0.01)
     most = decoder.costs.longest(longest_delay(0.01))
     assert len(decoder.next_work(run, [run]).tokens) == most < MAX_CHUNK
-    assert not decoder.turn([slot.run])
+    assert not decoder.turn()
     worker.baton.note(other, None)
     assert len(decoder.next_work(run, [run]).tokens) == MAX_CHUNK
-    assert decoder.turn([slot.run])
+    assert decoder.turn()
     assert slot.tokens
     decoder.fail(slot.run, HttpError("SHUTTING_DOWN", ""))
 
