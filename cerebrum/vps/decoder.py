@@ -381,7 +381,7 @@ class Decoder:
         run.pending = run.sample(self.model, base + len(work.tokens) - 1)
         if not self._emit(run, run.pending):
             run.flush()  # first: a Drafter takes a millisecond for each thousand tokens
-            run.drafter = Drafter(run.prompt, run.guide)
+            run.drafter = Drafter([*run.guide, *run.prompt])
             run.drafter.advance(run.pending)
 
     def _after_decode(self, work: Work, base: int) -> None:

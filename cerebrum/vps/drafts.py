@@ -7,19 +7,11 @@ Pure: no model, no clock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-
-from cerebrum.vps.prefixes import common_prefix
+from collections.abc import Callable, Sequence
 
 # ----------------------------------------------------------------------------------- policy: drafts
 
 GRAM = 3  # this many tokens must repeat before the tokens that followed them are drafted
-RECENT = 16  # latest occurrences of a gram that are looked at
-# Most old or new tokens of a change in a copy. After a longer change the copy is searched for anew.
-MAX_CHANGE = 8
-NEAR = 48  # after a change the copy usually continues within this many tokens
-MAX_MATCH = 32  # tokens that are compared before two positions
 # Of drafts of the text. With the token before it, a decode of 28 to 31 tokens takes as long as one
 # of 32.
 LENGTHS = (0, 3, 7, 15, 31, 63)
@@ -154,143 +146,34 @@ class Gain:
 
 
 class Drafter:
-    """Proposes the next tokens of one sequence by looking up what followed the same tokens before:
-    in the sequence itself, or in an earlier sequence with the same prefix.
-
-    A copy with changes continues after each change. `changes` maps replaced tokens to their
-    replacements, and the same change is expected wherever the same tokens are copied again, as in a
-    rename.
+    """Proposes the next tokens of one sequence: a copy of those that followed the latest tokens
+    when they came before. A copy ends at its first wrong token.
     """
 
-    def __init__(self, tokens: Sequence[int], guide: Sequence[int] = ()) -> None:
-        self.tokens = [*guide, *tokens]  # the earlier sequence, then from `own` on this one
-        self.own = len(guide)
-        self.index = dict[tuple[int, ...], list[int]]()  # positions that follow each gram
-        common = common_prefix(tokens, guide)
-        earlier = range(max(GRAM, common), self.own + 1)
-        for position in (*earlier, *range(self.own + GRAM, len(self.tokens) + 1)):
-            self._add(position)
-        self.at = -1  # position of the token expected next, -1 for none
-        self.streak = 0  # number of consecutive tokens predicted correctly
-        self.changed_from = 0  # position where the latest change began
-        self.changes = dict[tuple[int, ...], list[int]]()
-        self.done = 0  # tokens already seen of the change expected at `at`
-        if len(guide) > common == len(tokens):
-            self.at = common
-            self.streak = min(common, MAX_MATCH)
-        elif len(tokens) >= GRAM:
-            self._search()
-
-    def _add(self, position: int) -> None:
-        gram = tuple(self.tokens[position - GRAM : position])
-        self.index.setdefault(gram, []).append(position)
-
-    def _begin(self, position: int) -> int:
-        """Where the sequence begins that ends at `position` or goes on there."""
-        return self.own if position > self.own else 0
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self.tokens = list[int]()
+        self.index = dict[tuple[int, ...], int]()  # where each gram ended when it came last
+        self.at = 0  # position of the token expected next
+        self.streak = 0  # how many latest tokens the copy has had too; 0: there is no copy
+        for token in tokens:
+            self.advance(token)
 
     def advance(self, token: int) -> None:
-        """Append `token` to the sequence, and update the position of the next token."""
-        if self.streak:
-            self._follow(token)
-        self.tokens.append(token)
-        if len(self.tokens) >= self.own + GRAM:
-            self._add(len(self.tokens))
-            if not self.streak:
-                self._search()
-
-    def _follow(self, token: int) -> None:
-        """Move past `token` if it was expected; otherwise the streak ends."""
-        expected, at, done = next(self._ahead(), (None, 0, 0))
-        if token == expected:
+        """Append `token`, and follow the copy, or find another one."""
+        if self.streak and token == self.tokens[self.at]:
+            self.at += 1
             self.streak += 1
-            self.at = at
-            self.done = done
-            return
-        self.streak = 0
-        self.changed_from = len(self.tokens) - self.done
-        self.done = 0
-
-    def _changed(self, position: int) -> tuple[int, ...]:
-        """The tokens at `position` that are expected to be changed; the most if several changes
-        begin alike.
-        """
-        for length in range(MAX_CHANGE, 0, -1) if self.changes else ():
-            old = tuple(self.tokens[position : position + length])
-            if old in self.changes:
-                return old
-        return ()
-
-    def _ahead(self) -> Iterator[tuple[int, int, int]]:
-        """The tokens expected next, up to the end of the sequence, each with `at` and `done` behind
-        it.
-        """
-        at = self.at
-        done = self.done
-        while at not in (self.own, len(self.tokens)):
-            # A token that is not changed counts as a change of one token into itself.
-            old = self._changed(at) or (self.tokens[at],)
-            new = self.changes.get(old, old)
-            token = new[done]
-            done += 1
-            if done == len(new):
-                at += len(old)
-                done = 0
-            yield token, at, done
-
-    def _search(self) -> None:
-        """Find the position after an earlier occurrence of the latest tokens: soon after the
-        position just lost, which shows how the copy was changed, or else the latest one.
-        """
-        lost = self.at
-        gram = tuple(self.tokens[-GRAM:])
-        found = self.index.get(gram, [])[-RECENT:]
-        found = [position for position in found if position != len(self.tokens)]
-        soon = [position for position in found if self._is_soon(position, lost)]
-        if soon:
-            self.at = min(soon)
-            self._remember_change(lost)
-        elif found:
-            self.at = found[-1]
         else:
-            return
-        self.streak = self._matched(self.at)
-
-    def _is_soon(self, position: int, lost: int) -> bool:
-        """Whether a copy lost at `lost` may continue at `position`, in the same sequence."""
-        if lost < 0 or not 0 < position - lost <= NEAR:
-            return False
-        return self._begin(position) == self._begin(lost)
-
-    def _remember_change(self, lost: int) -> None:
-        """Expect the same change wherever the copy has the replaced tokens again: those from `lost`
-        to `at`, without the last ones, which matched. An insertion or deletion is remembered
-        together with the token after it.
-        """
-        fewer = min(self.at - lost, len(self.tokens) - self.changed_from)
-        matched = min(self._matched(self.at), fewer - 1)
-        old = self.tokens[lost : self.at - matched]
-        new = self.tokens[self.changed_from : len(self.tokens) - matched]
-        if max(len(old), len(new)) <= MAX_CHANGE:
-            self.changes[tuple(old)] = new
-
-    def _matched(self, position: int) -> int:
-        """How many of the latest tokens also precede `position`."""
-        end = len(self.tokens)
-        limit = min(MAX_MATCH, end - self.own, position - self._begin(position))
-        for count in range(1, limit + 1):
-            if self.tokens[end - count] != self.tokens[position - count]:
-                return count - 1
-        return limit
-
-    def propose(self, limit: int) -> list[int]:
-        """At most `limit` tokens that may come next. `streak` indicates how likely they are."""
-        if self.streak < GRAM:
-            return []
-        return [token for token, _, _ in islice(self._ahead(), limit)]
+            self.streak = 0
+        self.tokens.append(token)
+        gram = tuple(self.tokens[-GRAM:])
+        if not self.streak and gram in self.index:
+            self.at = self.index[gram]
+            self.streak = GRAM
+        self.index[gram] = len(self.tokens)
 
     def draft(self, most: int) -> list[int]:
         """The tokens to check next, at most `most`, and about as many as were right before."""
-        tokens = self.propose(min(most, self.streak))
+        tokens = self.tokens[self.at : self.at + min(most, self.streak)]
         length = max(length for length in LENGTHS if length <= len(tokens))
         return tokens[:length]
