@@ -146,16 +146,13 @@ class Decoder:
     drafting: bool = False
     draft_model: DraftModel | None = None
     gain: Gain = field(default_factory=Gain)
-    left: float = -math.inf  # when its last run ended; monotonic
-    # Of a draft model:
-    writer: str = ""  # its id
-    drafts: int = 0  # how many of its first slots follow the large model's
-    waiting: list[Job] = field(default_factory=list)  # for the large model: what it cannot answer
+    last_end: float = -math.inf  # of a run; monotonic
+    writer: str = ""  # the model's id, if it is a draft model
 
     @property
     def slots(self) -> list[Slot]:
         """The slots of its jobs."""
-        return self.sequences.slots[self.drafts :]
+        return self.sequences.slots
 
     @property
     def runs(self) -> list[Run]:
@@ -284,7 +281,7 @@ class Decoder:
             # While somebody types, no answer waits long for this chunk. In a pause it gets longer,
             # and is aborted for the next request.
             answers = self.draft_model or self
-            pause = (time.monotonic() - answers.left) / 2
+            pause = (time.monotonic() - answers.last_end) / 2
             size = min(size, self.costs.longest(max(PAUSE_SECONDS, pause)))
             run.yields = pause > PAUSE_SECONDS
         end = begin + min(size, MAX_CHUNK // len(runs))
@@ -319,7 +316,7 @@ class Decoder:
                 else:
                     self._after_decode(work, base)
             base += len(work.tokens)
-            work.run.flush()
+            work.run.deliver()
         if not is_prefilling:
             self._learn(works, self.tally.tokens - written, time.perf_counter() - begin)
 
@@ -371,7 +368,7 @@ class Decoder:
         self.tally.prompt_tokens += len(work.tokens)
         run.job.progress("prefill", len(slot.tokens), len(run.prompt))
         if len(slot.tokens) in run.checkpoints:
-            self.sequences.keep(slot)
+            self.sequences.back_up(slot)
         if len(slot.tokens) < len(run.prompt):
             return
         if not run.job.max_tokens:
@@ -380,7 +377,7 @@ class Decoder:
         run.job.progress("decode", 0, run.job.max_tokens)
         run.pending = run.sample(self.model, base + len(work.tokens) - 1)
         if not self._emit(run, run.pending):
-            run.flush()  # first: a Drafter takes a millisecond for each thousand tokens
+            run.deliver()  # first: a Drafter takes a millisecond for each thousand tokens
             run.drafter = Drafter([*run.guide, *run.prompt])
             run.drafter.advance(run.pending)
 
@@ -455,9 +452,9 @@ class Decoder:
             tally.spoke(run.first_token - submitted, run.last_token - submitted, run.generated)
         if reason:
             tally.ended[reason] += 1
-        run.slot.used = self.left = time.monotonic()
+        run.slot.used = self.last_end = time.monotonic()
         run.sampler.close()
-        run.flush()
+        run.deliver()
 
 
 @dataclass(eq=False)
@@ -466,6 +463,13 @@ class DraftModel(Decoder):
     sequences, each of which it follows in the slot of the same number. In further slots it answers
     by itself, where the large model would be too late.
     """
+
+    followers: int = 0  # how many of its first slots follow the large model's
+    waiting: list[Job] = field(default_factory=list)  # for the large model: what it cannot answer
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.sequences.slots[self.followers :]
 
     def fail(self, run: Run, error: HttpError) -> None:
         if run.first_token:

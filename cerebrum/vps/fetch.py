@@ -157,13 +157,13 @@ def fetch_url(source: Source, part: Path, size: int) -> None:
         return
     with answer:
         begin = here if answer.status == 206 else 0
-        whole = size_of_file(answer, begin, known)
-        if whole is None:
+        listed = size_of_file(answer, begin, known)
+        if listed is None:
             etag.unlink(missing_ok=True)
             raise FetchError(
                 f"expected the rest from byte {here} on, got another part; run fetch again"
             )
-        total = size or whole
+        total = size or listed
         check_disk(part.parent, total - file_size(part))
         if not begin:
             part.write_bytes(b"")  # emptied before its etag changes

@@ -172,7 +172,7 @@ class Run:
             self.outbox.append({"token": text, "total_tokens": self.generated})
             self.sent.append(text)
 
-    def flush(self) -> None:
+    def deliver(self) -> None:
         """Deliver the events in the outbox."""
         events, self.outbox = self.outbox, []
         if events:

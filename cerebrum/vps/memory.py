@@ -55,9 +55,9 @@ def candidates_of(settings: Settings) -> list[Settings]:
     and fewer sequences.
     """
     most = settings.n_ctx
-    least = min(MIN_FIT_TOKENS, most)
-    step = FIT_STEP_TOKENS * max(1, (most - least) // (FIT_STEPS * FIT_STEP_TOKENS))
-    lengths = [most, *reversed(range(least, most, step))]
+    shortest = min(MIN_FIT_TOKENS, most)
+    step = FIT_STEP_TOKENS * max(1, (most - shortest) // (FIT_STEPS * FIT_STEP_TOKENS))
+    lengths = [most, *reversed(range(shortest, most, step))]
     found = []
     for sequences in range(settings.sequences, 0, -1):
         found += [replace(settings, sequences=sequences, n_ctx=n_ctx) for n_ctx in lengths]
@@ -76,12 +76,12 @@ def fit_context(path: Path, settings: Settings, free: float, need: Need) -> tupl
     return candidate, parts
 
 
-def check_memory(available_mb: float, least_mb: float) -> None:
+def check_memory(available_mb: float, reserve_mb: float) -> None:
     """HttpError 503 with the figures if less than the reserve of memory is available."""
-    if available_mb < least_mb:
+    if available_mb < reserve_mb:
         raise HttpError(
             "RESOURCE_EXHAUSTED",
-            f"expected {least_mb:.0f} MB of memory available, got {available_mb:.0f} MB",
+            f"expected {reserve_mb:.0f} MB of memory available, got {available_mb:.0f} MB",
         )
 
 
@@ -161,7 +161,7 @@ SPARE_DISK = 100 * MB  # bytes that stay free, for what the daemon saves
 
 
 def check_disk(folder: Path, need: int) -> None:
-    """OSError with the figures unless a folder's disk has room for `need` bytes, and SPARE_DISK
+    """OSError with the figures unless a folder's disk has `need` bytes free, and SPARE_DISK
     beside them.
     """
     need += SPARE_DISK

@@ -270,8 +270,8 @@ class Pool:
             self.starting[model.id] = asyncio.create_task(load())
         return self.starting[model.id]
 
-    def _remember(self, model: Model, reason: str) -> None:
-        """Remember that the model could not be loaded."""
+    def _note_failure(self, model: Model, reason: str) -> None:
+        """Note that the model could not be loaded, so that it is not tried again soon."""
         with contextlib.suppress(OSError):  # the file has gone
             stamp = file_stamp(self.folder / model.file)
             self.failures[model.id] = reason, stamp, time.monotonic() + LOAD_AGAIN_SECONDS
@@ -291,7 +291,7 @@ class Pool:
         except ModelError as error:
             reason = f"{problem}: {error}"
             # Since each list of models asks.
-            self._remember(model, reason)
+            self._note_failure(model, reason)
             raise HttpError("MODEL_LOAD_FAILED", reason) from None
         except OSError:
             raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
@@ -351,7 +351,7 @@ class Pool:
                 tally.load_seconds += instance.last_used - start
             elif isinstance(error, HttpError) and error.code == "MODEL_LOAD_FAILED":
                 tally.failed_loads += 1
-                self._remember(model, error.message)
+                self._note_failure(model, error.message)
 
         ready.add_done_callback(loaded)
         self.instances[model.id] = instance

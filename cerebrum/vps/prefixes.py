@@ -47,16 +47,16 @@ class Parked:
 
 class PrefixStore:
     """Recent sequences whose states are within a budget of bytes. Those of low priority are dropped
-    first, and make room for their own kind alone; of each kind, the least recently used one is.
+    first, and only for their own kind; of each kind, the least recently used one is.
     Owned by one worker.
 
-    With `whole`, a sequence cannot be cut: its beginnings are kept beside it, and it serves only
-    prompts that go on with it.
+    The sequences of a recurrent model cannot be cut: each serves only prompts that go on with it,
+    and its beginnings are entries of their own.
     """
 
-    def __init__(self, budget: int, whole: bool) -> None:
+    def __init__(self, budget: int, recurrent: bool) -> None:
         self.budget = budget
-        self.whole = whole
+        self.recurrent = recurrent
         self.entries = list[Parked]()  # the most recently used last
 
     @property
@@ -70,7 +70,7 @@ class PrefixStore:
 
     def _replaces(self, new: list[int], old: list[int]) -> bool:
         """Whether a sequence of the tokens `new` serves every prompt that `old` serves."""
-        return (new if self.whole else new[: len(old)]) == old
+        return (new if self.recurrent else new[: len(old)]) == old
 
     def renew(self, tokens: list[int], low: bool) -> bool:
         """Count an entry that can stand for a sequence of `tokens` as just used. False if there is
@@ -83,7 +83,7 @@ class PrefixStore:
                 return True
         return False
 
-    def make_room(self, tokens: list[int], size: int, low: bool) -> bool:
+    def drop_for(self, tokens: list[int], size: int, low: bool) -> bool:
         """Drop the entries that `tokens` extend, and others until `size` bytes more are within the
         budget. False, with nothing dropped, if that is impossible.
         """
@@ -101,8 +101,8 @@ class PrefixStore:
             self.entries.remove(max(self.entries, key=lambda entry: entry.low))
 
     def add(self, entry: Parked) -> None:
-        """Keep `entry`, if room can be made for it."""
-        if self.make_room(entry.tokens, len(entry.state), entry.low):
+        """Add `entry`, if it can be within the budget."""
+        if self.drop_for(entry.tokens, len(entry.state), entry.low):
             self.entries.append(entry)
 
     def reusable(self, tokens: list[int], prompt: list[int]) -> int:
@@ -110,7 +110,7 @@ class PrefixStore:
         token is computed in any case, for the logits after it.
         """
         common = min(common_prefix(tokens, prompt), len(prompt) - 1)
-        return common if not self.whole or common == len(tokens) else 0
+        return common if not self.recurrent or common == len(tokens) else 0
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
@@ -166,7 +166,7 @@ class Sequences:
             if other is not nearest or entry:
                 self.park(other)
             elif loses or low:  # what will be cut is stored first
-                self.keep(other)
+                self.back_up(other)
         # 4. Bring the prefix to the slot.
         self._bring(slot, entry, nearest, live)
         self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
@@ -188,18 +188,18 @@ class Sequences:
             if fits and self.model.copy_prefix(nearest, slot, length):
                 slot.tokens = nearest.tokens[:]
 
-    def keep(self, slot: Slot) -> None:
-        """Copy the slot's sequence to the store, if it is within the budget. Room is made first:
-        both would take memory together.
+    def back_up(self, slot: Slot) -> None:
+        """Copy the slot's sequence to the store, if it can be within the budget. Others are dropped
+        first: all together would take too much memory.
         """
         if len(slot.tokens) < MIN_PREFIX or self.store.renew(slot.tokens, slot.low):
             return
-        if self.store.make_room(slot.tokens, self.model.state_size(slot), slot.low):
+        if self.store.drop_for(slot.tokens, self.model.state_size(slot), slot.low):
             self.store.add(Parked(slot.tokens[:], self.model.save(slot), slot.low))
 
     def park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store."""
-        self.keep(slot)
+        self.back_up(slot)
         self.model.cut(slot, 0)
 
 

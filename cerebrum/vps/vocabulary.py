@@ -189,9 +189,9 @@ class Vocabulary:
 
     def tokenize_bytes(self, text: bytes, first: bool, special: bool) -> list[int]:
         """Bytes without long runs, perhaps with parts of characters."""
-        room = len(text) + 8
-        buffer = (api.llama_token * room)()
-        count = api.llama_tokenize(self.vocab, text, len(text), buffer, room, first, special)
+        capacity = len(text) + 8
+        buffer = (api.llama_token * capacity)()
+        count = api.llama_tokenize(self.vocab, text, len(text), buffer, capacity, first, special)
         tokens: list[int] = buffer[: max(0, count)]
         return tokens
 

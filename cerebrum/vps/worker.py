@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,29 @@ GIVE_WAY_SECONDS = 0.05
 
 # -------------------------------------------------------------------------- policy: who makes way
 
-# For whom a run makes way, if for anybody: jobs that do not go on with the text that it reads, also
-# those that do but have little time, any job of normal priority, any with its slot, or for whoever
-# comes, so at once.
-STAYS, FOR_OTHERS, FOR_HURRIED, FOR_ANY, WITH_SLOT, AT_ONCE = range(6)
+
+class Way(IntEnum):
+    """For whom the decode of a run is aborted; for each, it is so for those above, too."""
+
+    STAYS = 0  # for nobody
+    FOR_OTHERS = 1  # a job that does not go on with what the run reads
+    FOR_HURRIED = 2  # a job that does, but has little time
+    FOR_ANY = 3  # any other job of normal priority
+    WITH_SLOT = 4  # and such a job gets the run's slot, if it needs one
+    AT_ONCE = 5  # without any job, since nobody needs the result
 
 
-def makes_way(run: Run, is_long: bool = False) -> int:
-    """For whom the decode of a run is aborted. `is_long`: it takes more than PREFILL_SECONDS.
+def way_for(run: Run, job: Job | None) -> Way:
+    """The way that a run must make at least, for a job to abort its decode; without a job, for one
+    of another model.
+    """
+    if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
+        return Way.FOR_OTHERS
+    return Way.FOR_HURRIED if job.request.prompt_ms else Way.FOR_ANY
+
+
+def makes_way(run: Run, is_long: bool = False) -> Way:
+    """For whom the decode of a run is aborted now. `is_long`: it takes more than PREFILL_SECONDS.
 
         what is computed for the run                          it makes way
         its text                                              STAYS
@@ -96,14 +112,14 @@ def makes_way(run: Run, is_long: bool = False) -> int:
     """
     has_left = run.job.cancelled
     if not run.prefilling:
-        return AT_ONCE if has_left else STAYS
+        return Way.AT_ONCE if has_left else Way.STAYS
     if run.low and not run.first_token:
-        return WITH_SLOT
+        return Way.WITH_SLOT
     if run.low:
-        return FOR_ANY
+        return Way.FOR_ANY
     if run.yields:
-        return FOR_HURRIED
-    return FOR_OTHERS if is_long or has_left else STAYS
+        return Way.FOR_HURRIED
+    return Way.FOR_OTHERS if is_long or has_left else Way.STAYS
 
 
 def leaves_more(run: Run, job: Job) -> bool:
@@ -127,7 +143,7 @@ def slots_for(job: Job, decoder: Decoder) -> list[Slot]:
     idle = [slot for slot in decoder.slots if not slot.run]
     if idle or job.low:
         return idle
-    return [run.slot for run in runs if makes_way(run) == WITH_SLOT][:1]
+    return [run.slot for run in runs if makes_way(run) == Way.WITH_SLOT][:1]
 
 
 # ------------------------------------------------------------------------------------- IO: loading
@@ -207,7 +223,6 @@ class Worker(threading.Thread):
         self.model: Llama | None = None
         self.draft: Llama | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
-        self.decoders = list[Decoder]()  # this one, and before it that of the draft model
         # Other threads append; the thread removes, and appends those that give way.
         self.waiting = list[Job]()
         self.tally = tally
@@ -223,6 +238,12 @@ class Worker(threading.Thread):
         self._error = self._farewell  # of running requests, or of the load
 
     # -- called by any other thread
+
+    @property
+    def decoders(self) -> list[Decoder]:
+        """Once the model is loaded: first the draft model's, if there is one."""
+        decoder = self.decoder
+        return [each for each in (decoder and decoder.draft_model, decoder) if each]
 
     @property
     def stored_bytes(self) -> int:
@@ -262,31 +283,27 @@ class Worker(threading.Thread):
         """Cancel a job whose client has left; abort a decode that writes for such jobs alone."""
         job.cancelled = True
         self.wake()
-        self._abort(None, AT_ONCE)
+        self._abort(lambda _run: Way.AT_ONCE)
 
     def give_way(self, job: Job | None) -> None:
         """Abort a decode that `job`, or one of another model (None), should not wait for. A
         recurrent model is not aborted, since it would have to read from the beginning.
         """
         if self.model and not self.model.recurrent:
-            self._abort(job, FOR_OTHERS)
+            self._abort(lambda run: way_for(run, job))
 
-    def _abort(self, job: Job | None, way: int) -> None:
-        """Abort a running decode if all its runs make way this far, or further for a job that goes
-        on with their text; also one that is for no run yet. `Compute.decode` clears the byte before
-        it asks a last time who has left, so no cancelled job is missed.
+    def _abort(self, way_of: Callable[[Run], Way]) -> None:
+        """Abort a running decode if all its runs make as much way; also one that is for no run yet.
+        `Compute.decode` clears the byte before it asks a last time who has left, so no cancelled
+        job is missed.
         """
         decoder = self.decoder
         running = decoder.compute.running if decoder else None
         if not decoder or running is None:
             return
-        for run in running:
-            least = way
-            if job and common_prefix(run.prompt, job.prompt) >= MIN_PREFIX:
-                least = FOR_HURRIED if job.request.prompt_ms else FOR_ANY
-            if makes_way(run, decoder.compute.is_long) < least:
-                return
-        decoder.model.abort()
+        is_long = decoder.compute.is_long
+        if all(makes_way(run, is_long) >= way_of(run) for run in running):
+            decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
         """Drop the least recently used parked sequences, of `size` bytes or more, or all. The
@@ -393,7 +410,6 @@ class Worker(threading.Thread):
         self.decoder = Decoder(
             self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
         )
-        self.decoders = [draft_model, self.decoder] if draft_model else [self.decoder]
         drafts = f", drafts by {draft_model.writer}" if draft_model else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
@@ -419,10 +435,11 @@ class Worker(threading.Thread):
             log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
             return None
         costs = measure_costs(self.draft, self.baton, self._beat)
-        drafts = loader.settings.sequences
-        sequences = Sequences(self.draft, drafts + loader.settings.early * self.draft.unified, 0)
+        followers = loader.settings.sequences
+        answers = loader.settings.early * self.draft.unified
+        sequences = Sequences(self.draft, followers + answers, 0)
         parts = self.draft, sequences, costs, compute, self.tally
-        return DraftModel(*parts, writer=loader.model_id, drafts=drafts, waiting=self.waiting)
+        return DraftModel(*parts, writer=loader.model_id, followers=followers, waiting=self.waiting)
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -449,7 +466,6 @@ class Worker(threading.Thread):
                     self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat
                 )
         self.decoder = None
-        self.decoders = []
         for model in (self.draft, self.model):
             if model:
                 with self._logged("freeing it"):
@@ -505,6 +521,6 @@ class Worker(threading.Thread):
             return
         for slot in decoder.slots:
             if not slot.run and not self._alarm.is_set():
-                decoder.sequences.keep(slot)
+                decoder.sequences.back_up(slot)
         self.due = math.inf
         self._alarm.wait()

@@ -106,7 +106,7 @@ def test_a_sequence_is_followed(case: tuple[str, list[int], list[int], int, bool
     sequences = Sequences(cells, 1, 0)
     sequences.slots = [slot]
     parts = cells, sequences, Costs(INTEL), nothing, nothing, False, None
-    follower = DraftModel(*parts, writer="small", drafts=1, waiting=[])
+    follower = DraftModel(*parts, writer="small", followers=1, waiting=[])
     assert follower.follow(0, tokens) == (tokens[kept:] if is_read else [])
     assert (slot.tokens, cells.dropped[-1]) == (tokens[:kept], kept)
 

@@ -286,7 +286,7 @@ def test_the_large_model_reads_in_pieces_that_no_key_waits_for(pair: Worker, clo
     draft_model = pair.decoder.draft_model
     for seconds, size in pieces.items():
         text = f"{seconds}{LINES}"
-        draft_model.left = time.monotonic() - seconds
+        draft_model.last_end = time.monotonic() - seconds
         clock.log.clear()
         assert told(ask(pair, text, **AHEAD))[2] == len(text)
         assert clock.sizes("target")[0] == size
@@ -300,7 +300,7 @@ def test_a_key_aborts_only_a_long_piece(
     seconds: float, is_kept: bool, pair: Worker, clock: Clock
 ) -> None:
     draft_model: Any = pair.decoder.draft_model
-    draft_model.left = time.monotonic() - seconds
+    draft_model.last_end = time.monotonic() - seconds
     held = Held(clock)
     clock.before |= {"target": held, "draft": bool}
     asked = ask(pair, LINES, **AHEAD)

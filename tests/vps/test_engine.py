@@ -199,7 +199,7 @@ def test_who_makes_way_for_whom() -> None:
         run: Any = SimpleNamespace(prefilling="prompt" in words, job=job, low="low" in words)
         run.first_token, run.yields = "again" in words, "yields" in words
         for is_long, way in enumerate(ways.split()):
-            assert vps_worker.makes_way(run, bool(is_long)) == getattr(vps_worker, way), row
+            assert vps_worker.makes_way(run, bool(is_long)) == vps_worker.Way[way], row
 
 
 # ------------------------------------------------------------------------------------------- drafts
@@ -336,15 +336,15 @@ def test_a_state_is_copied_only_where_it_is_kept_and_once_there_is_room() -> Non
     slot, store = sequences.slots[0], sequences.store
     store.add(parked(7, size=23))
     slot.tokens = [*range(24)]
-    sequences.keep(slot)
+    sequences.back_up(slot)
     assert (model.saved, store.size) == (0, 23)
     slot.tokens = [*range(23)]
     model.fails = "save"  # with what was kept before, that would take twice the budget
     with pytest.raises(MemoryError):
-        sequences.keep(slot)
+        sequences.back_up(slot)
     assert store.size == 0
     model.fails = ""
-    sequences.keep(slot)
+    sequences.back_up(slot)
     assert (model.saved, store.size) == (1, len(b"state"))
 
 
@@ -1003,7 +1003,7 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
 ) -> None:
     """Nothing is read twice. Jobs of low priority keep their order, behind all others."""
     decoder: Any = worker.decoder
-    decoder.model.recurrent = decoder.sequences.store.whole = recurrent
+    decoder.model.recurrent = decoder.sequences.store.recurrent = recurrent
     asked = dict[str, Ask]()
 
     def low(prompt: str, **more: Any) -> None:
