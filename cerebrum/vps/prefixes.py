@@ -141,7 +141,7 @@ class Sequences:
 
     def take_slot(self, prompt: list[int], free: list[Slot], low: bool) -> tuple[Slot, list[int]]:
         """Prepare one of the free slots for the prompt, so that it holds the longest known prefix.
-        Returns the slot, and the whole sequence that has this prefix.
+        Returns the slot, and the guide: the sequence that has this prefix, if it is long enough.
 
         The prefix stays where it is, or comes from the store, or from another slot.
         """
@@ -151,9 +151,10 @@ class Sequences:
         candidates = free if self.model.recurrent else self.slots
         nearest = max(candidates, key=lambda slot: self.store.reusable(slot.tokens, prompt))
         live = self.store.reusable(nearest.tokens, prompt)
-        guide = entry.tokens[:] if entry and stored > live else nearest.tokens[:]
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
+        source = entry or nearest
+        guide = source.tokens[:] if max(stored, live) >= MIN_PREFIX else []
         if entry:
             self.store.touch(entry)
         # 2. Which slot? The nearest; but if what is trimmed is not stored, and trimming would lose

@@ -348,6 +348,17 @@ def test_a_state_is_copied_only_where_it_is_kept_and_once_there_is_room() -> Non
     assert (model.saved, store.size) == (1, len(b"state"))
 
 
+def test_a_text_that_begins_otherwise_is_no_guide() -> None:
+    """Whoever it was for: the counts of drafts in an answer would tell of it."""
+    model: Any = ScriptedLlama()
+    sequences = Sequences(model, 1, 64)
+    slot = sequences.slots[0]
+    for common, guide in ((16, [7] * 24), (15, [])):
+        slot.tokens = [7] * 24
+        prompt = [7] * common + [8] * 9
+        assert sequences.take_slot(prompt, [slot], False) == (slot, guide)
+
+
 def test_a_rejected_state_may_have_gone_already() -> None:
     model = ScriptedLlama()
     model.restore = lambda *_: False  # type: ignore[method-assign]
