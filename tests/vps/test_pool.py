@@ -664,21 +664,13 @@ async def test_a_model_that_is_listed_no_more_is_unloaded(house):
     assert (await house.error(waiting)).message == "it is damaged"
 
 
-@pytest.mark.parametrize("change", [{"fim": ("<a>", "<b>", "<c>")}, {"fim_layout": "spm"}])
-async def test_new_marks_of_a_gap_reach_a_loaded_model(house, change):
-    worker, model = await house.idle(), replace(house.pool.models[A], **change)
-    house.reconfigure(models=(model,))
-    assert worker.stopping
-    await house.ends()
-    loader = (await house.idle()).loader
-    assert (loader.fim, loader.layout) == (model.fim, model.fim_layout)
-
-
 CHANGES = [(A, {"file": "newer.gguf"}), (A, {"sha256": "1" * 64}), (B, {"early": False})]
+CHANGES += [(B, {"fim": ("<a>", "<b>", "<c>")}), (B, {"fim_layout": "spm"})]
 
 
 @pytest.mark.parametrize(("changed", "change"), CHANGES, ids=str)
-async def test_what_changes_of_a_draft_model_reaches_the_loaded_model(house, changed, change):
+async def test_what_changes_of_a_pair_reaches_the_loaded_model(house, changed, change):
+    """New settings of the draft model, a switch between them, the marks of a gap."""
     models = {A: house.pool.models[A], B: replace(house.pool.models[B], draft=A)}
     house.reconfigure(models=(*models.values(),))
     worker = await house.idle(B)
@@ -686,8 +678,13 @@ async def test_what_changes_of_a_draft_model_reaches_the_loaded_model(house, cha
     house.reconfigure(models=(renamed, models[B]))
     assert not worker.stopping
     models[changed] = replace(models[changed], **change)
+    (house.folder / models[A].file).touch()
     house.reconfigure(models=(*models.values(),))
     assert worker.stopping
+    await house.ends(B)
+    loader = (await house.idle(B)).loader
+    assert (loader.fim, loader.layout) == (models[B].fim, models[B].fim_layout)
+    assert (loader.draft.path.name, loader.draft.sha256) == (models[A].file, models[A].sha256)
 
 
 async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house):
