@@ -379,13 +379,30 @@ class Dispatcher:
         return len(self.state.answering)
 
     # Events, each of which lets those that wait advance: a request comes, or its time has passed
-    # (`enter`); a place is left (`_leave`); a prompt is to be read ahead (`read_ahead`); something
+    # (`place`); a place is left (`_leave`); a prompt is to be read ahead (`read_ahead`); something
     # else has `changed`.
 
-    async def enter(self, completion: Completion) -> Attempt:
-        """Give a completion a place; it must `hold` the place at once. HttpError if there is none
-        for it.
+    @contextlib.asynccontextmanager
+    async def place(self, completion: Completion) -> AsyncIterator[tuple[Attempt, Backend]]:
+        """Wait for a place and hold it for as long as the context lasts: the attempt, and where it
+        is to be made. HttpError if there is no place for the completion. A backend never works on
+        more requests than its limit: an older request, which this one replaces, leaves first.
         """
+        attempt = await self._enter(completion)
+        places = self.state.places
+        backend = places[attempt]
+        here = [other for other, where in places.items() if where is backend]
+        try:
+            # Those that are being ended are cut, but a client may be slow to take its last text.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ENDING_SECONDS):
+                    for older in [other for other in here if other.evicted and other != attempt]:
+                        await older.ended.wait()
+            yield attempt, backend
+        finally:
+            self._leave(attempt)
+
+    async def _enter(self, completion: Completion) -> Attempt:
         state = self.state
         await state.fleet.know()
         request = completion.request  # somebody may wait for a speculative one by now
@@ -404,24 +421,6 @@ class Dispatcher:
             raise
         finally:
             state.line.pop(completion, None)
-
-    @contextlib.asynccontextmanager
-    async def hold(self, attempt: Attempt) -> AsyncIterator[Backend]:
-        """Hold a place for as long as the context lasts. A backend never works on more requests
-        than its limit: an older request, which this one replaces, leaves first.
-        """
-        places = self.state.places
-        backend = places[attempt]
-        here = [other for other, where in places.items() if where is backend]
-        try:
-            # Those that are being ended are cut, but a client may be slow to take its last text.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ENDING_SECONDS):
-                    for older in [other for other in here if other.evicted and other != attempt]:
-                        await older.ended.wait()
-            yield backend
-        finally:
-            self._leave(attempt)
 
     def changed(self) -> None:
         """A backend, its breaker, the settings or who waits for a completion has changed."""

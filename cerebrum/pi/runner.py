@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from cerebrum.fields import JsonObject
+from cerebrum.pi.backend import Backend
 from cerebrum.pi.completion import NOTHING_SENT, PREEMPTED, Attempt, Completion, Pairs
 from cerebrum.pi.counting import Counting
 from cerebrum.pi.dispatcher import Dispatcher
@@ -38,35 +39,32 @@ class Runner:
             log.info("prompt: %s", prompt_of(vars(completion.request.fields)))
         with self.counting.completion(completion):
             while True:
-                attempt = await self.dispatcher.enter(completion)
-                try:
-                    async with contextlib.aclosing(self._answer(attempt)) as pairs:
-                        async for pair in pairs:
-                            yield pair
-                    return
-                except HttpError as error:
-                    attempt.outcome = attempt.outcome or error
-                    if attempt.may_be_repeated:
-                        # Both hold the prompt as it was sent.
-                        error.__traceback__ = None
-                        attempt.sent = NOTHING_SENT
-                    elif attempt.evicted == PREEMPTED:
-                        break
-                    else:
-                        raise
+                async with self.dispatcher.place(completion) as (attempt, backend):
+                    try:
+                        async with contextlib.aclosing(self._answer(attempt, backend)) as pairs:
+                            async for pair in pairs:
+                                yield pair
+                        return
+                    except HttpError as error:
+                        attempt.outcome = attempt.outcome or error
+                        if attempt.may_be_repeated:
+                            # Both hold the prompt as it was sent.
+                            error.__traceback__ = None
+                            attempt.sent = NOTHING_SENT
+                        elif attempt.evicted == PREEMPTED:
+                            break
+                        else:
+                            raise
             # It ends like a whole answer.
             yield "started", self.beginning(completion)
             yield "done", self._result(attempt, {"finish_reason": PREEMPTED})
 
-    async def _answer(self, attempt: Attempt) -> Pairs:
+    async def _answer(self, attempt: Attempt, backend: Backend) -> Pairs:
         """The pairs of one attempt. "started" comes first, and again when the backend responds: the
         prompt may have been fitted again meanwhile.
         """
         has_begun = False
-        async with (
-            self.dispatcher.hold(attempt) as backend,
-            contextlib.aclosing(backend.answer(attempt)) as pairs,
-        ):
+        async with contextlib.aclosing(backend.answer(attempt)) as pairs:
             async for event, value in pairs:
                 if event == "begun" or not has_begun:
                     has_begun = True

@@ -109,7 +109,8 @@ async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back():
     async with fleet(one, places=(1,)) as pi:
         asked = CompletionRequest("chat", GenerationRequest(model="qwen_0_5b"))
         async with running(pi, one):
-            entering = asyncio.create_task(pi.gateway.dispatcher.enter(Completion(asked)))
+            pairs = pi.gateway.runner.run(Completion(asked))
+            entering = asyncio.ensure_future(anext(pairs))
             await until(lambda: pi.line)
             (called,) = pi.line.values()
             called.add_done_callback(lambda _: entering.cancel())
