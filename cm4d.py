@@ -80,15 +80,15 @@ from cerebrum.metrics import (
     resident_bytes,
     write_stats,
 )
-from cerebrum.pi import dialects, upstream, vsix
+from cerebrum.pi import dialects, upstream
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import Completion, CompletionRequest, Pairs, read_text
 from cerebrum.pi.counting import ACCEPTED, Counting
 from cerebrum.pi.dispatcher import Dispatcher, limit_of
+from cerebrum.pi.files import FILES, headers_of
 from cerebrum.pi.fleet import Fleet, first_there
-from cerebrum.pi.page import page_of
 from cerebrum.pi.runner import Runner
 from cerebrum.pi.upstream import BackendConfig, Loop
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
@@ -302,18 +302,13 @@ class Gateway:
         self.tokenizing = asyncio.Semaphore(MAX_TOKENIZING)
         # A lock for each client that tokenizes, and one, named "", for all guests.
         self.tokenizers = weakref.WeakValueDictionary[str, asyncio.Lock]()
-        self.page: Response | None = None  # everything else works without it
-        try:
-            self.page = page_of((HERE / "cerebrum/pi/page.html").read_bytes())
-        except OSError as error:
-            log.warning("no page at /: cannot read page.html: %s", error.strerror)
-        self.extension = b""  # for VS Code; the Pi only hands it out
-        self.extension_sha256 = ""
-        try:
-            self.extension = vsix.pack(HERE / "vscode")
-            self.extension_sha256 = hashlib.sha256(self.extension).hexdigest()
-        except (OSError, ValueError) as error:
-            log.warning("no extension for VS Code: %s", error)
+        self.files = dict[str, Response]()  # by path; everything else works without them
+        for path, (source, kind, make) in FILES.items():
+            try:
+                body = make(HERE / source)
+                self.files[path] = Response(body, headers=headers_of(body), kind=kind)
+            except (OSError, ValueError) as error:
+                log.warning("nothing at %s: %s", path, error)
 
     def _use(self, config: Config) -> None:
         self.fleet.replace(config.backends, config.models, config.prefer)
@@ -459,38 +454,15 @@ async def collect(pairs: Pairs) -> tuple[JsonObject, str, JsonObject]:
     return last["started"], read_text(b"".join(texts)), last["done"]
 
 
-async def page(gateway: Gateway, request: Request) -> Response:
-    """GET /: a web page for people, which uses this API."""
-    if not gateway.page:
-        raise HttpError(
-            "NOT_FOUND",
-            "expected the file cerebrum/pi/page.html, got none; the API works without it",
-        )
-    return gateway.page
-
-
-async def language_server(gateway: Gateway, request: Request) -> Response:
-    """GET /cerebrum_lsp.py: the language server for editors, a Python program of this Pi's version.
-    GET /cerebrum-jetbrains.zip: the same for JetBrains' IDEs.
+async def file(gateway: Gateway, request: Request) -> Response:
+    """GET /: a web page for people, which uses this API. GET /cerebrum_lsp.py,
+    /cerebrum-jetbrains.zip, /cerebrum.vsix: what editors install, of this Pi's version.
     """
-    try:
-        text = (HERE / "cerebrum_lsp.py").read_bytes()
-    except OSError:
-        raise HttpError(
-            "NOT_FOUND", "expected the file cerebrum_lsp.py beside cm4d.py, got none"
-        ) from None
-    if request.head.path.endswith(".zip"):
-        return Response(vsix.pack_template(text), kind="application/zip")
-    return Response(text, kind="text/x-python; charset=utf-8")
-
-
-async def extension(gateway: Gateway, request: Request) -> Response:
-    """GET /cerebrum.vsix: the extension for VS Code, of this Pi's version."""
-    if not gateway.extension:
-        raise HttpError(
-            "NOT_FOUND", "expected the folder vscode beside cm4d.py, got none or a damaged one"
-        )
-    return Response(gateway.extension, kind="application/vsix")
+    path = request.head.path
+    if found := gateway.files.get(path):
+        return found
+    source, *_ = FILES[path]
+    raise HttpError("NOT_FOUND", f"expected {source} beside cm4d.py, got none or a damaged one")
 
 
 async def accepted(gateway: Gateway, request: Request) -> Response:
@@ -691,7 +663,8 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     members |= (await stats(gateway, request)).body | gateway.counting.history.describe()
     members |= {"vps_message": fleet.message, "models_loaded": sorted(loaded)}
     members["client"] = request.client if request.client in gateway.config.names else ""
-    members["extension"] = gateway.extension_sha256
+    extension = gateway.files.get("/cerebrum.vsix")
+    members["extension"] = hashlib.sha256(extension.body).hexdigest() if extension else ""
     return Response(members)
 
 
@@ -827,10 +800,7 @@ def dialect_routes(
 
 
 ROUTES = (
-    Route("GET", "/", page, open=True),
-    Route("GET", "/cerebrum_lsp.py", language_server, open=True),
-    Route("GET", "/cerebrum-jetbrains.zip", language_server, open=True),
-    Route("GET", "/cerebrum.vsix", extension, open=True),
+    *(Route("GET", path, file, open=True) for path in FILES),
     Route("GET", "/health", health, open=True, quiet=True),
     Route("POST", "/v1/complete", complete, json=True),
     Route("POST", "/v1/complete/stream", complete_stream, json=True),

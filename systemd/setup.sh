@@ -136,7 +136,7 @@ setup_cm4() {
 	echo "Cerebrum is at http://$(uname -n).local:7000/, a page for a browser." \
 		"Editors use the same address."
 	if [[ -e $LIB/vscode ]]; then
-		sum=$(/usr/bin/python3 -I "$LIB/cerebrum/pi/vsix.py" "$LIB/vscode" | sha256sum)
+		sum=$(/usr/bin/python3 -I "$LIB/cerebrum/pi/files.py" "$LIB/vscode" | sha256sum)
 		echo "VS Code installs cerebrum.vsix from there, with the sha256 ${sum%% *}"
 	fi
 }

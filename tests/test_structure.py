@@ -48,7 +48,7 @@ TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")
 
 
 def name_of(path: Path) -> str:
-    """`cerebrum.pi` for the path cerebrum/pi, `cerebrum.pi.page` for cerebrum/pi/page.py; "" for
+    """`cerebrum.pi` for the path cerebrum/pi, `cerebrum.pi.kind` for cerebrum/pi/kind.py; "" for
     the root.
     """
     return ".".join(path.parts).removesuffix(".py")

@@ -35,7 +35,7 @@ from scripted import pi_with
 from test_clients import CACHE
 from test_peers import needs
 
-from cerebrum.pi import vsix
+from cerebrum.pi import files
 from cerebrum_common import VERSION
 from cerebrum_lsp import Settings, read_settings
 
@@ -49,17 +49,17 @@ SHA256 = "3519d0f41361dd4b4af8cc2d949d36e26def813c73f022e349e303989b78671f"
 
 
 def test_a_version_gives_the_same_file_everywhere(tmp_path: Path) -> None:
-    for name in (*vsix.FILES, "extension.js~"):
+    for name in (*files.PARTS, "extension.js~"):
         (tmp_path / name).write_text("{}")
     package = {"name": "n", "version": "1", "publisher": "p", "engines": {"vscode": "^1"}}
     (tmp_path / "package.json").write_text(json.dumps(package))
-    command = [sys.executable, ROOT / "cerebrum/pi/vsix.py", tmp_path]
+    command = [sys.executable, ROOT / "cerebrum/pi/files.py", tmp_path]
     packed = subprocess.run(command, check=True, capture_output=True).stdout
     assert hashlib.sha256(packed).hexdigest() == SHA256
 
 
 def test_the_file_has_all_that_vs_code_wants() -> None:
-    with zipfile.ZipFile(io.BytesIO(vsix.pack(FOLDER))) as archive:
+    with zipfile.ZipFile(io.BytesIO(files.pack(FOLDER))) as archive:
         assert archive.testzip() is None
         names = archive.namelist()
         manifest = ElementTree.fromstring(archive.read("extension.vsixmanifest"))
@@ -77,20 +77,20 @@ def test_the_file_has_all_that_vs_code_wants() -> None:
 
 def test_a_damaged_folder_is_no_extension(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        vsix.pack(tmp_path)
+        files.pack(tmp_path)
     for damaged in ("{", "[]", '{"name": 1}'):
         (tmp_path / "package.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"^Expecting |: expected "):
-            vsix.pack(tmp_path)
+            files.pack(tmp_path)
 
 
 async def test_the_pi_hands_them_out_without_a_key() -> None:
-    packed = vsix.pack(FOLDER)
+    packed = files.pack(FOLDER)
     async with pi_with(client_keys=(KEY,)) as (pi, _):
         reply = await pi.get("/cerebrum.vsix")
         assert (reply.status, reply.body) == (200, packed)
         reply = await pi.get("/cerebrum-jetbrains.zip")
-        packed_template = vsix.pack_template((ROOT / "cerebrum_lsp.py").read_bytes())
+        packed_template = files.pack_template(ROOT / "cerebrum_lsp.py")
         assert (reply.one("content-type"), reply.body) == ("application/zip", packed_template)
         activity = (await pi.get("/v1/activity", X_API_Key=KEY)).json
         assert activity["extension"] == hashlib.sha256(packed).hexdigest()
@@ -101,7 +101,7 @@ def test_the_template_for_jetbrains_ides(tmp_path: Path) -> None:
     and double quotes keep spaces.
     """
     home = tmp_path / "Anna Smith"
-    packed = vsix.pack_template((ROOT / "cerebrum_lsp.py").read_bytes())
+    packed = files.pack_template(ROOT / "cerebrum_lsp.py")
     with zipfile.ZipFile(io.BytesIO(packed)) as archive:
         archive.extractall(home)
     folder = home / "cerebrum-jetbrains"
@@ -322,7 +322,7 @@ def test_in_the_real_one(version: str, tmp_path: Path) -> None:
         first = pi.enter_context(daemon("cm4d", tmp_path / "pi", **given))
         url = f"https://{HOST}:{first.port}"
         file = tmp_path / "cerebrum.vsix"
-        file.write_bytes(vsix.pack(FOLDER))
+        file.write_bytes(files.pack(FOLDER))
         environ = {"SSL_CERT_FILE": authority}  # of a system that trusts this CA
         code = stack.enter_context(code_server(place, tmp_path / "code", file, **environ))
         of_pi = {"pi": url, "key": KEY, "instruction": "add type hints"}

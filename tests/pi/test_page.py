@@ -26,7 +26,7 @@ from scripted import (
 import cm4d
 from cerebrum.pi import fleet as pi_fleet
 from cerebrum.pi.counting import HISTORY_STEP_SECONDS, HISTORY_STEPS, History
-from cerebrum.pi.page import page_of
+from cerebrum.pi.files import FILES, headers_of
 from cerebrum.text.languages import LANGUAGES
 
 FILE = ROOT / "cerebrum/pi/page.html"
@@ -90,23 +90,23 @@ async def test_without_its_files_the_daemon_lives(
 ) -> None:
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
     async with pi_with() as (pi, _):
-        for path in ("/", "/cerebrum_lsp.py", "/cerebrum-jetbrains.zip", "/cerebrum.vsix"):
+        for path in FILES:
             reply = await pi.get(path)
             assert reply.status == 404
             assert reply.json["code"] == "NOT_FOUND"
-            assert re.match("expected the (file|folder) ", reply.json["message"])
+            assert re.match("expected .* beside cm4d.py, got none", reply.json["message"])
         assert (await pi.complete()).status == 200
     logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    sources = ("cerebrum/pi/page.html", "cerebrum_lsp.py", "cerebrum_lsp.py", "vscode/package.json")
     assert logged == [
-        "no page at /: cannot read page.html: No such file or directory",
-        "no extension for VS Code: [Errno 2] No such file or directory: "
-        "'/nonexistent/vscode/package.json'",
+        f"nothing at {path}: [Errno 2] No such file or directory: '/nonexistent/{source}'"
+        for path, source in zip(FILES, sources, strict=True)
     ]
 
 
 def test_a_page_from_a_checkout_with_crlf_and_one_with_no_script() -> None:
-    assert page_of(b"<script>\r\nf()\r\n</script>") == page_of(b"<script>\nf()\n</script>")
-    assert "; script-src 'none';" in dict(page_of(b"<p>a").headers)["Content-Security-Policy"]
+    assert headers_of(b"<script>\r\nf()\r\n</script>") == headers_of(b"<script>\nf()\n</script>")
+    assert "; script-src 'none';" in dict(headers_of(b"<p>a"))["Content-Security-Policy"]
 
 
 async def test_its_requests_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
