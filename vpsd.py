@@ -66,7 +66,7 @@ from cerebrum.fields import Field, Members, parse_json, read_fields, read_object
 from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import COMPLETIONS, Metric, Table, metrics_of, write_stats
 from cerebrum.request import RULES, GenerationRequest
-from cerebrum.service import Service, make_parser, passed_sockets, prompt_of, set_up_logging
+from cerebrum.service import Service, make_parser, passed_sockets, set_up_logging
 from cerebrum.settings import ConfigError, Environment, load_catalog, read_environment
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.decoder import ModelTally
@@ -547,7 +547,7 @@ class Engine:
         check_cpu(self.cpu.others_percent, self.config.max_cpu_percent)
         admission = Admission(request, notes)
         if self.config.log_prompts:
-            log.info("prompt: %s", prompt_of(dataclasses.asdict(request)))
+            log.info("prompt: %s", request.texts())
         self.admissions[admission] = None
         for old in older:
             self.finish(old)

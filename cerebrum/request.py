@@ -13,6 +13,7 @@ library only.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from cerebrum.fields import Field
 # Limits of a completion, in tokens. A dialect's limit above MAX_TOKENS is lowered to it.
 MAX_TOKENS = 2048
 DEFAULT_TOKENS = 512
+MAX_LOGGED_CHARS = 10_000  # of a prompt
 
 
 def checked(
@@ -75,6 +77,12 @@ class GenerationRequest:
     priority: str = checked(str, default="normal", choices=("normal", "low"))
     # The Pi's alone.
     instruction: str | None = None
+
+    def texts(self) -> str:
+        """Its texts as JSON, for CEREBRUM_LOG_PROMPTS."""
+        names = ("prompt", "suffix", "instruction", "messages")
+        texts = {name: value for name in names if (value := getattr(self, name))}
+        return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
 
 
 RULES: dict[str, Field] = {

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -89,16 +88,6 @@ def set_up_logging(level: str, file: str) -> None:
         logger.setLevel(level)
     for handler in old:
         handler.close()
-
-
-MAX_LOGGED_CHARS = 10_000  # of a prompt
-
-
-def prompt_of(fields: Mapping[str, Any]) -> str:
-    """The texts of a request as JSON, for CEREBRUM_LOG_PROMPTS."""
-    names = ("prompt", "suffix", "instruction", "messages")
-    texts = {name: fields[name] for name in names if fields.get(name)}
-    return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
 
 
 def _log_file(path: str) -> Any:

@@ -37,7 +37,6 @@ MAY = {
     },
     "cerebrum/text": set[str](),
     "cerebrum/pi": BOTH - {"cerebrum.check", "cerebrum.service"},
-    "cerebrum/pi/runner.py": BOTH - {"cerebrum.check"},  # service knows how a prompt is logged
     "cerebrum/vps": BOTH - {"cerebrum.check", "cerebrum.service", "cerebrum.http"},
 }
 FILES = sorted(

@@ -28,7 +28,7 @@ from cerebrum.pi.completion import (
     Pairs,
     digest_of,
     read_text,
-    remember,
+    set_newest,
     text_event,
 )
 from cerebrum.pi.counting import Usage
@@ -372,7 +372,7 @@ class Broadcasts:
             dispatcher.read_ahead(request)
             return self._without_text(completion, "length")  # it replaces nothing
         if subscriber.waits and request.kind == "infill" and not request.guest:
-            remember(dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
+            set_newest(dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
         if request.fields.min_confidence == NEVER:
             pairs = self._without_text(completion, "unsure")
         elif found := self._find(subscriber, digest):
@@ -540,7 +540,7 @@ class Broadcasts:
         kept = characters_kept(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
         shown = 0 if (prompt + text).endswith(above + hint) else len(text)
         self.runner.counting.people.add(request.client, Usage(shown=shown, kept=kept))
-        remember(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
+        set_newest(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
 
     def remember(self, subscriber: Subscriber) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""

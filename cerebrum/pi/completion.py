@@ -77,12 +77,12 @@ class CompletionRequest:
         return f"{self.client} {name}" if self.in_dialect or name else ""
 
 
-def remember(table: dict[Any, Any], key: object, value: object, limit: int) -> None:
+def set_newest(table: dict[Any, Any], key: object, value: object, limit: int) -> None:
     """Set the newest of at most `limit` entries.
 
     >>> table = {"a": 1, "b": 2}
-    >>> remember(table, "a", 3, limit=2)
-    >>> remember(table, "c", 4, limit=2)
+    >>> set_newest(table, "a", 3, limit=2)
+    >>> set_newest(table, "c", 4, limit=2)
     >>> table
     {'a': 3, 'c': 4}
     """

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from cerebrum.fields import Field, JsonObject, Members, parse_json
 from cerebrum.metrics import CANCELLED, Tally
-from cerebrum.pi.completion import SUPERSEDED, Answered, Completion, Evicted, remember
+from cerebrum.pi.completion import SUPERSEDED, Answered, Completion, Evicted, set_newest
 from cerebrum.settings import write_atomically
 from cerebrum_common import HttpError, Model, log
 
@@ -97,7 +97,7 @@ class People:
         name = client if client in self.total else ""
         day = f"{date.today()} {name}"
         self.total[name] = self.total[name].plus(used)
-        remember(self._days, day, self._days.get(day, Usage()).plus(used), MAX_ENTRIES)
+        set_newest(self._days, day, self._days.get(day, Usage()).plus(used), MAX_ENTRIES)
 
     def describe(self) -> list[JsonObject]:
         """The members `unnamed` and `clients` of /v1/stats."""

@@ -27,7 +27,7 @@ from cerebrum.pi.completion import (
     Completion,
     CompletionRequest,
     Evicted,
-    remember,
+    set_newest,
 )
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum.pi.kind import TOO_MANY
@@ -472,14 +472,14 @@ class Dispatcher:
         if not request.is_spare:
             self._note_turn(completion)
         if request.file:
-            remember(state.served, request.file, backend.id, MAX_SERVED)
+            set_newest(state.served, request.file, backend.id, MAX_SERVED)
         return attempt
 
     def _note_turn(self, completion: Completion) -> None:
         """A client that waits gets a place."""
         state = self.state
         now = time.monotonic()
-        remember(state.turns, completion.client, now, MAX_SERVED)
+        set_newest(state.turns, completion.client, now, MAX_SERVED)
         if not completion.request.guest:
             state.regular = now
 
@@ -537,7 +537,7 @@ class Dispatcher:
         backend gets a request, and begins again later: the backend keeps the part that it has read.
         """
         ahead = replace(request, session="", ahead=True, speculative=False)
-        remember(self.ahead, ahead.client, Completion(ahead), MAX_AHEAD)
+        set_newest(self.ahead, ahead.client, Completion(ahead), MAX_AHEAD)
         for attempt in self.state.places:
             older = attempt.request
             is_own = older.client == ahead.client

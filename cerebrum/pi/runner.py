@@ -17,7 +17,6 @@ from cerebrum.pi.completion import NOTHING_SENT, PREEMPTED, Attempt, Completion,
 from cerebrum.pi.counting import Counting
 from cerebrum.pi.dispatcher import Dispatcher
 from cerebrum.pi.fleet import Fleet
-from cerebrum.service import prompt_of
 from cerebrum_common import HttpError, log, timestamp
 
 
@@ -36,7 +35,7 @@ class Runner:
         holds nothing.
         """
         if self.logs_prompts:
-            log.info("prompt: %s", prompt_of(vars(completion.request.fields)))
+            log.info("prompt: %s", completion.request.fields.texts())
         with self.counting.completion(completion):
             while True:
                 async with self.dispatcher.place(completion) as (attempt, backend):

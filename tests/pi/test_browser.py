@@ -813,7 +813,7 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(
         settings = settings_for_editors(visit.url[:-1])
         assert f"{copied}\n" in [re.sub(r"\bKEY\b", KEY, text) for text in settings]
         await editors.select_option("VS Code")
-        sha256 = hashlib.sha256(visit.pi.gateway.extension).hexdigest()
+        sha256 = hashlib.sha256(visit.pi.gateway.files["/cerebrum.vsix"].body).hexdigest()
         await visit.see_part("#recipe-note", f"The file's sha256 is {sha256}.")
         address = urllib.parse.quote(visit.url[:-1], safe="")
         link = f"vscode://cerebrum.cerebrum/connect?url={address}"
