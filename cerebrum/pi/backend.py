@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from cerebrum.fields import JsonObject, Members, printable
+from cerebrum.fields import JsonObject, Members, printable, valid_members
 from cerebrum.pi.breaker import Admission, Breaker
 from cerebrum.pi.completion import (
     FINISHED,
@@ -28,7 +28,7 @@ from cerebrum.pi.completion import (
     Pairs,
 )
 from cerebrum.pi.engines import LlamaServer, OpenAI
-from cerebrum.pi.kind import Kind, read_result
+from cerebrum.pi.kind import RESULT_FIELDS, Kind
 from cerebrum.pi.native import MAX_MESSAGE_CHARACTERS, Vpsd
 from cerebrum.pi.upstream import BackendConfig, BackendFailure, TooLong, Unusable
 from cerebrum.request import DEFAULT_TOKENS
@@ -376,8 +376,8 @@ class Backend:
         attempt.admission.succeeded(now)
 
     def _finish(self, attempt: Attempt, done: Members) -> JsonObject:
-        """Count a whole answer, and return its result, without what no backend may set."""
-        result = read_result(done)
+        """Count a whole answer, and return its result."""
+        result = valid_members(done, RESULT_FIELDS)
         reason = result.get("finish_reason", "stop")
         if not attempt.evicted:
             attempt.outcome = Answered(reason if reason in FINISHED else "other")

@@ -4,8 +4,8 @@ OpenAI (engines.py).
 A `Kind` asks one backend in its own language and answers in the Pi's: pairs, errors for clients,
 tables of models. It owns the HTTP client. What is known about the backend belongs to `Backend`.
 
-A backend is not trusted: of its results only members of the right type and range are passed on, and
-none that the Pi writes itself.
+A backend is not trusted: of its results only the known members of the right type and range are
+passed on.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Kind(ABC):
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
 SHARE = Field(float, 0, 1)
-RESULT_FIELDS = {  # of a done event
+RESULT_FIELDS = {  # of a done event, which the Pi passes on
     "finish_reason": Field(str, 1, 40),
     "total_tokens": COUNT,
     "prompt_tokens": COUNT,
@@ -204,40 +204,6 @@ RESULT_FIELDS = {  # of a done event
     "chance": SHARE,
     "prompt_cut": Field(bool),
 }
-
-
-# Members that we write into results and errors ourselves: no backend may set them.
-OURS = {
-    "completion",
-    "language",
-    "model",
-    "timestamp",
-    "mode",
-    "kept",
-    "backend",
-    "type_through",
-    "done",
-    "token",
-    "error",
-    "message",
-    "code",
-}
-
-
-def read_result(done: Members) -> JsonObject:
-    """The members of a done event that may be passed on: none in OURS, and none of a wrong type or
-    range.
-
-    >>> done = {"done": True, "model": "lies", "total_tokens": "3", "prompt_tokens": 5}
-    >>> read_result(done)
-    {'prompt_tokens': 5}
-    """
-    result = JsonObject()
-    for name, value in done.items():
-        field = RESULT_FIELDS.get(name)
-        if name not in OURS and (field is None or field.accepts(value)):
-            result[name] = value
-    return result
 
 
 def read_tokens(answer: bytes) -> bytes:
