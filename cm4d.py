@@ -27,9 +27,9 @@ same backend gets the request again:
 - it has broken off behind a balancer, where another replica may answer.
 
 Each class says which state it owns; docs/design.md has them in one table. Everything runs on the
-event loop's thread, except name look-ups. Standard library only; cerebrum_common.py, models.toml
-and the folder cerebrum must be beside cm4d.py, but cerebrum/vps and cerebrum/pi/page.html may be
-missing, as may cerebrum_lsp.py and the folder vscode, which the Pi only hands out.
+event loop's thread, except asyncio's look-ups of names. Standard library only; cerebrum_common.py,
+models.toml and the folder cerebrum must be beside cm4d.py, but cerebrum/vps and what the Pi hands
+out (cerebrum/pi/files.py) may be missing.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.files import FILES, headers_of
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.runner import Runner
-from cerebrum.pi.upstream import BackendConfig, Loop
+from cerebrum.pi.upstream import BackendConfig
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
 from cerebrum.service import Service, make_parser, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
@@ -890,8 +890,7 @@ def main(arguments: Sequence[str]) -> int:
         config = load_config(environ)
         set_up_logging(config.log_level, config.log_file)
         warn_of(config)
-        with asyncio.Runner(loop_factory=Loop) as runner:
-            return runner.run(serve(environ, config))
+        return asyncio.run(serve(environ, config))
     except ConfigError as error:
         print(f"cm4d.py: {error}", file=sys.stderr)
         return 2

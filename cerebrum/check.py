@@ -177,13 +177,11 @@ def check_backends(config: Any) -> Findings:
     fault is a FAIL only if no other backend can serve a completion.
     """
     from cerebrum.pi.fleet import Fleet
-    from cerebrum.pi.upstream import Loop
 
     log.addHandler(logging.NullHandler())  # a probe's log lines come as findings
     fleet = Fleet()
     fleet.replace(config.backends, config.models, config.prefer)
-    with asyncio.Runner(loop_factory=Loop) as runner:
-        runner.run(fleet.know())
+    asyncio.run(fleet.know())
     served = any(backend.models for backend in fleet.backends if backend.available)
     for backend in fleet.backends:
         yield from check_answer(backend, "warn" if served else "FAIL")

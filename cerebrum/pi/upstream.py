@@ -5,7 +5,7 @@ A backend is not trusted: inexact framing is refused. The circuit breaker counts
 `BackendFailure`.
 
 An `Upstream` owns its spare connection; every other connection belongs to the one request it was
-opened for. `Loop` owns the addresses of names. Standard library only.
+opened for. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import math
 import re
 import socket
 import ssl
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -265,7 +263,6 @@ def data_of(event: bytes) -> bytes:
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 30.0  # between two reads of a stream: our own backend sends a comment every 5 s
 SPARE_SECONDS = 8.0  # until an unused spare connection is closed; vpsd closes it after 10
-NAME_SECONDS = 30.0  # for which the addresses of a name are kept
 RACE_SECONDS = 0.25  # until the next address of a name is tried in parallel (RFC 8305)
 # For a whole stream: 2,048 tokens at half a token per second, plus the queue before them.
 STREAM_SECONDS = 7200.0
@@ -273,36 +270,6 @@ STREAM_SECONDS = 7200.0
 ENDED = "it ended"
 BROKEN = "the connection broke"
 EXPIRED = "it stopped"  # we have cut the connection
-
-
-class Loop(asyncio.SelectorEventLoop):
-    """An event loop that looks up each name in a daemon thread of its own and keeps the addresses
-    for a while. asyncio joins its own threads at the end, so a hanging resolver would keep the
-    daemon from stopping.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[Any, tuple[float, list[Any]]] = {}  # addresses, and how long they count
-
-    async def getaddrinfo(self, host: Any, port: Any, **how: int) -> list[Any]:
-        """As socket.getaddrinfo."""
-        key = (host, port, *how.items())
-        until, addresses = self._known.get(key, (0.0, []))
-        if until < self.time():
-            found = Future[list[Any]]()
-            found.set_running_or_notify_cancel()  # the thread sets it, whoever still waits
-
-            def look_up() -> None:
-                try:
-                    found.set_result(socket.getaddrinfo(host, port, **how))
-                except Exception as error:
-                    found.set_exception(error)
-
-            threading.Thread(target=look_up, daemon=True).start()
-            addresses = await asyncio.wrap_future(found, loop=self)
-            self._known[key] = (self.time() + NAME_SECONDS, addresses)
-        return addresses
 
 
 class Reader(asyncio.Protocol):

@@ -14,7 +14,6 @@ import math
 import re
 import socket
 import ssl
-import threading
 from typing import Any
 from unittest.mock import Mock
 
@@ -335,50 +334,6 @@ async def test_https_with_a_private_authority(tmp_path):
             check_error(reply := await pi.complete(), 503, UNAVAILABLE, "it cannot be reached")
             told = (reply.body + (await pi.get("/health")).body).lower()
             assert not re.search(rb"certificate|ssl|_verify|traceback|errno", told)
-
-
-def test_a_name_is_kept_and_nobody_waits_for_the_resolver(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    asked = list[str]()
-    gates = {"hangs": threading.Event(), "late": threading.Event()}
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
-
-    def resolve(host: str, *_: Any, **__: Any) -> Any:
-        asked.append(host)
-        if host in gates:
-            gates[host].wait(PATIENCE)
-        if host in ("late", "unknown"):
-            raise socket.gaierror(socket.EAI_NONAME, "unknown")
-        return found
-
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-
-    async def scenario() -> None:
-        loop = asyncio.get_running_loop()
-        threads = threading.active_count()
-        for _ in range(3):
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(loop.getaddrinfo("hangs", 80), 0.01)
-            both = [loop.getaddrinfo("vps", 80) for _ in range(2)]
-            assert await asyncio.gather(*both) == [found] * 2
-        for _ in range(2):
-            with pytest.raises(socket.gaierror):
-                await loop.getaddrinfo("unknown", 80)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(loop.getaddrinfo("late", 80), 0.01)
-        complaints = list[Any]()
-        loop.set_exception_handler(lambda _, complaint: complaints.append(complaint))
-        gates["late"].set()
-        await until(lambda: threading.active_count() == threads + 3)  # that hang
-        gc.collect()
-        assert complaints == []
-        expected = ["hangs"] * 3 + ["late"] + ["unknown"] * 2 + ["vps"] * 2
-        assert sorted(asked) == expected
-
-    with asyncio.Runner(loop_factory=upstream.Loop) as runner:
-        runner.run(scenario())
-    gates["hangs"].set()  # only now: the loop has ended before
 
 
 OVERRIDDEN = ("language", "model", "mode", "timestamp", "completion", "token", "message", "code")
