@@ -159,7 +159,7 @@ class Evicted(NamedTuple):
     """The attempt is being ended for another request, which gets its place."""
 
     reason: str  # SUPERSEDED or PREEMPTED
-    again: bool = False  # too early: unless it has text, the completion starts again
+    again: bool = False  # its client still waits: unless it has text, the completion starts again
 
 
 @dataclass(slots=True, eq=False)
@@ -216,9 +216,9 @@ class Attempt:
 @dataclass(eq=False)
 class Completion:
     """A request on its way. `Dispatcher` writes the client and the attempts, how to end what it
-    reads ahead, and that somebody waits for a speculative one; `Broadcasts` who waits for it, that
-    it is speculative and how to end it; both write when it was last requested. `Counting` and
-    `Broadcasts` add notes. Times are monotonic seconds.
+    reads ahead, and that somebody waits for a speculative one; `Broadcasts` who waits for it, since
+    when, that it is speculative and how to end it. `Counting` and `Broadcasts` add notes. Times are
+    monotonic seconds.
     """
 
     request: CompletionRequest
@@ -230,7 +230,7 @@ class Completion:
     clients: list[str] = field(default_factory=list)  # of all requests that have waited for it
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    # When the last client that shares it asked, or when it had to start again.
+    # When the last client that shares it asked.
     requested: float = 0.0
 
     def __post_init__(self) -> None:

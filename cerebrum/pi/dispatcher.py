@@ -39,8 +39,6 @@ from cerebrum_common import HttpError, internal_error, log
 # For this long after an infill, a place is kept for the next one; and after a regular client
 # has got a place, guests leave one free.
 EDITOR_SECONDS = 60.0
-SHARE_SECONDS = 10.0  # a guest's share of each minute, which other guests respect
-SHARE_OF_SECONDS = 60.0
 REPLICAS = 2  # behind a balancer, that may fail a completion
 
 
@@ -61,8 +59,6 @@ class State:
     regular: float = -math.inf  # when a client that is no guest last got a place
     # The id of the last backend of each `CompletionRequest.file`.
     served: dict[str, str] = field(default_factory=dict)
-    # A guest, and when it got and left a place, within the last minute.
-    visits: list[tuple[str, float, float]] = field(default_factory=list)
 
     @property
     def answering(self) -> dict[Attempt, Backend]:
@@ -79,13 +75,6 @@ class State:
             for attempt, where in self.answering.items()
             if where in backends and not attempt.evicted
         ]
-
-    def guest_seconds(self, client: str, now: float) -> float:
-        """How long a guest has held places in the last minute; two places at a time count twice."""
-        holding = [(attempt.completion.client, attempt.begun, now) for attempt in self.answering]
-        spans = [(begun, left) for name, begun, left in self.visits + holding if name == client]
-        since = now - SHARE_OF_SECONDS
-        return sum(max(0.0, left - max(begun, since)) for begun, left in spans)
 
 
 class Assign(NamedTuple):
@@ -255,15 +244,13 @@ def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
 
 def who_makes_room(claim: Claim) -> Attempt | None:
     """A guest's attempt to end for this completion, perhaps the first of several; None if it would
-    get no place without them either. First comes the guest who has held places for longest in the
-    last minute; of this guest's attempts, those that are no infill; and of these the newest, which
-    loses least.
+    get no place without them either. Those that are no infill come first, and of them the newest,
+    which loses least.
     """
     state = claim.state
 
     def order(guest: Attempt) -> tuple[float, ...]:
-        seconds = state.guest_seconds(guest.completion.client, claim.now)
-        return seconds, guest.request.kind != "infill", guest.begun
+        return guest.request.kind != "infill", guest.begun
 
     # An attempt whose answer is whole leaves by itself.
     running = state.running(claim.usable)
@@ -495,19 +482,9 @@ class Dispatcher:
             attempt.completion.end(HttpError(SUPERSEDED, "another request took its place"))
 
     def _preempt(self, attempt: Attempt) -> None:
-        """End a guest's attempt. One that ends within its guest's share of the minute comes first
-        among guests.
-        """
-        state = self.state
-        completion = attempt.completion
-        client = completion.client
-        now = time.monotonic()
-        is_early = state.guest_seconds(client, now) < SHARE_SECONDS
-        if is_early:
-            state.turns[client] = -math.inf  # before guests who have had no turn
-            completion.requested = now
-        # Our own API never waits.
-        attempt.outcome = Evicted(PREEMPTED, is_early and attempt.request.in_dialect)
+        """End a guest's attempt. Without a text it starts again, if its client still waits."""
+        again = time.monotonic() < attempt.completion.deadline
+        attempt.outcome = Evicted(PREEMPTED, again)
         attempt.admission.left()
         attempt.cut()
 
@@ -517,10 +494,7 @@ class Dispatcher:
         request = attempt.request
         del state.places[attempt]
         attempt.admission.left()
-        attempt.left = now = time.monotonic()
-        if request.guest and not request.is_spare:
-            state.visits = [visit for visit in state.visits if now - visit[2] < SHARE_OF_SECONDS]
-            state.visits.append((attempt.completion.client, attempt.begun, now))
+        attempt.left = time.monotonic()
         attempt.ended.set()
         asked = self.ahead.get(request.client)
         if attempt.is_cut and (not asked or asked.started <= attempt.begun):

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from harness import NO_FILE
@@ -79,8 +79,6 @@ class Case:
     editors: Mapping[str, float] = field(default_factory=dict)
     served: str = ""
     regular: float = 0  # seconds since somebody else got a place; 0: nobody did
-    # seconds that a guest has held places in the last minute
-    visits: Mapping[str, float] = field(default_factory=dict)
     in_line: bool = False
     rests: Mapping[str, float] = field(default_factory=dict)  # seconds that backends asked for
     # The request.
@@ -149,8 +147,6 @@ class Case:
         state.editors = {client: NOW - ago for client, ago in self.editors.items()}
         if self.regular:
             state.regular = NOW - self.regular
-        for client, seconds in self.visits.items():
-            state.visits.append((client, NOW - 59.0, NOW - 59.0 + seconds))
         if self.served:
             state.served[self.request.file] = self.served
         if self.in_line:
@@ -312,12 +308,10 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     (GUEST | {"in_line": True}, "wait 3.0"),
     ({"guest": 1, "session": "me", "running": "a - me"}, "big@b"),  # which ends the older one
     ({"kind": "infill", "running": "a - me, a - tom, b - me", "in_line": True}, "big@b"),
-    # Guests make room for everybody else: first those who have had most of the last minute, and
-    # the newest.
+    # Guests make room for everybody else: the newest first, and infills last.
     ({"running": "a - tom, a chat tom, b -, b -"}, "end a chat tom"),
     ({"running": "a chat tom, a infill tom, b -, b -"}, "end a chat tom"),
-    ({"running": "a - tom, a - tim, b -, b -"}, "end a - tom"),
-    ({"running": "a - tom, a - tim, b -, b -", "visits": {"tom": 20, "tim": 11}}, "end a - tom"),
+    ({"running": "a - tom, a - tim, b -, b -"}, "end a - tim"),
     ({"running": "a -, a -, b - tom, b -", "backends": APART}, "end b - tom"),
     ({"running": "a -, a -, b - tom, b -", "backends": APART, "model": "big"}, "RATE_LIMIT"),
     ({"running": "a - tom, a -, b -, b -", "health": {"a": OPEN}}, "RATE_LIMIT"),
@@ -331,7 +325,7 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
     # What a guest holds is as good as a free place for an editor.
     ({"kind": "chat", "running": "a chat tom, a chat, b chat", "editors": {"you": 5}}, "big@b"),
     (ALONE | {"kind": "chat", "running": "a chat tom, a chat tim",
-      "editors": {"you": 5}}, "end a chat tom"),
+      "editors": {"you": 5}}, "end a chat tim"),
     (ALONE | {"kind": "chat", "running": "a chat tom, a chat",
       "editors": {"you": 5}}, "wait 30.0"),
     (ALONE | {"kind": "chat", "guest": 1, "running": "a chat tom",
@@ -355,20 +349,6 @@ def test_the_file_of_a_request() -> None:
         assert Case(kind=kind).request.file == "me f.py"
         assert Case(kind=kind, session="s").request.file == "s"
         assert CompletionRequest(kind, ASKED, client="me").file == (kind and "me ")
-
-
-VISITS = [("tom", 930.0, 935.0), ("tom", 935.0, 945.0), ("tim", 941.0, 946.0)]
-BEGUN = [("tom", 990.0), ("tom", 999.0), ("tim", 900.0), ("anna", 0.0)]
-
-
-def test_a_guests_seconds() -> None:
-    state = State(Fleet(), visits=VISITS)
-    for client, begun in BEGUN:
-        request = CompletionRequest("chat", ASKED, client=client, guest=2, ahead=client == "anna")
-        attempt = Attempt(Completion(request), "a", "big", Breaker().admit(NOW), begun=begun)
-        state.places[attempt] = cast(Any, None)
-    seconds = [state.guest_seconds(client, NOW) for client in ("tom", "tim", "anna")]
-    assert seconds == [5 + 10 + 1, 5 + 60, 0]
 
 
 # Those who wait, in the order in which they get places. Dora holds one; the others had a turn so
