@@ -189,8 +189,7 @@ class Backend:
         self.answering = set[Attempt]()  # that it answers now
         self._warn_anew = functools.lru_cache(1)(log.warning)  # not of the same again
         self._models_until = 0.0
-        # Until when it wants no request, by the request's mode.
-        self.rests: dict[str, float] = {}
+        self.rests_until = 0.0  # it wants no request before
 
     def _configure(self, kind: Kind) -> None:
         self.kind = kind
@@ -396,8 +395,7 @@ class Backend:
             request = attempt.request
             waits = request.in_dialect and not request.is_spare
             until = time.monotonic() + (error.retry_after or BUSY_SECONDS * waits)
-            mode = request.fields.mode
-            self.rests[mode] = max(until, self.rests.get(mode, 0.0))
+            self.rests_until = max(until, self.rests_until)
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
             self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list

@@ -116,12 +116,12 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     # 2. What has failed this completion is not asked again, but for a 429 after its pause.
     options = untried(completion, options)
     able = backends_of(state.fleet, options)
-    rests = [backend.rests.get(request.fields.mode, 0.0) for backend in able]
-    resume = min((end for end in rests if end > now), default=math.inf)
+    rests = [backend.rests_until for backend in able if backend.rests_until > now]
+    resume = min(rests, default=math.inf)
     until = min(resume, deadline)
     # 3. May any of them be asked? A trial may end at any moment, since each key that somebody types
     #    replaces the request before: so wait for it.
-    usable = which_admit(able, request, now)
+    usable = which_admit(able, now)
     if not usable:
         if may_wait and (resume <= deadline or any(backend.breaker.trial for backend in able)):
             return Wait(until)
@@ -147,7 +147,7 @@ def decide_spare(state: State, request: CompletionRequest, now: float) -> Assign
     """
     options = state.fleet.who_may(request)
     readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
-    place = best_place(state, request, options, which_admit(readers, request, now))
+    place = best_place(state, request, options, which_admit(readers, now))
     if place and is_idle(state, place.backend, request) and not state.line:
         return place
     return None
@@ -186,11 +186,9 @@ def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
     ]
 
 
-def which_admit(
-    backends: Sequence[Backend], request: CompletionRequest, now: float
-) -> list[Backend]:
+def which_admit(backends: Sequence[Backend], now: float) -> list[Backend]:
     """The backends that may be asked; those in trouble only if there are no others."""
-    awake = [backend for backend in backends if backend.rests.get(request.fields.mode, 0.0) <= now]
+    awake = [backend for backend in backends if backend.rests_until <= now]
     admitting = [backend for backend in awake if backend.breaker.admits]
     return [backend for backend in admitting if not backend.breaker.trouble] or admitting
 

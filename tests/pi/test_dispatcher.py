@@ -129,7 +129,7 @@ class Case:
             ids = self.backends[backend.id].split()
             backend.models = None if ids == ["unknown"] else {model: {} for model in ids}
             backend.breaker = breaker(self.health.get(backend.id, CLOSED))
-            backend.rests[self.mode] = NOW + self.rests.get(backend.id, 0)
+            backend.rests_until = NOW + self.rests.get(backend.id, 0)
         return fleet
 
     def state(self) -> State:

@@ -227,7 +227,7 @@ async def ask_at(
     good = TOKENS if kind == "tokenize" else GOOD[api]
     backend.scripts = [[ONE[api] if step is ONE else step for step in steps], good]
     backend.asked.clear()
-    pi.first.rests.clear()
+    pi.first.rests_until = 0.0
     pi.first.breaker = Breaker()
     pi.first.breaker.trouble = ""
     pi.first.kind.client.close()  # a spare connection, on which a request may be sent again
@@ -256,7 +256,7 @@ async def test_each_kind_of_request_against_each_error(
             assert KEY.encode() not in reply.body
             assert api == "cerebrum" or b"/srv" not in reply.body
             answered = reply.status, error_in(reply), b'"one' in reply.body
-            rests = max(pi.first.rests.values(), default=0.0) > time.monotonic() + 1
+            rests = pi.first.rests_until > time.monotonic() + 1
             counted = len(backend.completions), pi.first.breaker.failures, rests
             completions = people[""].completions - before.completions
             return (*answered, *counted, completions, people[""].tokens - before.tokens)
