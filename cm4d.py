@@ -71,7 +71,7 @@ from cerebrum.fields import (
     read_fields,
     wrong,
 )
-from cerebrum.http import MAX_CONNECTIONS, Access, Server, own_names
+from cerebrum.http import Access, Server, own_names
 from cerebrum.metrics import (
     COMPLETIONS,
     Metric,
@@ -169,14 +169,7 @@ class Config:
 
     @property
     def access(self) -> Access:
-        places = sum(backend.max_concurrent for backend in self.backends)
-        return Access(
-            self.client_keys,
-            own_names(self.hosts),
-            self.origins,
-            self.clients,
-            connections=max(MAX_CONNECTIONS, min(4 * places, os.sysconf("SC_OPEN_MAX") // 2)),
-        )
+        return Access(self.client_keys, own_names(self.hosts), self.origins, self.clients)
 
     @property
     def names(self) -> dict[str, Client]:

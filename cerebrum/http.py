@@ -66,9 +66,8 @@ MAX_TRAILER_BYTES = 8192  # trailers are dropped, so the limit only bounds memor
 # The CRLF before it, 16 digits of a chunk size, room for an ignored extension, and a CRLF.
 MAX_CHUNK_LINE_BYTES = 258
 MAX_PIPELINED_BYTES = 65_536  # read while a request runs, only to notice when its client leaves
-# 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB,
-# which is too little for more than some 600.
-MAX_CONNECTIONS = 256
+# 30 KiB each when idle, 0.1 MiB with TLS, up to 0.3 MiB under attack; the unit allows 256 MB.
+MAX_CONNECTIONS = 512
 # Sockets accepted at a time; with the limits above, well below the usual 1,024 open files.
 MAX_ACCEPTS = 64
 READ_BYTES = 65_536  # one read of a socket; also the StreamReader's limit
@@ -389,7 +388,6 @@ class Access:
     # By their keys; without any, nobody has such a key.
     clients: Mapping[str, Client] | None = None
     scheme: str = "http"  # of our own origin; `Server` sets it
-    connections: int = MAX_CONNECTIONS  # the most, of all clients together
 
     @property
     def needs_key(self) -> bool:
@@ -754,9 +752,6 @@ class Server:
         self.answered = Counter({(path, 200): 0 for path in self.routes})
         self.connections: dict[asyncio.Task[None], Connection] = {}  # oldest first
         self.bodies = Counter[str]()  # bytes of the requests being read or answered, by client
-        # Connections at a time. A reload that lowers the limit must end none: the old limit holds
-        # until the connections fit into the new one.
-        self.most = 0
         self.stopping = False
         self._listeners: list[asyncio.Server] = []
         self.tls: ssl.SSLContext | None = None  # of new connections; a reload may replace it
@@ -831,10 +826,7 @@ class Server:
         connection = Connection(reader, writer)
         task = asyncio.current_task()
         assert task is not None
-        count = len(self.connections)
-        if count <= self.access.connections:
-            self.most = self.access.connections
-        if count >= self.most:
+        if len(self.connections) >= MAX_CONNECTIONS:
             self._close_one()
         self.connections[task] = connection
         try:

@@ -11,7 +11,6 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -338,9 +337,11 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", HEALTH, upload(1000, "length")[:-1]])
-async def test_one_connection_too_many_closes_the_oldest_idle_one(begun: bytes) -> None:
+async def test_one_connection_too_many_closes_the_oldest_idle_one(
+    begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        server.access = replace(server.access, connections=3)
         busy, silent, third = [await stack.enter_async_context(connect(port)) for _ in range(3)]
         busy[1].write(SLOW)
         await slow.begun.wait()
@@ -355,33 +356,12 @@ async def test_one_connection_too_many_closes_the_oldest_idle_one(begun: bytes) 
         assert [(await read_reply(reader)).status for reader, _ in (busy, third)] == [200, 200]
 
 
-async def test_a_reload_that_lowers_the_limit_ends_no_connection() -> None:
-    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        server.access = replace(server.access, connections=5)
-        peers = [await stack.enter_async_context(connect(port)) for _ in range(4)]
-        for _, writer in peers:
-            writer.write(SLOW)
-        await until(lambda: server.bodies.total() == 4 * len(BODY))
-        server.use(replace(server.access, connections=2))
-        assert (await ask(port, HEALTH)).status == 200
-        slow.release.set()
-        for reader, writer in peers:
-            assert (await read_reply(reader)).status == 200
-            writer.write(HEALTH)
-            assert (await read_reply(reader)).status == 200
-        await stack.enter_async_context(connect(port))
-        await until(lambda: len(server.connections) == 5)
-        for _, writer in peers[1:]:
-            writer.close()
-        await until(lambda: len(server.connections) == 2)
-        await stack.enter_async_context(connect(port))
-        await ends(peers[0][0])
-
-
 @pytest.mark.parametrize("begun", [b"", SLOW])
-async def test_the_address_with_most_connections_makes_room(begun: bytes) -> None:
+async def test_the_address_with_most_connections_makes_room(
+    begun: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        server.access = replace(server.access, connections=4)
         other, writer = await asyncio.open_connection(
             "127.0.0.1", port, local_addr=("127.0.0.2", 0)
         )

@@ -116,12 +116,6 @@ def test_no_text_is_shown_that_may_be_a_key(
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize(("places", "most"), [(2, 256), (64, 256), (65, 260), (512, 2048)])
-def test_the_limit_of_connections_follows_the_places(places: int, most: int) -> None:
-    config = load_config(Environment({"CEREBRUM_MAX_CONCURRENT": str(places)}))
-    assert config.access.connections == most
-
-
 def test_a_key_in_key_env_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Nor in the answer to a client, if the backend refuses it."""
     (tmp_path / "models.toml").write_text(
