@@ -19,7 +19,6 @@ and of llama-cpp-python's server.
 from __future__ import annotations
 
 import asyncio
-import codecs
 import contextlib
 import json
 import math
@@ -27,7 +26,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cerebrum.fields import Field, JsonObject, Members, items_of, members_of, valid_members
+from cerebrum.fields import LONE, Field, JsonObject, Members, items_of, members_of, valid_members
 from cerebrum.pi.completion import Fitted, Pair, Pairs, text_event
 from cerebrum.pi.kind import COUNT, RESULT_FIELDS, TOO_MANY, Kind, Models
 from cerebrum.pi.upstream import (
@@ -102,17 +101,18 @@ def write_chat(wanted: Fitted) -> JsonObject:
 
 def parse_leniently(data: bytes) -> JsonObject:
     """Parse an engine's JSON object; HttpError if `data` is anything else. Bytes that are not UTF-8
-    become lone surrogates, since an engine may cut its text inside a character.
+    become U+FFFD, since an engine may cut its text inside a character.
     """
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data.decode("utf-8", "surrogateescape"))
+        value = json.loads(data.decode("utf-8", "replace"))
         if isinstance(value, dict):
             return value
     raise HttpError("INVALID_REQUEST", "expected a JSON object")
 
 
 def text_of(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    """A string with U+FFFD for half a character; "" for any other value."""
+    return LONE.sub("\ufffd", value) if isinstance(value, str) else ""
 
 
 CUT_SHORT = ("length", "limit", "content_filter")
@@ -257,21 +257,6 @@ def end_of(prompt: str, language: str) -> str:
     return prompt[max(0, start) :]
 
 
-class Characters:
-    """Joins the parts of characters that an engine has split: halves of a surrogate pair, or bytes
-    of UTF-8 (as the lone surrogates of Python's "surrogateescape").
-    """
-
-    def __init__(self) -> None:
-        self.pairs = codecs.getincrementaldecoder("utf-16-le")("surrogatepass")
-        self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, text: str) -> str:
-        text = self.pairs.decode(text.encode("utf-16-le", "surrogatepass"))
-        escaped = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
-        return self.bytes.decode(escaped.encode("utf-8", "surrogateescape"))
-
-
 class Translator:
     """Turns another engine's stream into the pairs of a native stream. ("done", …) comes last: at
     the engine's own end, or earlier, where the requested piece is complete. `fields` are those of
@@ -297,7 +282,6 @@ class Translator:
         self.is_told = True  # the probability of all text
         self.sent = list[str]()
         self.events = Events()
-        self.characters = Characters()
         self.most = fields.get("max_tokens") or MAX_TOKENS
         self.seconds = fields.get("predict_ms", 0) / 1000 or math.inf  # for the text
         self.progress = fields.get("progress", False)
@@ -366,7 +350,6 @@ class Translator:
             self.tokens += 1
             self.has_line |= "\n" in text
             self.is_told &= probability is not None
-            text = self.characters.feed(text)
         if probability is not None:
             self.written.append((text, probability))
         text, ended = self.ending.feed(text, 1.0 if probability is None else probability)

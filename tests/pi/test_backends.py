@@ -424,14 +424,6 @@ STREAMS = {
         text=" '<|im_end|>'",
         asked={"prompt": "end = '<|im_end|>'\nx ="},
     ),
-    "a character in two events": stream(
-        text_chunk("a"),
-        b'data: {"choices": [{"text": "\xe2\x82"}]}\n\n',
-        b'data: {"choices": [{"text": "\xac"}]}\n\n',
-        text_chunk("b", "stop"),
-        text="a\u20acb",
-        total_tokens=4,
-    ),
     "half of a character": stream(
         b'data: {"choices": [{"text": "\xe2"}]}\n\n',
         text_chunk("x", "stop"),
@@ -440,9 +432,6 @@ STREAMS = {
     ),
     "a surrogate pair": stream(
         text_chunk("\ud83d\udc80"), text_chunk("", "stop"), text="\U0001f480"
-    ),
-    "half of one in each of two events": stream(
-        text_chunk("\ud83d"), text_chunk("\ude00", "stop"), text="\U0001f600", total_tokens=2
     ),
     "half of one": stream(text_chunk("\ude00x", "stop"), text="\ufffdx"),
     "a chat": stream(
