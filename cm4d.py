@@ -581,11 +581,11 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
     if wanted.stream:
         return stream_in_dialect(pairs, reply_to)
-    begun, text, result = await collect(pairs)
+    beginning, text, result = await collect(pairs)
     if result.get("finish_reason") == "replaced":
         text = ""
-    body = reply_to(begun).whole(text, result)
-    return Response(body, headers=kept_headers(begun["kept"]))
+    body = reply_to(beginning).whole(text, result)
+    return Response(body, headers=kept_headers(beginning["kept"]))
 
 
 def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
@@ -593,9 +593,9 @@ def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply
     response = Response(events=pairs)
     replies = list[dialects.Reply]()  # one of each backend that has begun
 
-    def begin(begun: Members) -> bytes:
-        reply = reply_to(begun)
-        response.headers = kept_headers(begun["kept"])
+    def begin(beginning: Members) -> bytes:
+        reply = reply_to(beginning)
+        response.headers = kept_headers(beginning["kept"])
         events.update(text=reply.text, done=reply.end)
         replies.append(reply)
         return b"" if replies[1:] else reply.begin()

@@ -79,7 +79,7 @@ PLAUSIBLE = 4
 REFIT = 0.95
 # Other engines refuse or cut an answer that might not fit, so count their prompts longer by this
 # factor.
-SPARE = 1.1
+OVERCOUNT = 1.1
 
 
 def budget_of(request: CompletionRequest, n_ctx: int) -> int:
@@ -93,10 +93,10 @@ def budget_of(request: CompletionRequest, n_ctx: int) -> int:
     """
     # In the dialects, a limit below the default leaves no more room for the prompt: a warm-up, with
     # its limit of 0, must send the same text as the request that follows.
-    least = DEFAULT_TOKENS if request.in_dialect else 0
+    shortest = DEFAULT_TOKENS if request.in_dialect else 0
     # A chat's answer is short, whatever its limit.
     longest = n_ctx // 4 if request.kind == "chat" else n_ctx
-    answer = min(max(request.fields.max_tokens, least), longest)
+    answer = min(max(request.fields.max_tokens, shortest), longest)
     return int(max(n_ctx - answer, n_ctx // 4) - MARGIN_TOKENS)
 
 
@@ -132,7 +132,7 @@ def fit_prompt(
         ratio, most = refit(attempt.sent.weight, counted, kind.counts_exactly)
     budget = budget_of(request, n_ctx)
     if not kind.counts_exactly:
-        budget = min(int(budget / SPARE), most)
+        budget = min(int(budget / OVERCOUNT), most)
     budget = int(budget * ratio / RATIO)
     is_editors = request.kind == "infill"
     is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
@@ -140,12 +140,13 @@ def fit_prompt(
     around = WINDOW if kind.counts_exactly or not is_limited else SOON
     text = prepare(vars(fields), fields.mode, budget, layout, is_editors, around)
     tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
-    room = n_ctx - int(SPARE * tokens) - MARGIN_TOKENS
+    answer_tokens = n_ctx - int(OVERCOUNT * tokens) - MARGIN_TOKENS
     body = passed_fields(attempt) | text.body
     if is_limited:
         body["prompt_ms"] = fields.prompt_ms
     kept = text.kept
-    return Fitted(body, attempt.model, name, room, n_ctx, kept, text.weight, request.file)
+    weight = text.weight
+    return Fitted(body, attempt.model, name, answer_tokens, n_ctx, kept, weight, request.file)
 
 
 def refit(weight: float, counted: int, exactly: bool) -> tuple[float, int]:
@@ -382,7 +383,7 @@ class Backend:
             attempt.outcome = Answered(reason if reason in FINISHED else "other")
         # One event may hold several tokens.
         self._count(attempt, max(0, result.get("total_tokens", 0) - attempt.tokens))
-        attempt.is_cut = "prompt_ms" in attempt.sent.fields and result.get("prompt_cut", False)
+        attempt.prompt_cut = "prompt_ms" in attempt.sent.fields and result.get("prompt_cut", False)
         return result
 
     def _learn_refusal(self, attempt: Attempt, error: HttpError) -> None:

@@ -145,15 +145,15 @@ class Remembered:
     prompt: str  # the end of it
     omitted: int  # characters of the prompt before this end
     text: str
-    begun: JsonObject  # the value of the pair "started"
+    beginning: JsonObject  # the value of the pair "started"
     done: JsonObject  # the result
-    is_cut: bool  # the model that was asked for has not read all of the prompt
+    prompt_cut: bool  # the model that was asked for has not read all of the prompt
     asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
     @property
     def pairs(self) -> list[Pair]:
-        return [("started", self.begun), ("text", text_event(self.text)), ("done", self.done)]
+        return [("started", self.beginning), ("text", text_event(self.text)), ("done", self.done)]
 
     def typed_in(self, completion: Completion) -> int | None:
         """How many characters of the text precede a request's cursor, 0 if it answers an equal
@@ -238,13 +238,13 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
     done = {name: result[name] for name in ("finish_reason", *SURENESS) if name in result}
     prompt = request.fields.prompt
     omitted = max(0, len(prompt) - CURSOR_CHARS)
-    is_cut = result.get("prompt_cut", False)
+    prompt_cut = result.get("prompt_cut", False)
     end = prompt[omitted:]
-    old = Remembered(broadcast.digest, end, omitted, text, last["started"], done, is_cut)
+    old = Remembered(broadcast.digest, end, omitted, text, last["started"], done, prompt_cut)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
     is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
-    is_whole = not (is_late or is_cut)
-    if request.kind == "infill" and request.fields.temperature == 0 and is_whole:
+    would_repeat = not (is_late or prompt_cut)
+    if request.kind == "infill" and request.fields.temperature == 0 and would_repeat:
         old.asked = broadcast.completion.digest
     return old
 
@@ -394,8 +394,8 @@ class Broadcasts:
 
     def _without_text(self, completion: Completion, reason: str) -> list[Pair]:
         """An answer for which no backend is asked."""
-        begun = self.runner.beginning(completion)
-        return [("started", begun), ("done", {"finish_reason": reason})]
+        beginning = self.runner.beginning(completion)
+        return [("started", beginning), ("done", {"finish_reason": reason})]
 
     def forget(self) -> None:
         """Forget the finished texts."""
@@ -449,7 +449,7 @@ class Broadcasts:
             self.shared += 1
         if isinstance(text, Remembered):
             runner.counting.people.add(request.client, Usage(completions=1))
-            if subscriber.typed and text.is_cut:
+            if subscriber.typed and text.prompt_cut:
                 runner.dispatcher.read_all(request)
             return
         running = text.completion

@@ -139,7 +139,7 @@ class Fitted(NamedTuple):
     fields: Members  # of vpsd's POST /v1/inference/stream
     model: str  # our id
     name: str  # the backend's name for it
-    room: int = MAX_TOKENS  # tokens left in the context for the answer
+    answer_tokens: int = MAX_TOKENS  # that the context leaves for the answer
     n_ctx: int = 0  # the context in tokens that the text was fitted to
     kept: Members = JsonObject()  # what was kept of the text, and its weight, as in `Prepared`
     weight: float = 0
@@ -178,7 +178,7 @@ class Attempt:
     size: int = 0  # bytes of the events with text
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the last token came, or the end of a whole answer
-    is_cut: bool = False  # the model that was asked for has not read all of the prompt
+    prompt_cut: bool = False  # the model that was asked for has not read all of the prompt
     # What became of it. HttpError: it failed; None: it is on its way, or its client has left. An
     # eviction stays, whatever still comes.
     outcome: Answered | Evicted | HttpError | None = None

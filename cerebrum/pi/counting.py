@@ -181,7 +181,7 @@ class Counting:
         finally:
             figures = completion.figures()
             completion.notes |= figures
-            self._share(completion)
+            self._charge(completion)
             if completion.clients or "tokens" in figures:
                 self._tally(completion, reason)
 
@@ -198,7 +198,7 @@ class Counting:
             started = completion.started
             tally.spoke(attempt.first - started, attempt.last - started, attempt.tokens)
 
-    def _share(self, completion: Completion) -> None:
+    def _charge(self, completion: Completion) -> None:
         """Count what has come of a completion for each client who waits for it; they divide the
         tokens and the seconds evenly.
         """

@@ -430,13 +430,13 @@ def usage(result: Members) -> JsonObject:
 @dataclass
 class Reply:
     """The answer to one request in its dialect; here OpenAI's completion of a text: {"id",
-    "object", "choices", …}. `begun` is the value of the pair "started": {"model", "n_ctx", …}.
+    "object", "choices", …}. `beginning` is the value of the pair "started": {"model", "n_ctx", …}.
     """
 
     request: CompletionRequest
     request_id: str
     created: int
-    begun: Members
+    beginning: Members
 
     prefix = "cmpl"
     whole_object = "text_completion"
@@ -463,7 +463,7 @@ class Reply:
             "id": f"{self.prefix}-{self.request_id}",
             "object": self.chunk_object,
             "created": self.created,
-            "model": self.begun["model"],
+            "model": self.beginning["model"],
             "choices": [choice] if part else [],
         }
 
@@ -530,12 +530,12 @@ class LlamaReply(Reply):
         answer = {
             "content": text,
             "stop": True,
-            "model": self.begun["model"],
+            "model": self.beginning["model"],
             "tokens_predicted": counts["completion_tokens"],
             "tokens_evaluated": counts["prompt_tokens"],
-            "generation_settings": {"n_ctx": self.begun["n_ctx"]},
+            "generation_settings": {"n_ctx": self.beginning["n_ctx"]},
         }
-        kept = self.begun.get("kept") or {}
+        kept = self.beginning.get("kept") or {}
         answer["truncated"] = kept.get("parts", ["all"]) != ["all"]
         answer["stop_type"] = "limit" if finish_reason(result) == "length" else "eos"
         answer["tokens_cached"] = counts["total_tokens"]
@@ -562,7 +562,7 @@ class OllamaReply(Reply):
         return {"response": text}
 
     def frame(self, part: JsonObject, reason: str | None = None) -> JsonObject:
-        about = {"model": self.begun["model"], "created_at": time_of(self.created)}
+        about = {"model": self.beginning["model"], "created_at": time_of(self.created)}
         return about | part | {"done": reason is not None}
 
     def end(self, result: Members) -> bytes:
@@ -610,12 +610,12 @@ def timings(result: Members) -> JsonObject:
     """llama-server's `timings`, in milliseconds."""
     seconds = result.get("ttft") or 0.0
     loading = result.get("load_time") or 0.0
-    whole = result.get("inference_time") or 0.0
+    total = result.get("inference_time") or 0.0
     cached = result.get("cached_tokens", 0)
     read = result.get("prompt_tokens", 0) - cached
     written = result.get("total_tokens", 0)
     known = {"cache_n": cached} | timing("prompt", read, seconds)
-    return known | timing("predicted", written, max(0.0, whole - loading - seconds))
+    return known | timing("predicted", written, max(0.0, total - loading - seconds))
 
 
 def timing(name: str, count: int, seconds: float) -> JsonObject:

@@ -495,7 +495,7 @@ class Dispatcher:
         attempt.left = time.monotonic()
         attempt.ended.set()
         asked = self.ahead.get(request.client)
-        if attempt.is_cut and (not asked or asked.started <= attempt.begun):
+        if attempt.prompt_cut and (not asked or asked.started <= attempt.begun):
             # So that the next prompt of its file need not be cut; unless the client has asked for
             # another place meanwhile.
             self.read_all(request)

@@ -63,7 +63,7 @@ def write_sampling(wanted: Fitted, limit: str) -> JsonObject:
     tokens.
     """
     fields = wanted.fields
-    most = min(fields["max_tokens"], max(1, wanted.room))
+    most = min(fields["max_tokens"], max(1, wanted.answer_tokens))
     members = {"model": wanted.name, "stream": True, limit: most}
     members |= {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
     if members.get("top_p", 0) >= 1:
@@ -163,10 +163,10 @@ def read_counts(members: Members) -> JsonObject:
     timed = members_of(members.get("timings"))
     cached = timed.get("cache_n")
     fresh = timed.get("prompt_n")
-    whole = cached + fresh if type(cached) is type(fresh) is int else None
+    read = cached + fresh if type(cached) is type(fresh) is int else None
     written = used.get("completion_tokens", timed.get("predicted_n"))
     details = members_of(used.get("prompt_tokens_details"))
-    counts = {"prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", whole))}
+    counts = {"prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", read))}
     counts["total_tokens"] = members.get("tokens_predicted", written)
     counts["cached_tokens"] = details.get("cached_tokens", cached)
     counts["tokens_per_second"] = timed.get("predicted_per_second")

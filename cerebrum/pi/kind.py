@@ -187,7 +187,7 @@ class Kind(ABC):
 
 COUNT = Field(int, 0, 10**9)
 SECONDS = Field(float, 0, 10**9)
-SHARE = Field(float, 0, 1)
+PROBABILITY = Field(float, 0, 1)
 RESULT_FIELDS = {  # of a done event, which the Pi passes on
     "finish_reason": Field(str, 1, 40),
     "total_tokens": COUNT,
@@ -199,9 +199,9 @@ RESULT_FIELDS = {  # of a done event, which the Pi passes on
     "tokens_per_second": SECONDS,
     "draft_tokens": COUNT,
     "accepted_tokens": COUNT,
-    "confidence": SHARE,
-    "text_confidence": SHARE,
-    "chance": SHARE,
+    "confidence": PROBABILITY,
+    "text_confidence": PROBABILITY,
+    "chance": PROBABILITY,
     "prompt_cut": Field(bool),
 }
 

@@ -197,7 +197,7 @@ class Vpsd(Kind):
 
     async def read(self, answer: Answer, wanted: Fitted) -> Pairs:
         """The events of an answer as pairs: ("begun", None) first, ("done", members of the event)
-        last. The done event is held until the framing of the body has ended as well: whether a
+        last. The done event waits until the framing of the body has ended as well: whether a
         stream counts as finished must not depend on how its bytes were split. Every other end is a
         BackendFailure.
         """

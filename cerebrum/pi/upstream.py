@@ -241,8 +241,8 @@ class Events:
         that is too long. `data` is at most one read, which is shorter than the limit. So only the
         first event of a block can be too long, and raising loses no other event.
         """
-        whole = (self.rest + data).replace(b"\r\n", b"\n")
-        events, end, self.rest = whole.rpartition(b"\n\n")
+        text = (self.rest + data).replace(b"\r\n", b"\n")
+        events, end, self.rest = text.rpartition(b"\n\n")
         block = events + end
         # The last two bytes of an unfinished event may belong to its line ends.
         size = block.index(b"\n\n") if block else len(self.rest) - 2
@@ -420,14 +420,14 @@ class Answer:
         """The whole body. BackendFailure over `limit` bytes, or if more bytes came after the
         body.
         """
-        whole = bytearray()
+        body = bytearray()
         while piece := await self.read():
-            whole += piece
-            if len(whole) > limit:
+            body += piece
+            if len(body) > limit:
                 raise BackendFailure("its answer is too long")
         if self.body.rest:
             raise BackendFailure("its answer is longer than announced")
-        return bytes(whole)
+        return bytes(body)
 
 
 class Upstream:
