@@ -73,10 +73,10 @@ PASSED_TO_BACKENDS = (
     "min_confidence",
 )
 MARGIN_TOKENS = 8  # of n_ctx, never used
-# Another engine's token count is accepted if it is within this factor of our estimate.
-PLAUSIBLE = 4
-# The one retry assumes this share of the weight per token that the backend has just measured.
+# The one retry assumes this share of the weight per token that the backend has just measured. If it
+# has told no count, the text becomes a quarter shorter.
 REFIT = 0.95
+UNCOUNTED = 0.75
 # Other engines refuse or cut an answer that might not fit, so count their prompts longer by this
 # factor.
 OVERCOUNT = 1.1
@@ -128,8 +128,12 @@ def fit_prompt(
     most = sys.maxsize
     if refused:
         n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
-        counted = refused.extra.get("prompt_tokens", 0)
-        ratio, most = refit(attempt.sent.weight, counted, kind.counts_exactly)
+        weight = attempt.sent.weight
+        if counted := refused.extra.get("prompt_tokens"):
+            ratio = REFIT * max(weight, 1) / counted
+        else:
+            ratio = REFIT * RATIO
+            most = int(UNCOUNTED * weight / RATIO)
     budget = budget_of(request, n_ctx)
     if not kind.counts_exactly:
         budget = min(int(budget / OVERCOUNT), most)
@@ -147,18 +151,6 @@ def fit_prompt(
     kept = text.kept
     weight = text.weight
     return Fitted(body, attempt.model, name, answer_tokens, n_ctx, kept, weight, request.file)
-
-
-def refit(weight: float, counted: int, exactly: bool) -> tuple[float, int]:
-    """(weight per token, the most tokens) for a retry after a backend has counted too many tokens
-    in a text of this weight. Another engine's count may be misread: if it is not plausible, the
-    prompt becomes a quarter shorter.
-    """
-    estimated = weight / RATIO
-    is_plausible = exactly or estimated / PLAUSIBLE <= counted <= estimated * PLAUSIBLE
-    if counted > 0 and is_plausible:
-        return REFIT * max(weight, 1) / counted, sys.maxsize
-    return REFIT * RATIO, int(0.75 * estimated)
 
 
 # -------------------------------------------------------------------------------------- the backend
