@@ -259,11 +259,19 @@ class Gap(Stage):
         self.depth_at_cursor = len(scanner.stack)
         # Of the literal at the cursor, if the suffix has it too.
         self.closer_at_cursor = scanner.closer if scanner.closer in suffix else ""
+        # The kind of the bracket that the suffix is in, by the first one that it closes or the end
+        # of a statement; "" if it has neither.
+        self.around = ""
+        ahead = scanner_of(scanner.language)
+        for char in suffix[:CLOSERS_CHARS]:
+            ahead.step(char)
+            is_known = ahead.unmatched or ahead.last == ";"
+            if is_known and not (self.around or ahead.stack):
+                self.around = OPENING_OF.get(char, "{")
         # How many of these brackets the suffix closes. A prompt may begin within a block: a bracket
         # that is closed at less indentation was opened above the prompt.
-        closing = scanner_of(scanner.language, suffix[:CLOSERS_CHARS]).unmatched
         outermost = scanner.stack[0].indent if scanner.stack else 0
-        known = [indent for indent in closing if indent >= outermost]
+        known = [indent for indent in ahead.unmatched if indent >= outermost]
         self.closed_below = min(self.depth_at_cursor, len(known))
 
     def on_start(self) -> None:
@@ -357,6 +365,7 @@ class GapOfLines(Gap):
     """
 
     mark = 0  # the end of the last line that is not blank; 0: there is none
+    elsewhere = False  # that line is in another kind of bracket than the suffix
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
@@ -379,14 +388,17 @@ class GapOfLines(Gap):
         self.indent = scanner.indent
         if scanner.by_lines:
             self.inner = self.indent > self.below and (self.inner or not self.mark)
-        if self.mark and self.indent < min(self.above, self.below):
+        is_less = self.indent < min(self.above, self.below)
+        if self.mark and is_less and not self.elsewhere:
             self.on_leaving(self.mark)
             if self.indent < self.floor:
                 self.doubt = 0.0
 
     def on_line(self) -> None:
         self.mark = self.meeting.line_at
-        fits = self.fits()
+        stack = self.scanner.stack
+        self.elsewhere = bool(stack) and self.around not in ("", stack[-1].kind)
+        fits = not self.elsewhere and self.fits()
         if self.goes_on:
             self.goes_on = self.inner = self.closer_before != ""
         elif not self.scanner.by_lines and not self.is_closed:
@@ -440,6 +452,9 @@ class GapInLine(Gap):
         for char in suffix.partition("\n")[0]:
             ahead.step(char)
             self.rest_level += level_of(ahead, char)
+        # It goes on with a word, closes a bracket or ends a string: no whole line is above it.
+        self.is_joined = suffix[0].isalnum() or suffix.lstrip()[0] in OPENING_OF
+        self.is_joined |= ahead.closer not in ("", "\n")
 
     def _read(self, char: str, begun: bool) -> None:
         self.level += level_of(self.scanner, char)
@@ -466,13 +481,12 @@ class GapInLine(Gap):
         return lines > 0 and self.level <= self.rest_level
 
     def on_line(self) -> None:
-        rest = self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self.is_suffix(lines):
             self.end_at = written  # surer than any place before
             self.doubt = 0.0
-        elif self.level <= 0 and not self.scanner.closer and rest[0] not in OPENING_OF:
-            self.note_end(self.meeting.line_at)  # else the rest closes what the cursor is in
+        elif self.level <= 0 and not self.scanner.closer and not self.is_joined:
+            self.note_end(self.meeting.line_at)
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:

@@ -50,7 +50,7 @@ DOLLARS = re.compile(r"\S\s*(?<![\w$])(\$(?:[A-Za-z_]\w*)?\$)\Z")
 class Bracket(NamedTuple):
     """An open bracket."""
 
-    kind: str
+    kind: str  # "{" for a block of SQL, too
     indent: int  # of its line
     header: str = ""  # the statement before it
 
@@ -315,11 +315,11 @@ class StatementScanner(Scanner):
         before = self.token
         self.token = token
         if before == "begin" and not NO_BEGIN.match(token):
-            self.stack.append(Bracket(before, self.indent))
+            self.stack.append(Bracket("{", self.indent))
         elif before == "end" and not NO_END.match(token):
             del self.stack[-1:]
         if token == "case" and before != "end":
-            self.stack.append(Bracket(token, self.indent))
+            self.stack.append(Bracket("{", self.indent))
 
 
 # By a language's `blocks`; all others are read by lines.
