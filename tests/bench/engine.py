@@ -7,10 +7,12 @@ vpsd uses the model's tuned file, if this user has one (`vpsd.py tune`); `encodi
 llama-server uses the published file. Two more sides show what the encoding alone does: `published`
 is vpsd with the published file and the settings found beside it, `llama_server_tuned` is
 llama-server with the tuned file. --published leaves out the tuned file and its settings. A
-text that ends by itself counts for no side.
+text that ends by itself counts for no side. `best` is llama-server with `best_flags`: those of
+WRITING_FLAGS or PROMPT_FLAGS with which it did best in a trial with other prompts.
 
 Prints one line of JSON. Each part is a median over rounds with different prompts; `ratio` is vpsd's
-figure over llama-server's, `ratio_published` that of vpsd with the published file, and so on.
+figure over llama-server's with its defaults, `ratio_published` that of vpsd with the published
+file, and so on; `ratio_best` is vpsd's figure over that of `best`.
 Without --llama-server the parts that need it are left out. Targets are in brackets: two are for the
 0.5B and the 1.5B, on a CPU with VNNI or AMX.
 
@@ -19,8 +21,8 @@ Without --llama-server the parts that need it are left out. Targets are in brack
     two_prose tokens/s of two such streams at once, added up
     new       ms to the first token of a prompt of 1,000 tokens that was never seen [<= 0.4, <= 0.9]
     rewrite   tokens/s of writing a file of 70 lines again, the first time and the second, against
-              llama-server's default [>= 2.2], the fastest of its n-gram modes [>= 1.0], and vpsd
-              with the published file [>= 1.25]
+              llama-server's default [>= 2.2], with its best flags [>= 1.0], and vpsd with the
+              published file [>= 1.25]
     ttft      ms to the first token of a prompt that was just answered, and of the same prompt with
               one more line [<= 1.0]
     pause     ms, the longest pause of a running stream while another prompt of 1,000 tokens is read
@@ -61,7 +63,8 @@ from servers import Result, Server, copying, llama_server, prose, ratio, vpsd, w
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
 
-NGRAM_MODES = (
+# llama.cpp's build 11434 accepts all of these. The first are for writing, the others for prompts.
+WRITING_FLAGS = (
     "--spec-type ngram-simple",
     "--spec-type ngram-simple --spec-ngram-simple-size-n 4 --spec-ngram-simple-size-m 32",
     "--spec-type ngram-map-k",
@@ -70,6 +73,12 @@ NGRAM_MODES = (
     "--spec-type ngram-mod",
     "--spec-type ngram-mod --spec-ngram-mod-n-match 12 --spec-ngram-mod-n-min 8",
     "--spec-type ngram-cache",
+    f"-md {FILES['qwen_0_5b']} --spec-type draft-simple,ngram-mod",
+)
+PROMPT_FLAGS = (
+    "--cache-reuse 256 --cache-ram 8192",
+    "--cache-reuse 256 --cache-ram 0",
+    "--cache-reuse 256 --kv-unified",
 )
 Sides = dict[str, Server]
 Rates = dict[str, list[float]]
@@ -115,13 +124,23 @@ class Bench:
             self._servers[key] = self.stack.enter_context(server)
         return self._servers[key]
 
-    def theirs(self, mode: str = "", file: Path | None = None) -> Server | None:
-        binary = self.options.llama_server
-        if not binary:
+    def theirs(self, flags: str = "", file: Path | None = None) -> Server | None:
+        if not self.options.llama_server:
             return None
         file = file or self.weights
-        server = llama_server(self.folder, binary, file, self.threads, *mode.split())
-        return self._start(f"{file} {mode}", server)
+        return self._start(f"{file} {flags}", self._llama_server(flags, file))
+
+    def _llama_server(self, flags: str, file: Path) -> AbstractContextManager[Server]:
+        binary = self.options.llama_server
+        return llama_server(self.folder, binary, file, self.threads, *flags.split())
+
+    def best_flags(self, candidates: Sequence[str], trial: Callable[[Server], float]) -> str:
+        """Those with which llama-server has the highest value of a trial."""
+        values = {}
+        for flags in candidates:
+            with self._llama_server(flags, self.weights) as server:
+                values[flags] = trial(server)
+        return max(values, key=lambda flags: values[flags])
 
     def sides(self, plain: bool = False, encodings: bool = False) -> Sides:
         """The servers to compare: vpsd; vpsd without drafts if `plain`; llama-server if its path
@@ -142,12 +161,22 @@ class Bench:
     def published(self) -> Server:
         return self.ours("published", published=True)
 
-    def compare(self, measure: Measure, scale: float = 1.0, **which: bool) -> dict[str, Any]:
-        """The medians of `measure(server, number) * scale` for all sides, in turns, after a round
-        to warm up. A number for which a side has 0.0, because a text ended by itself, counts for no
-        side. `which`: see `sides`.
+    def compare(self, measure: Measure, of_prompt: bool = False, **which: bool) -> dict[str, Any]:
+        """The medians of `measure(server, number)` for all sides, in turns, after a round to warm
+        up: tokens/s, or if it is `of_prompt` the milliseconds of its seconds. A number for which a
+        side has 0.0, because a text ended by itself, counts for no side. `which`: see `sides`.
         """
         sides = self.sides(**which)
+        found: dict[str, Any] = {}
+        if "llama_server" in sides:
+            candidates, sign = (PROMPT_FLAGS, -1) if of_prompt else (WRITING_FLAGS, 1)
+            numbers = [next(self.numbers) for _ in range(2)]
+
+            def trial(server: Server) -> float:
+                return sign * fmean(measure(server, number) for number in numbers)
+
+            found["best_flags"] = self.best_flags(candidates, trial)
+            sides["best"] = self.theirs(found["best_flags"])
         values = {name: list[float]() for name in sides}
         for count in range(-1, 4 * self.rounds):
             number = next(self.numbers)
@@ -157,9 +186,12 @@ class Bench:
                     values[name].append(value)
             if min(map(len, values.values())) == self.rounds:
                 break
-        found = {side: round(scale * median(values[side]), 2) for side in values}
+        scale = 1000 if of_prompt else 1
+        found |= {side: round(scale * median(values[side]), 2) for side in values}
         if theirs := values.pop("llama_server", None):
-            found["ratio"] = ratio(values.pop("vpsd"), theirs)
+            ours = values.pop("vpsd")
+            found["ratio"] = ratio(ours, theirs)
+            found["ratio_best"] = ratio(ours, values.pop("best"))
             found |= {f"ratio_{side}": ratio(values[side], theirs) for side in values}
         return found
 
@@ -195,15 +227,6 @@ def rewriting(bench: Bench, server: Server, number: int, tokens: int = 1024) -> 
     return server.complete(prompt, tokens, stop="```")
 
 
-def rate_of_mode(bench: Bench, mode: str) -> float:
-    """Of writing a file again that is not among those that are measured later."""
-    binary = bench.options.llama_server
-    with llama_server(
-        bench.folder, binary, bench.weights, bench.threads, *mode.split()
-    ) as candidate:
-        return rewriting(bench, candidate, 8, 400).rate
-
-
 def rewriting_rates(bench: Bench, sides: Sides) -> Rates:
     """Tokens/s by side and turn, `vpsd_first` and so on."""
     rates = Rates()
@@ -222,10 +245,12 @@ def rewrite(bench: Bench) -> dict[str, Any]:
     if bench.has_weights:
         sides["published"] = bench.published()
     if bench.options.llama_server:
-        modes = {mode: rate_of_mode(bench, mode) for mode in NGRAM_MODES}
-        best = max(modes, key=lambda mode: modes[mode])
-        sides["ngram"] = bench.theirs(best)
-        found = {"best_mode": best}
+
+        def trial(server: Server) -> float:
+            return rewriting(bench, server, 8, 400).rate  # a file that is not measured later
+
+        found["best_flags"] = bench.best_flags(WRITING_FLAGS, trial)
+        sides["best"] = bench.theirs(found["best_flags"])
     rates = rewriting_rates(bench, sides)
     found |= {name: round(median(values), 1) for name, values in rates.items()}
     for name, values in rates.items():
@@ -243,7 +268,7 @@ def ttft(bench: Bench) -> dict[str, Any]:
 
     times = {}
     for kind, more in (("repeated", ""), ("extended", " and one more line of it\n")):
-        times[kind] = bench.compare(partial(first_token, more), 1000)
+        times[kind] = bench.compare(partial(first_token, more), of_prompt=True)
     return times
 
 
@@ -251,7 +276,7 @@ def new(bench: Bench) -> dict[str, Any]:
     def first_token(server: Server, number: int) -> float:
         return server.complete(words(5000 + number, 1000), 1).ttft
 
-    return bench.compare(first_token, 1000, encodings=True)
+    return bench.compare(first_token, of_prompt=True, encodings=True)
 
 
 def wait_idle(pid: int) -> None:
@@ -277,7 +302,7 @@ def pause(bench: Bench) -> dict[str, Any]:
             other.join()
         return max(b - a for a, b in itertools.pairwise(marks))
 
-    return bench.compare(measure, 1000)
+    return bench.compare(measure, of_prompt=True)
 
 
 LAYERS = 5  # times the 1.5B's
