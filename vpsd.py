@@ -87,7 +87,6 @@ from cerebrum.vps.memory import (
     available_mb,
     check_digest,
     check_memory,
-    context_length,
     end_checks,
     fit_context,
     needed,
@@ -700,7 +699,7 @@ async def tokenize(engine: Engine, request: Request) -> Response:
 async def models(engine: Engine, _request: Request) -> Response:
     """GET /v1/models: every model of models.toml. `available` says whether the model can be loaded;
     `path` and `encoding` describe the file that is loaded or would be loaded, `n_ctx` the context
-    that it has or would have, `draft` the model that writes or would write its drafts.
+    that it has or that memory allows, `draft` the model that writes or would write its drafts.
     """
     listed = list(engine.pool.models.values())
     return Response({"models": [await describe_model(engine.pool, model) for model in listed]})
@@ -723,12 +722,12 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         try:
             pool.check(model.id)
             plan = await pool.plan(model)
-            n_ctx = await asyncio.to_thread(context_length, path, plan.settings)
+            n_ctx = plan.settings.n_ctx
             draft = model.draft if plan.draft else None
             if plan.tuned:
                 path = plan.tuned.path
                 encoding = plan.tuned.passport.encoding
-        except (HttpError, ModelError, OSError):  # the file is damaged, or has just gone
+        except HttpError:  # the file is damaged, or has just gone
             available = False
     entry = {
         "id": model.id,

@@ -233,17 +233,11 @@ def needed(path: Path, forms: Sequence[Settings]) -> list[Parts]:
         with contextlib.suppress(OSError):  # only the daemon makes the folder
             known.touch()
     with _asking:  # two threads that ask about one file would both wait for llama.cpp
-        return _needed(path, stamp, tuple(forms))[1]
-
-
-def context_length(path: Path, settings: Settings) -> int:
-    """The tokens of a sequence that a model file has with these settings, after `needed`."""
-    with _asking:
-        return _needed(path, file_stamp(path), (settings,))[0]
+        return _needed(path, stamp, tuple(forms))
 
 
 @functools.lru_cache(64)  # a large vocabulary takes half a second
-def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> tuple[int, list[Parts]]:
+def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]:
     model = load_model(path, weights=False)
     try:
         vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
@@ -252,10 +246,7 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> tuple[int, 
             header = file.read(HEADER_BYTES)
         if OUTPUT_NAME not in header:  # llama.cpp may repack a copy of the embedding, as Q8_0
             weights += vocabulary * api.llama_model_n_embd(model) * Q8_0_BLOCK_BYTES // 32
-        n_ctx = context_params(model, forms[0]).n_ctx // forms[0].sequences
-        return n_ctx, [
-            {"weights": weights, **_beside_weights(model, vocabulary, form)} for form in forms
-        ]
+        return [{"weights": weights, **_beside_weights(model, vocabulary, form)} for form in forms]
     finally:
         api.llama_model_free(model)
         ctypes.CDLL(None).malloc_trim(0)

@@ -22,10 +22,9 @@ from typing import Any
 import families
 import psutil
 import pytest
-from harness import CAPTURED, NO_FILE, PATIENCE, ROOT, wait_until
+from harness import CAPTURED, PATIENCE, ROOT, wait_until
 from test_engine import ask, running, worker_of
 
-import vpsd
 from cerebrum.request import GenerationRequest
 from cerebrum.vps import memory
 from cerebrum.vps.decoder import ModelTally
@@ -43,12 +42,11 @@ from cerebrum.vps.llama import (
     start_library,
 )
 from cerebrum.vps.memory import accepts, check_digest, needed
-from cerebrum.vps.pool import Pool
 from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.vocabulary import Vocabulary, api, cut_runs
 from cerebrum.vps.worker import Loader, Worker
-from cerebrum_common import HttpError, Model
+from cerebrum_common import HttpError
 
 ONE = Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16)
 TIE = 1e-3  # logits closer than this may be ordered differently in a batch of another size
@@ -233,11 +231,16 @@ def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
         assert abs(model.logits(0) - expected).max() < TIE
 
 
-def test_a_context_that_a_file_calls_too_short_is_longer(tmp_path: Path) -> None:
-    """llama.cpp ends the process in a decode of more tokens than a context has."""
-    path = families.make(tmp_path / "short.gguf", families.Family("llama", {"context_length": 1}))
-    with opened(path, replace(ONE, n_ctx=512)) as model:
-        assert model.n_ctx == 256
+@pytest.mark.parametrize(("trained", "n_ctx"), [(300, 300), (1, 256)])
+def test_a_context_is_as_long_as_the_model_was_trained_for(
+    tmp_path: Path, trained: int, n_ctx: int
+) -> None:
+    """But not too short: in a decode of more tokens than a context has, llama.cpp ends the
+    process.
+    """
+    family = families.Family("llama", {"context_length": trained})
+    with opened(families.make(tmp_path / "short.gguf", family), replace(ONE, n_ctx=512)) as model:
+        assert model.n_ctx == n_ctx
         assert model.decode([(Slot(0), [1, 2, 3], 1)]) == 0
 
 
@@ -469,18 +472,6 @@ def test_a_file_whose_weights_are_missing_starts_one_process(
         with pytest.raises(ModelError):
             needed(cut, [Settings(state_dir=tmp_path)])
         monkeypatch.setattr(memory.subprocess, "run", None)
-
-
-async def test_the_context_is_known_before_the_load(models: Path, tmp_path: Path) -> None:
-    """The model was trained for 4,096 tokens."""
-    settings = Settings(threads=1, n_ctx=6000, state_dir=tmp_path)
-    pool = Pool(models, settings, "fetch")
-    pool.configure([Model("dense", "dense", (), "", "", **NO_FILE | {"file": "dense.gguf"})], 0, 10)
-    listed = [(await vpsd.describe_model(pool, pool.models["dense"]))["n_ctx"]]
-    await pool.acquire("a user", "dense", lambda _: None)
-    listed.append((await vpsd.describe_model(pool, pool.models["dense"]))["n_ctx"])
-    await pool.stop()
-    assert listed == [4096, 4096]
 
 
 def test_a_tiny_temperature_is_greedy(models: Path, tmp_path: Path) -> None:

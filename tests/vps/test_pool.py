@@ -179,7 +179,6 @@ def house(runner, patch, tmp_path, caplog):
     patch(pool, "Worker", ScriptedWorker)
     patch(plan, "needed", lambda _, forms: [{"weights": MB}] * len(forms))
     patch(plan, "check_pair", lambda *_: None)
-    patch(vpsd, "context_length", lambda _, settings: settings.n_ctx)
     patch(house.pool, "_free_mb", lambda: house.room - len(house.pool.instances))
     for module in (vpsd, pool):
         patch(module, "available_mb", lambda: 1 << 20)
