@@ -1,7 +1,8 @@
 """A model's tokens, and what a request's prompt is in them: plain text, the text around a gap, or a
 chat.
 
-A `Vocabulary` only reads the model. So other threads may use it too, while it is `in_use`.
+A `Vocabulary` only reads the model. So other threads may use it too, one at a time, while it is
+`in_use`.
 """
 
 from __future__ import annotations
@@ -119,9 +120,8 @@ class Vocabulary:
         self.is_end = functools.cache(self._is_end)
         # While the model is being unloaded, a thread may still encode the prompt of a client that
         # has left.
-        self.users = 0
         self.closed = False
-        self._idle = threading.Condition()
+        self._use = threading.Lock()
         self.kind = api.llama_vocab_type(self.vocab)
         self.dummy_space = (
             self.kind == api.LLAMA_VOCAB_TYPE_SPM
@@ -140,25 +140,16 @@ class Vocabulary:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:
-        """The model is not freed meanwhile. Several threads may use it. HttpError 503 if it has
-        been freed.
-        """
-        with self._idle:
+        """The model is not freed meanwhile. HttpError 503 if it has been freed."""
+        with self._use:
             if self.closed:
                 raise HttpError("SHUTTING_DOWN", "the model has just been unloaded")
-            self.users += 1
-        try:
             yield self
-        finally:
-            with self._idle:
-                self.users -= 1
-                self._idle.notify_all()
 
     def close(self) -> None:
         """Wait until no thread uses the model; then it may be freed."""
-        with self._idle:
+        with self._use:
             self.closed = True
-            self._idle.wait_for(lambda: not self.users)
 
     def _piece(self, token: int) -> bytes:
         """A token's bytes. Control tokens have none."""

@@ -22,7 +22,7 @@ from typing import Any
 import families
 import psutil
 import pytest
-from harness import CAPTURED, PATIENCE, ROOT, wait_until
+from harness import CAPTURED, ROOT, wait_until
 from test_engine import ask, running, worker_of
 
 from cerebrum.request import GenerationRequest
@@ -561,16 +561,25 @@ def test_a_check_holds_no_lock_needs_no_file_of_the_system_and_can_be_ended(
         accepts(endless, "")
 
 
-def test_a_vocabulary_serves_several_threads_and_is_freed_after_the_last() -> None:
+class Lock:
+    """It fails where a thread would wait."""
+
+    taken = False
+
+    def __enter__(self) -> None:
+        assert not self.taken
+        self.taken = True
+
+    def __exit__(self, *_: object) -> None:
+        self.taken = False
+
+
+def test_a_vocabulary_is_freed_after_its_use() -> None:
     words: Any = Vocabulary.__new__(Vocabulary)
-    words.users, words.closed = 0, False
-    words._idle = threading.Condition()
-    closing = threading.Thread(target=words.close)
-    with words.in_use(), words.in_use():
-        closing.start()
-        wait_until(lambda: words.closed)
-        assert closing.is_alive()
-    closing.join(PATIENCE)
-    assert not closing.is_alive()
+    words.closed, words._use = False, Lock()
+    with words.in_use(), pytest.raises(AssertionError):
+        words.close()
+    assert not words.closed
+    words.close()
     with pytest.raises(HttpError), words.in_use():
         raise AssertionError("it is freed")
