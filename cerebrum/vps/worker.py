@@ -81,9 +81,8 @@ class Way(IntEnum):
     STAYS = 0  # for nobody
     FOR_OTHERS = 1  # a job that does not go on with what the run reads
     FOR_HURRIED = 2  # a job that does, but has little time
-    FOR_ANY = 3  # any other job of normal priority
-    WITH_SLOT = 4  # and such a job gets the run's slot, if it needs one
-    AT_ONCE = 5  # without any job, since nobody needs the result
+    WITH_SLOT = 3  # any job of normal priority, which gets the run's slot if it needs one
+    AT_ONCE = 4  # without any job, since nobody needs the result
 
 
 def way_for(run: Run, job: Job | None) -> Way:
@@ -92,7 +91,7 @@ def way_for(run: Run, job: Job | None) -> Way:
     """
     if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
         return Way.FOR_OTHERS
-    return Way.FOR_HURRIED if job.request.prompt_ms else Way.FOR_ANY
+    return Way.FOR_HURRIED if job.request.prompt_ms else Way.WITH_SLOT
 
 
 def makes_way(run: Run, is_long: bool = False) -> Way:
@@ -102,7 +101,7 @@ def makes_way(run: Run, is_long: bool = False) -> Way:
         its text                                              STAYS
         its text, and its client has left                     AT_ONCE
         its prompt, of low priority                           WITH_SLOT
-        its prompt, and text that it has lost, of low priority FOR_ANY
+        its prompt, and text that it has lost, of low priority FOR_HURRIED
         its prompt ahead, longer than a key should wait       FOR_HURRIED
         its prompt in a long chunk                            FOR_OTHERS
         its prompt, and its client has left                   FOR_OTHERS, as its next key goes on
@@ -115,9 +114,7 @@ def makes_way(run: Run, is_long: bool = False) -> Way:
         return Way.AT_ONCE if has_left else Way.STAYS
     if run.low and not run.first_token:
         return Way.WITH_SLOT
-    if run.low:
-        return Way.FOR_ANY
-    if run.yields:
+    if run.low or run.yields:
         return Way.FOR_HURRIED
     return Way.FOR_OTHERS if is_long or has_left else Way.STAYS
 

@@ -188,7 +188,7 @@ prompt            | STAYS FOR_OTHERS
 prompt left       | FOR_OTHERS FOR_OTHERS
 prompt yields     | FOR_HURRIED FOR_HURRIED
 prompt low left   | WITH_SLOT WITH_SLOT
-prompt low again  | FOR_ANY FOR_ANY
+prompt low again  | FOR_HURRIED FOR_HURRIED
 """
 
 
