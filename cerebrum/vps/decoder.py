@@ -132,10 +132,10 @@ class Work:
 
 @dataclass(eq=False)
 class Decoder:
-    """What the next `llama_decode` computes for each running sequence, and what becomes of its
-    result.
+    """What the next `llama_decode` computes for each run, and what becomes of its result.
 
-    Owned by a worker; every call is from its thread.
+    Owned by a worker, whose thread alone calls it: `choose` and `start` for a job, then `turn` for
+    each decode. The state of a completion is its `Run`'s; a decoder learns costs and gains.
     """
 
     model: Llama

@@ -101,7 +101,12 @@ class Job:
 
 
 class Run:
-    """A job in its slot: its state between decodes, and the counters for the result."""
+    """A job in its slot: its state between decodes, and the counters for the result. Only the
+    worker's thread uses it.
+
+    It reads its prompt while nothing is `pending`, and then writes. If the cells of its text are
+    lost, the text is read again as a part of the prompt.
+    """
 
     def __init__(self, job: Job, slot: Slot, guide: list[int]) -> None:
         self.job = job

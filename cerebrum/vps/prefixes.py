@@ -123,7 +123,8 @@ class PrefixStore:
 
 
 class Sequences:
-    """The sequences of a model: in the slots of its context, running or idle, and in the store.
+    """The sequences of a model: in the slots of its context, running or idle, and parked in the
+    store.
     Owned by one worker.
     """
 

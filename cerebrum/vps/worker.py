@@ -203,9 +203,10 @@ class Loader:
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    The thread settles two futures: `ready` when the model is loaded (or with an HttpError if
-    loading failed), and `ended` when everything is freed. Every submitted job gets a last event,
-    unless it was cancelled.
+    It loads until `ready` is set (an HttpError if that failed), serves until `stop` is called or it
+    fails (`stopping`), closes, and is over when `ended` is set, with everything freed. Every
+    submitted job gets a last event, unless it was cancelled. The Pool starts and stops it; an
+    Engine submits and cancels jobs from the event loop, and prepares them in further threads.
     """
 
     def __init__(self, loader: Loader, baton: Baton, tally: ModelTally) -> None:
