@@ -282,17 +282,20 @@ class Clock:
         return [size for whose, size, _ in self.log if whose == name]
 
 
+def scripted(folder: Path, patch: pytest.MonkeyPatch, costs: Any, early: int = 0) -> Loader:
+    """A scripted model with these costs, and its draft model, which is always right."""
+    measured = itertools.cycle([costs, DRAFT])
+    patch.setattr(vps_worker, "measure_costs", lambda *_: Costs(next(measured)))
+    for name in ("m.gguf", "small.gguf"):
+        (folder / name).write_bytes(b"weights")
+    settings = Settings(threads=1, state_dir=folder)
+    small = Loader("small", folder / "small.gguf", replace(settings, early=early))
+    return Loader("m", folder / "m.gguf", settings, draft=small)
+
+
 @pytest.fixture
 def pair(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    """A scripted model, with a draft model that is always right; `set_sure` says how sure."""
-    measured = iter([Costs(INTEL), Costs(DRAFT)])
-    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: next(measured))
-    for name in ("m.gguf", "small.gguf"):
-        (tmp_path / name).write_bytes(b"weights")
-    settings = Settings(threads=1, state_dir=tmp_path)
-    small = Loader("small", tmp_path / "small.gguf", settings)
-    loader = Loader("m", tmp_path / "m.gguf", settings, draft=small)
-    with running(worker_of(loader)) as worker:
+    with running(worker_of(scripted(tmp_path, monkeypatch, INTEL))) as worker:
         yield worker
 
 
@@ -383,7 +386,7 @@ def test_a_client_may_leave_while_it_writes(pair: Worker, clock: Clock) -> None:
 
 
 class Held:
-    """Holds the draft model's next decode until `go_on` is set."""
+    """Holds the draft model's next decode. `with` waits for that, and lets it go on in the end."""
 
     def __init__(self, clock: Clock) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
@@ -393,16 +396,21 @@ class Held:
         self.reached.set()
         assert self.go_on.wait(PATIENCE)
 
+    def __enter__(self) -> None:
+        assert self.reached.wait(PATIENCE)
+
+    def __exit__(self, *_: object) -> None:
+        self.go_on.set()
+
 
 def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, clock: Clock) -> None:
     """It goes on when a request of another model has aborted it."""
     draft = pair.decoder.draft_model
     held = Held(clock)
     ask(pair, "xy" * 100, max_tokens=1).outcome()
-    assert held.reached.wait(PATIENCE)
-    pair.baton.note(None, 0.1)
-    pair.give_way(None)
-    held.go_on.set()
+    with held:
+        pair.baton.note(None, 0.1)
+        pair.give_way(None)
     wait_until(lambda: pair.decoder.compute.running is None, "it is aborted")
     pair.baton.note(None, None)
     wait_until(lambda: sum(clock.sizes("draft")) >= 64 + 200, "all is read")
@@ -433,10 +441,9 @@ def test_what_it_reads_for_later_drafts_is_kept(
     monkeypatch.setattr(pair.decoder.draft_model, "read_idle", lambda _: False)
     held = Held(clock)
     long = ask(pair, "xy" * 100, max_tokens=100)
-    assert held.reached.wait(PATIENCE)
-    short = ask(pair, "a", max_tokens=1)
-    pair.give_way(short.job)
-    held.go_on.set()
+    with held:
+        short = ask(pair, "a", max_tokens=1)
+        pair.give_way(short.job)
     assert short.outcome()[0] == "b"
     assert long.outcome()[0] == "".join(chr((25 + i) % 26 + 97) for i in range(100))
     assert clock.sizes("draft")[:2] == [128, 81]

@@ -4,7 +4,6 @@ wrong on the way.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from harness import PATIENCE, wait_until
-from test_draft_model import DRAFT, Clock, Held, pair_of
+from test_draft_model import Clock, Held, pair_of, scripted
 from test_draft_model import models as models  # a fixture
 from test_engine import Ask, Loads, ScriptedLlama, ask, running, worker_of
 from test_engine import loads as loads  # a fixture
@@ -24,7 +23,7 @@ from cerebrum.vps import llama
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.decoder import AHEAD_TOKENS
 from cerebrum.vps.job import Run
-from cerebrum.vps.llama import MAX_CHUNK, ModelError, Settings
+from cerebrum.vps.llama import MAX_CHUNK, ModelError
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.worker import Loader, Worker
 from cerebrum_common import HttpError
@@ -39,14 +38,8 @@ ONE = "small"  # the draft model
 @pytest.fixture
 def loader(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
     """A 7B and its draft model, both scripted."""
-    measured = itertools.cycle([SLOW, DRAFT])
-    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(next(measured)))
     monkeypatch.setattr(ScriptedLlama, "probability", lambda *_: 0.99)
-    for name in ("m.gguf", "small.gguf"):
-        (tmp_path / name).write_bytes(b"weights")
-    settings = Settings(threads=1, state_dir=tmp_path)
-    small = Loader(ONE, tmp_path / "small.gguf", replace(settings, early=2))
-    return Loader("m", tmp_path / "m.gguf", settings, draft=small)
+    return scripted(tmp_path, monkeypatch, SLOW, early=2)
 
 
 @pytest.fixture
@@ -105,9 +98,8 @@ def test_it_reads_all_of_a_window_if_there_is_time(pair: Worker) -> None:
 def test_two_clients_at_one_place_read_it_once(pair: Worker, clock: Clock) -> None:
     held = Held(clock)
     one = hint(pair)
-    assert held.reached.wait(PATIENCE)
-    other = hint(pair, f"{LINES}a", stop=["e"])
-    held.go_on.set()
+    with held:
+        other = hint(pair, f"{LINES}a", stop=["e"])
     assert (told(one)[0], told(other)[:2]) == ([ONE], ([ONE], "bcd"))
     assert sum(size for size in clock.sizes("draft") if size > 2) == NEAR
 
@@ -241,9 +233,8 @@ def test_a_client_may_leave_while_it_reads(pair: Worker, clock: Clock) -> None:
     """What was read until then stays."""
     held = Held(clock)
     asked = hint(pair)
-    assert held.reached.wait(PATIENCE)
-    pair.cancel(asked.job)
-    held.go_on.set()
+    with held:
+        pair.cancel(asked.job)
     wait_until(lambda: pair.tally.ended[CANCELLED] == 1, "it has left")
     assert told(hint(pair))[:2] == ([ONE], "bcde")
     assert pair.decoder.draft_model.runs == []
@@ -252,9 +243,8 @@ def test_a_client_may_leave_while_it_reads(pair: Worker, clock: Clock) -> None:
 def test_it_reads_on_when_another_request_has_aborted_it(pair: Worker, clock: Clock) -> None:
     held = Held(clock)
     asked = hint(pair, priority="low")
-    assert held.reached.wait(PATIENCE)
-    pair.give_way(None)
-    held.go_on.set()
+    with held:
+        pair.give_way(None)
     assert told(asked)[:2] == ([ONE], "bcde")
     sizes = clock.sizes("draft")
     assert sum(size for size in sizes if size > 1) == NEAR + sizes[0] - 20  # as scripted
@@ -263,9 +253,8 @@ def test_it_reads_on_when_another_request_has_aborted_it(pair: Worker, clock: Cl
 def test_unloading_answers_what_it_reads(pair: Worker, clock: Clock) -> None:
     held = Held(clock)
     asked = hint(pair)
-    assert held.reached.wait(PATIENCE)
-    pair.stop()
-    held.go_on.set()
+    with held:
+        pair.stop()
     assert asked.error() == "SHUTTING_DOWN"
 
 
@@ -304,11 +293,10 @@ def test_a_key_aborts_only_a_long_piece(
     held = Held(clock)
     clock.before |= {"target": held, "draft": bool}
     asked = ask(pair, LINES, **AHEAD)
-    assert held.reached.wait(PATIENCE)
-    pair.cancel(asked.job)  # as the Pi does for a key
-    key = hint(pair)
-    pair.give_way(key.job)
-    held.go_on.set()
+    with held:
+        pair.cancel(asked.job)  # as the Pi does for a key
+        key = hint(pair)
+        pair.give_way(key.job)
     assert told(key)[:2] == ([ONE], "bcde")
     (read,) = [len(slot.tokens) for slot in pair.decoder.slots if slot.tokens]
     assert read == (clock.sizes("target")[0] if is_kept else 20)  # as scripted
