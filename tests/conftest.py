@@ -22,6 +22,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture
+def patch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Gives an attribute another value for the time of a test."""
+    return monkeypatch.setattr
+
+
+@pytest.fixture
 def runner() -> Iterator[asyncio.Runner]:
     """The event loop of a test, for a fixture that has work of its own on it."""
     with asyncio.Runner() as runner:

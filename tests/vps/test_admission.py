@@ -135,16 +135,16 @@ def test_a_busy_machine() -> None:
         assert caught.value.message == message
 
 
-def test_cpu_meter_counts_others_without_ourselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_meter_counts_others_without_ourselves(patch: Any) -> None:
     times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")
     second = times(50.0, 5.0, 20.0, 20.0, 4.0, 0.0, 0.0, 1.0, 50.0, 0.0)
     nothing = times(*[0.0] * 10)  # no time has passed, or the system counts none
     idle = times(0.0, 0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     readings = iter([idle, second, idle, nothing])
-    monkeypatch.setattr(vpsd.psutil, "cpu_times_percent", lambda: next(readings))
-    monkeypatch.setattr(vpsd.psutil, "cpu_count", lambda: 2)
+    patch(vpsd.psutil, "cpu_times_percent", lambda: next(readings))
+    patch(vpsd.psutil, "cpu_count", lambda: 2)
     own = SimpleNamespace(cpu_percent=lambda: 80.0)  # of one CPU
-    monkeypatch.setattr(vpsd.psutil, "Process", lambda: own)
+    patch(vpsd.psutil, "Process", lambda: own)
     meter = CpuMeter()
     assert (meter.system_percent, meter.others_percent) == (0.0, 0.0)
     meter.sample()  # 40 % are our own, and 5 % those of niced programs, which may work on

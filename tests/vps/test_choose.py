@@ -80,9 +80,9 @@ def test_a_prediction_counts_the_faster_types():
 
 
 @pytest.mark.slow
-def test_llama_cpp_computes_a_sample_of_each_type(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "MEASURE_SECONDS", 1e-9)
-    monkeypatch.setattr(encoding, "SAMPLE_READ_TOKENS", 1)
+def test_llama_cpp_computes_a_sample_of_each_type(tmp_path, patch):
+    patch(encoding, "MEASURE_SECONDS", 1e-9)
+    patch(encoding, "SAMPLE_READ_TOKENS", 1)
     start_library()
     found = encoding.time_types(Settings(threads=1), tmp_path, lambda *_: None)
     assert all(timing.work > 0 for timing in found.values())
@@ -169,11 +169,11 @@ def test_the_first_whose_hints_are_quick_enough_is_chosen(run, monkeypatch):
         assert re.findall(r"^\* (\w+)", out, re.M) == [chosen]
 
 
-def test_a_file_that_cannot_be_checked_is_left_out(run, monkeypatch):
+def test_a_file_that_cannot_be_checked_is_left_out(run, patch):
     def killed(_):
         raise OSError("it was killed")
 
-    monkeypatch.setattr(vpsd, "is_whole", killed)
+    patch(vpsd, "is_whole", killed)
     status, out, err = run(catalog(*MODELS[3:]))
     assert (status, re.findall(r"^[* ] (\w+)", out, re.M)) == (0, ["slow", "last"])
     assert err == "vpsd choose: here: it was killed\n"
@@ -188,9 +188,9 @@ def test_nothing_is_measured_while_a_model_is_tuned(run, tmp_path):
         assert run(catalog(*MODELS)) == (1, "", busy)
 
 
-def test_choose_can_fetch(run, tmp_path, monkeypatch):
+def test_choose_can_fetch(run, tmp_path, patch):
     fetched = []
-    monkeypatch.setattr(vpsd, "fetch_model", lambda model, _config: fetched.append(model.id))
+    patch(vpsd, "fetch_model", lambda model, _config: fetched.append(model.id))
     assert run(catalog(*MODELS), "--fetch")[0] == 0
     assert fetched == ["here"]
     status, out, err = run(catalog(*MODELS[:2]), "--fetch")
@@ -207,8 +207,8 @@ def test_without_a_shape_a_model_has_no_speed(run):
     assert run(bare, "--fetch") == (1, f"{TABLE.splitlines()[0]}\n{row}\n", NOTHING)
 
 
-def test_a_full_disk_measures_and_leaves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(vpsd, "time_types", TIME_TYPES)
+def test_a_full_disk_measures_and_leaves_nothing(run, tmp_path, patch):
+    patch(vpsd, "time_types", TIME_TYPES)
     with disk_of("1m", tmp_path / "state") as state:
         status, out, err = run(catalog(*MODELS))
         assert sorted(path.name for path in state.rglob("*")) == [".lock", "tuned"]

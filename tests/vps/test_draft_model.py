@@ -135,11 +135,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def eager(patch: Any) -> None:
     """Each draft is made and written to its full length, whatever it costs."""
-    monkeypatch.setattr(Gain, "wants", lambda self, case, *_: case[0] in self.plain)
+    patch(Gain, "wants", lambda self, case, *_: case[0] in self.plain)
     free = {1: 1e-9, 16: 2e-9}
-    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs(free))
+    patch(vps_worker, "measure_costs", lambda *_: Costs(free))
 
 
 def pair_of(folder: Path, target: str, draft: str, settings: Settings) -> Loader:
@@ -170,10 +170,10 @@ def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
     rounds: int,
     models: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    patch: Any,
 ) -> None:
     if target == "padded":  # it soon writes an id of its own: nothing is left for later
-        monkeypatch.setattr(decoder, "AHEAD_TOKENS", 512)
+        patch(decoder, "AHEAD_TOKENS", 512)
     loader = pair_of(models, target, draft, replace(EXACT, state_dir=tmp_path))
     draw = random.Random(f"{target} {draft} {seed}")
     tally = check_against_a_greedy_loop(loader, rounds, draw)
@@ -186,11 +186,11 @@ def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
 
 @pytest.mark.usefixtures("eager")
 def test_sampled_and_healed_texts_are_those_of_the_model_alone(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, patch: Any
 ) -> None:
     """A first token that is healed is not foreseen, even where the draft model could write it."""
-    monkeypatch.setattr(Drafter, "draft", lambda *_: [])  # no drafts of text
-    monkeypatch.setattr(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
+    patch(Drafter, "draft", lambda *_: [])  # no drafts of text
+    patch(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
     settings = replace(EXACT, state_dir=tmp_path, cache_mb=0)
     pair = pair_of(models, "dense", "dense", settings)
     texts = []
@@ -252,7 +252,7 @@ DRAFT = {1: 0.031, 16: 0.1}
 class Clock:
     """The seconds that decodes take here, by their costs. The draft model is as sure as `sure`."""
 
-    def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, worker: Worker, patch: Any) -> None:
         self.now = 0.0
         self.sure = 0.99
         self.log: list[tuple[str, int, float]] = []  # of each decode: whose, tokens, end
@@ -260,11 +260,11 @@ class Clock:
         decoder: Any = worker.decoder
         model, draft = decoder.model, decoder.draft_model.model
         for name, owner in (("target", decoder), ("draft", decoder.draft_model)):
-            monkeypatch.setattr(owner.model, "decode", self._decode(name, owner))
+            patch(owner.model, "decode", self._decode(name, owner))
         draft.abort_flag = model.abort_flag
         draft.probability = lambda *_: self.sure
-        monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(Drafter, "draft", lambda *_: [])  # no drafts of text
+        patch(vps_worker.time, "perf_counter", lambda: self.now)
+        patch(Drafter, "draft", lambda *_: [])  # no drafts of text
 
     def _decode(self, name: str, owner: Any) -> Any:
         real, costs = owner.model.decode, owner.costs
@@ -282,10 +282,10 @@ class Clock:
         return [size for whose, size, _ in self.log if whose == name]
 
 
-def scripted(folder: Path, patch: pytest.MonkeyPatch, costs: Any, early: int = 0) -> Loader:
+def scripted(folder: Path, patch: Any, costs: Any, early: int = 0) -> Loader:
     """A scripted model with these costs, and its draft model, which is always right."""
     measured = itertools.cycle([costs, DRAFT])
-    patch.setattr(vps_worker, "measure_costs", lambda *_: Costs(next(measured)))
+    patch(vps_worker, "measure_costs", lambda *_: Costs(next(measured)))
     for name in ("m.gguf", "small.gguf"):
         (folder / name).write_bytes(b"weights")
     settings = Settings(threads=1, state_dir=folder)
@@ -294,14 +294,14 @@ def scripted(folder: Path, patch: pytest.MonkeyPatch, costs: Any, early: int = 0
 
 
 @pytest.fixture
-def pair(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    with running(worker_of(scripted(tmp_path, monkeypatch, INTEL))) as worker:
+def pair(loads: Loads, tmp_path: Path, patch: Any) -> Iterator[Worker]:
+    with running(worker_of(scripted(tmp_path, patch, INTEL))) as worker:
         yield worker
 
 
 @pytest.fixture
-def clock(pair: Worker, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(pair, monkeypatch)
+def clock(pair: Worker, patch: Any) -> Clock:
+    return Clock(pair, patch)
 
 
 @pytest.mark.parametrize(
@@ -328,15 +328,11 @@ def test_it_writes_as_far_as_that_is_worth_its_time(
         assert pair.tally.draft_tokens == 0
 
 
-def test_it_costs_little_where_it_does_not_pay(
-    pair: Worker, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_costs_little_where_it_does_not_pay(pair: Worker, clock: Clock, patch: Any) -> None:
     """When its drafts have been wrong, it is tried again now and then, and soon used once they are
     right.
     """
-    monkeypatch.setattr(
-        pair.decoder.draft_model, "read_idle", lambda _: False
-    )  # which costs nobody anything
+    patch(pair.decoder.draft_model, "read_idle", lambda _: False)  # which costs nobody anything
     draft = pair.decoder.draft_model
     right = draft.model.greedy
     draft.model.greedy = lambda _index: 7  # always wrong
@@ -418,10 +414,8 @@ def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, cloc
     assert draft.sequences.slots[0].tokens == list(b"xy" * 100)[:-1]  # the last is read again
 
 
-def test_while_nobody_waits_a_failure_is_not_repeated(
-    pair: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
+def test_while_nobody_waits_a_failure_is_not_repeated(pair: Worker, patch: Any) -> None:
+    patch(vps_worker, "STORE_SECONDS", 0.01)
     tried = list[int]()
 
     def fail(_parts: Any) -> int:
@@ -434,11 +428,9 @@ def test_while_nobody_waits_a_failure_is_not_repeated(
     assert tried == [1]
 
 
-def test_what_it_reads_for_later_drafts_is_kept(
-    pair: Worker, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_it_reads_for_later_drafts_is_kept(pair: Worker, clock: Clock, patch: Any) -> None:
     """A prompt of which it has nothing, while its completion is being written; whoever comes."""
-    monkeypatch.setattr(pair.decoder.draft_model, "read_idle", lambda _: False)
+    patch(pair.decoder.draft_model, "read_idle", lambda _: False)
     held = Held(clock)
     long = ask(pair, "xy" * 100, max_tokens=100)
     with held:
@@ -510,9 +502,7 @@ def unlike(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda case: case[0])
-def test_what_is_loaded_of_a_pair(
-    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_loaded_of_a_pair(case: Any, tmp_path: Path, patch: Any) -> None:
     what, free, timed, loaded, note = case
     large = replace(SEVEN, early=what != "too little gain")
 
@@ -526,9 +516,9 @@ def test_what_is_loaded_of_a_pair(
 
     for name in ("seven", "half", "tuned-seven"):
         (tmp_path / f"{name}.gguf").write_bytes(b"x" * (100 if name == "half" else 1000))
-    monkeypatch.setattr(vps_plan, "needed", measured)
-    monkeypatch.setattr(vps_plan, "find_tuned", find_tuned)
-    monkeypatch.setattr(vps_plan, "check_pair", lambda *_: None)
+    patch(vps_plan, "needed", measured)
+    patch(vps_plan, "find_tuned", find_tuned)
+    patch(vps_plan, "check_pair", lambda *_: None)
     settings = Settings(state_dir=tmp_path)
     plan = plan_pair(large, HALF, tmp_path, settings, free * MB)
     file = plan.tuned.path.name if plan.tuned else SEVEN.file
@@ -543,7 +533,7 @@ def test_what_is_loaded_of_a_pair(
     assert plan_pair(large, None, tmp_path, settings, free * MB).note == ""
     without = replace(settings, draft=False)
     assert plan_pair(large, HALF, tmp_path, without, free * MB).draft is None
-    monkeypatch.setattr(vps_plan, "check_pair", unlike)
+    patch(vps_plan, "check_pair", unlike)
     alone = plan_pair(large, None, tmp_path, settings, free * MB)
     note = "half writes no drafts: its token 7 is another one"
     assert plan_pair(large, HALF, tmp_path, settings, free * MB) == alone._replace(note=note)

@@ -36,23 +36,23 @@ ONE = "small"  # the draft model
 
 
 @pytest.fixture
-def loader(loads: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
+def loader(loads: Loads, tmp_path: Path, patch: Any) -> Loader:
     """A 7B and its draft model, both scripted."""
-    monkeypatch.setattr(ScriptedLlama, "probability", lambda *_: 0.99)
-    return scripted(tmp_path, monkeypatch, SLOW, early=2)
+    patch(ScriptedLlama, "probability", lambda *_: 0.99)
+    return scripted(tmp_path, patch, SLOW, early=2)
 
 
 @pytest.fixture
-def pair(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+def pair(loader: Loader, patch: Any) -> Iterator[Worker]:
     with running(worker_of(loader)) as worker:
         # Which would hide what an answer has read.
-        monkeypatch.setattr(worker.decoder.draft_model, "read_idle", lambda _: False)
+        patch(worker.decoder.draft_model, "read_idle", lambda _: False)
         yield worker
 
 
 @pytest.fixture
-def clock(pair: Worker, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(pair, monkeypatch)
+def clock(pair: Worker, patch: Any) -> Clock:
+    return Clock(pair, patch)
 
 
 def hint(worker: Worker, prompt: str = f"{LINES}a", **more: Any) -> Ask:
@@ -306,17 +306,17 @@ def test_a_key_aborts_only_a_long_piece(
 
 
 def test_the_text_is_what_the_small_model_writes_alone(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, patch: Any
 ) -> None:
     """Also in healed tokens, with its ends and probabilities."""
-    monkeypatch.setattr(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
+    patch(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
     settings = replace(EXACT, state_dir=tmp_path, cache_mb=0)
     loader = pair_of(models, "dense", "another", settings)
     assert loader.draft
     loader.draft.settings = replace(loader.draft.settings, early=settings.sequences)
     alone = Loader("another", models / "another.gguf", settings)
     costs = iter([Costs({1: 1.0, 16: 2.0}), Costs({1: 1e-9, 16: 2e-9}), Costs(SLOW)])
-    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: next(costs))
+    patch(vps_worker, "measure_costs", lambda *_: next(costs))
     written: list[bytes] = []
     real = Run.feed
 
@@ -324,7 +324,7 @@ def test_the_text_is_what_the_small_model_writes_alone(
         written.append(piece)
         real(run, piece)  # which finds that random weights are unsure
 
-    monkeypatch.setattr(Run, "feed", feed)
+    patch(Run, "feed", feed)
     for each, more in ((loader, HINT), (alone, HINT | {"prompt_ms": 0})):
         with running(worker_of(each)) as worker:
             for number in range(20):

@@ -76,7 +76,7 @@ class Lab:
 
     published: Path
     settings: Settings
-    monkeypatch: pytest.MonkeyPatch
+    patch: Any
 
     def script(self, costs: Mapping[str, float], whole: Whole = half) -> list[Sequence[Any]]:
         """Let samples have these seconds, by type. Returns the variants of each comparison."""
@@ -87,8 +87,8 @@ class Lab:
             return [timing(whole(path.name == "tuned", used)) for path, used in variants]
 
         samples = {kind: timing(costs[kind]) for kind in TYPES}
-        self.monkeypatch.setattr(encoding, "time_types", lambda *_: samples)
-        self.monkeypatch.setattr(encoding, "compare", compare)
+        self.patch(encoding, "time_types", lambda *_: samples)
+        self.patch(encoding, "compare", compare)
         return compared
 
     def tune(self, room: int = ROOM, report: Any = quiet, **more: Any) -> Outcome:
@@ -108,16 +108,16 @@ class Lab:
 
 
 @pytest.fixture
-def lab(published, tmp_path, monkeypatch) -> Lab:
+def lab(published, tmp_path, patch) -> Lab:
     def needed(path, forms):
         weights = path.stat().st_size
         return [
             {"weights": weights, "compute": NO_FLASH * (not form.flash_attention)} for form in forms
         ]
 
-    monkeypatch.setattr(encoding, "needed", needed)  # llama.cpp cannot load the file
+    patch(encoding, "needed", needed)  # llama.cpp cannot load the file
     settings = Settings(threads=2, state_dir=tmp_path / "state", fixed_threads=True)
-    lab = Lab(published, settings, monkeypatch)
+    lab = Lab(published, settings, patch)
     lab.script(FASTER)
     return lab
 
@@ -198,7 +198,7 @@ def test_what_does_not_fit_into_memory_is_not_tried(lab):
 
 
 def test_more_threads_are_tried_unless_the_user_chose(lab):
-    lab.monkeypatch.setattr(encoding, "cpus", lambda: 4)
+    lab.patch(encoding, "cpus", lambda: 4)
     lab.script(FASTER, lambda _, used: 0.8 if used.threads == 4 else 1.0)
     assert lab.tune().passport.threads == 2
     free = replace(lab, settings=replace(lab.settings, fixed_threads=False))
@@ -230,13 +230,13 @@ def test_the_figures_are_printed_before_the_file_is_used_and_a_dry_run_changes_n
     assert lab.tune(dry_run=True).passport.types
     assert lab.left() == []
     output, printed = io.StringIO(), []
-    lab.monkeypatch.setattr(os, "replace", lambda *_: printed.append(output.getvalue()))
+    lab.patch(os, "replace", lambda *_: printed.append(output.getvalue()))
     assert f"{lab.tune(output=output).table()}\n" == printed[0]
 
 
 def test_too_little_disk_is_reported_with_the_figures(lab):
     compared = lab.script(FASTER)
-    lab.monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=MB))
+    lab.patch(shutil, "disk_usage", lambda _path: SimpleNamespace(free=MB))
     with pytest.raises(OSError, match=r"expected 1\d\d MB of free disk in .*tuned\S*, got 1 MB"):
         lab.tune()
     assert (compared, lab.left()) == ([], [])
@@ -355,9 +355,9 @@ def test_the_command_tells_what_is_wrong(tmp_path):
     assert nothing.stdout == "qwen_0_5b: no tuned file, nothing to remove\n"
 
 
-def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
+def test_a_busy_machine_is_not_measured(patch, tmp_path):
     loads = iter([80.0] * backend.QUIET_SECONDS)
-    monkeypatch.setattr(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
+    patch(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
     given = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
     given["CEREBRUM_MODELS_DIR"] = str(MODEL.parent)
     config = backend.load_config(Environment(given))
@@ -369,10 +369,10 @@ def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_llama_cpp_measures_each_family(family, tmp_path, monkeypatch):
+def test_llama_cpp_measures_each_family(family, tmp_path, patch):
     """Also one that cannot be cut."""
-    monkeypatch.setattr(encoding, "MEASURE_SECONDS", 1e-9)
-    monkeypatch.setattr(encoding, "time_types", lambda *_: {kind: timing(1.0) for kind in TYPES})
+    patch(encoding, "MEASURE_SECONDS", 1e-9)
+    patch(encoding, "time_types", lambda *_: {kind: timing(1.0) for kind in TYPES})
     start_library()
     model = families.make(tmp_path / "m.gguf", families.FAMILIES[family])
     # Two threads would mostly wait, where another test runs at the same time.

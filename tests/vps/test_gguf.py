@@ -103,8 +103,8 @@ def is_same(tensor: Tensor, kind: str, data: npt.NDArray[Any]) -> bool:
     return tensor.type == kind and np.array_equal(tensor.data, data)
 
 
-def test_a_copy_in_other_types(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_module, "PIECE_BYTES", 256 * 100)  # some tensors have several pieces
+def test_a_copy_in_other_types(source, tmp_path, patch):
+    patch(gguf_module, "PIECE_BYTES", 256 * 100)  # some tensors have several pieces
     reported = []
     types = {"output.weight": "Q8_0", "blk.4.ffn_down.weight": "Q4_1"}
     source.write(tmp_path / "a", types, lambda *step: reported.append(step))
@@ -167,8 +167,8 @@ def test_without_the_package_that_writes_files(monkeypatch, tmp_path):
     assert needed(MODEL, [Settings(state_dir=tmp_path)])[0]["weights"] == MODEL.stat().st_size
 
 
-def test_the_matrices_of_a_sample_have_one_type(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_module, "SAMPLE_LAYERS", 1)
+def test_the_matrices_of_a_sample_have_one_type(tmp_path, patch):
+    patch(gguf_module, "SAMPLE_LAYERS", 1)
     write_sample(tmp_path / "a", "Q4_1")
     layer = [tensor for tensor in Source(tmp_path / "a").tensors if tensor.type != "F32"]
     assert {tensor.type for tensor in layer} == {"Q4_1"}

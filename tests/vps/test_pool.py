@@ -159,11 +159,6 @@ class House:
 
 
 @pytest.fixture
-def patch(monkeypatch):
-    return monkeypatch.setattr
-
-
-@pytest.fixture
 def house(runner, patch, tmp_path, caplog):
     """A house in which the files of all models exist, and none has a draft model. After the test
     every place must be free again.
