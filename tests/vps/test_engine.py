@@ -192,14 +192,19 @@ prompt low again  | FOR_HURRIED FOR_HURRIED
 """
 
 
+def run_of(words: str) -> Any:
+    """A run of which these words are true."""
+    job = SimpleNamespace(cancelled="left" in words)
+    run = SimpleNamespace(prefilling="prompt" in words, job=job, low="low" in words)
+    run.first_token, run.yields = "again" in words, "yields" in words
+    return run
+
+
 def test_who_makes_way_for_whom() -> None:
     for row in WAYS.strip().splitlines():
         words, ways = row.split("|")
-        job = SimpleNamespace(cancelled="left" in words)
-        run: Any = SimpleNamespace(prefilling="prompt" in words, job=job, low="low" in words)
-        run.first_token, run.yields = "again" in words, "yields" in words
         for is_long, way in enumerate(ways.split()):
-            assert vps_worker.makes_way(run, bool(is_long)) == vps_worker.Way[way], row
+            assert vps_worker.makes_way(run_of(words), bool(is_long)) == vps_worker.Way[way], row
 
 
 # ------------------------------------------------------------------------------------------- drafts
@@ -986,6 +991,15 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own: boo
     assert max(int(chunk[1:]) for chunk in log[2:]) < 256
     assert long.job.prompt == [ord("l")] * 1000
     assert decoder.tally.prompt_tokens == 1001
+
+
+def test_a_decode_is_aborted_if_all_its_runs_make_way(worker: Worker) -> None:
+    decoder: Any = worker.decoder
+    for runs, flag in (["prompt low", "prompt left"], b"\1"), (["prompt low", "text"], b"\0"):
+        decoder.model.abort_flag[0] = b"\0"
+        decoder.compute.running = list(map(run_of, runs))
+        worker.give_way(None)
+        assert decoder.model.abort_flag[0] == flag
 
 
 ONE_SEQUENCE = pytest.mark.parametrize("worker", [1], indirect=True)
