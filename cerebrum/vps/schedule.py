@@ -47,10 +47,9 @@ class Costs:
         # Fewer tokens never take more time: another program was busy then.
         self.seconds = np.minimum.accumulate([*measured.values()][::-1])[::-1]
         first = self.seconds[0]
-        many = self.seconds[-1]
         # Of each further token. A point that was measured on a busy machine must not make long
         # chunks cheap.
-        self.further = max(many - first, first) / (self.sizes[-1] - 1)
+        self.further = max(self.seconds[-1] - first, first) / (self.sizes[-1] - 1)
         self.slowdown = 1.0
 
     def learn(self, tokens: int, seconds: float) -> None:
