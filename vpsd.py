@@ -47,8 +47,8 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 if __name__ == "__main__":
-    needed_packages = ("llama_cpp", "numpy", "psutil")
-    missing = [name for name in needed_packages if not importlib.util.find_spec(name)]
+    packages = "llama_cpp", "numpy", "psutil"
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
         wanted = "expected a Python with llama-cpp-python and psutil, such as venv/bin/python"
         print(f"vpsd.py: {wanted}; {sys.executable} lacks {', '.join(missing)}", file=sys.stderr)
@@ -768,8 +768,9 @@ async def stats(engine: Engine, _request: Request) -> Response:
 def drafting(tally: ModelTally) -> dict[str, float]:
     """What a model's draft model does for it."""
     steps = tally.ahead_steps
+    asked = tally.foreseeable_tokens or 1
     return {
-        "acceptance": round(tally.acceptance, 3),
+        "acceptance": round(tally.foreseen_tokens / asked, 3),
         "tokens_per_step": round(tally.ahead_tokens / steps, 2),
         "draft_ms": round(1000 * tally.ahead_seconds / steps, 1),
         "target_ms": round(1000 * tally.checking_seconds / steps, 1),

@@ -68,11 +68,6 @@ class ModelTally(Tally):
     failed_loads: int = 0
     load_seconds: float = 0.0  # of the successful loads
 
-    @property
-    def acceptance(self) -> float:
-        """The share of the model's tokens that the draft model expected."""
-        return self.foreseen_tokens / (self.foreseeable_tokens or 1)
-
 
 @dataclass(eq=False)
 class Compute:
@@ -275,18 +270,22 @@ class Decoder:
         is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
-        if self.writer or not run.job.max_tokens:
-            size = min(size, AHEAD_TOKENS)
         if not run.job.max_tokens:
-            # While somebody types, no answer waits long for this chunk. In a pause it gets longer,
-            # and is aborted for the next request.
-            answers = self.draft_model or self
-            pause = (time.monotonic() - answers.last_end) / 2
-            size = min(size, self.costs.longest(max(PAUSE_SECONDS, pause)))
-            run.yields = pause > PAUSE_SECONDS
+            size = min(size, self._longest_ahead(run))
+        elif self.writer:
+            size = min(size, AHEAD_TOKENS)
         end = begin + min(size, MAX_CHUNK // len(runs))
         has_logits = end == len(run.prompt) and run.job.max_tokens > 0
         return Work(run, run.prompt[begin:end], int(has_logits))
+
+    def _longest_ahead(self, run: Run) -> int:
+        """The longest chunk to read for a run that nobody waits for: while somebody types, no answer
+        waits long for it. In a pause it gets longer, and then the run makes way.
+        """
+        answers = self.draft_model or self
+        pause = (time.monotonic() - answers.last_end) / 2
+        run.yields = pause > PAUSE_SECONDS
+        return min(AHEAD_TOKENS, self.costs.longest(max(PAUSE_SECONDS, pause)))
 
     def pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
