@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, wait_until
+from harness import wait_until
 from test_draft_model import Clock, Held, pair_of, scripted
 from test_draft_model import models as models  # a fixture
 from test_engine import Ask, Loads, ScriptedLlama, ask, running, worker_of
@@ -26,7 +26,6 @@ from cerebrum.vps.job import Run
 from cerebrum.vps.llama import MAX_CHUNK, ModelError
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.worker import Loader, Worker
-from cerebrum_common import HttpError
 
 SLOW = {1: 0.12, 16: 0.8}  # seconds of decodes by their tokens, of a 7B's shapes
 LINES = "x = abc\n" * 300  # each character is a token
@@ -59,21 +58,10 @@ def hint(worker: Worker, prompt: str = f"{LINES}a", **more: Any) -> Ask:
     return ask(worker, prompt, **HINT | {"model": "m"} | more)
 
 
-def answer(asked: Ask) -> tuple[list[str], str, Any]:
-    """Who answers, the text, and the last event."""
-    writers, text = list[str](), ""
-    while True:
-        for event in asked.events.get(timeout=PATIENCE):
-            if isinstance(event, HttpError) or "done" in event:
-                return writers, text, event
-            writers += [event["model"]] if "model" in event else []
-            text += event.get("token", "")
-
-
 def told(asked: Ask) -> tuple[list[str], str, int, bool]:
     """Who answers, the text, the tokens of the prompt that is read, and whether this is cut."""
-    writers, text, done = answer(asked)
-    return writers, text, done["prompt_tokens"], "prompt_cut" in done
+    text, done = asked.outcome()
+    return asked.writers, text, done["prompt_tokens"], "prompt_cut" in done
 
 
 NEAR, NEARER = 1143, 503  # tokens of this text that are near the cursor
@@ -207,8 +195,9 @@ def test_the_large_model_answers_instead(case: Any, pair: Worker) -> None:
 
 def test_a_text_that_has_begun_ends_with_an_error(pair: Worker) -> None:
     fails_at(20)(pair)
-    writers, text, error = answer(hint(pair))
-    assert (writers, text, error.code) == ([ONE], "", "INTERNAL_ERROR")
+    asked = hint(pair)
+    text, error = asked.outcome()
+    assert (asked.writers, text, error.code) == ([ONE], "", "INTERNAL_ERROR")
     assert told(hint(pair))[:2] == ([ONE], "bcde")
 
 
@@ -330,7 +319,8 @@ def test_the_text_is_what_the_small_model_writes_alone(
             for number in range(20):
                 prompt = f"def f{number}(x):\n    retu"
                 asked = ask(worker, prompt, heal=True, **more | {"max_tokens": 16})
-                assert answer(asked)[0] == ["another"] * (each is loader)
+                asked.outcome()
+                assert asked.writers == ["another"] * (each is loader)
     half = len(written) // 2
     assert written[:half] == written[half:]
     assert len(set(written)) > 3

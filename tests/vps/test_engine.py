@@ -668,6 +668,7 @@ class Ask:
         self.events: queue.SimpleQueue[list[Event | HttpError]] = queue.SimpleQueue()
         plain: dict[str, Any] = {"stop_at": "none", "temperature": 0}
         self.job = Job(GenerationRequest(prompt, **plain | more), self.events.put)
+        self.writers = list[str]()  # who answers, if it is not the model itself
 
     def outcome(self) -> tuple[str, Any]:
         """The whole text and the last event."""
@@ -676,6 +677,7 @@ class Ask:
             for event in self.events.get(timeout=PATIENCE):
                 if isinstance(event, HttpError) or "done" in event:
                     return text, event
+                self.writers += [event["model"]] if "model" in event else []
                 text += event.get("token", "")
 
     def error(self) -> str:
