@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from harness import wait_until
 from test_draft_model import Clock, Held, pair_of, scripted
+from test_draft_model import clock as clock  # a fixture
 from test_draft_model import models as models  # a fixture
 from test_engine import Ask, Loads, ScriptedLlama, ask, running, worker_of
 from test_engine import loads as loads  # a fixture
@@ -47,11 +48,6 @@ def pair(loader: Loader, patch: Any) -> Iterator[Worker]:
         # Which would hide what an answer has read.
         patch(worker.decoder.draft_model, "read_idle", lambda _: False)
         yield worker
-
-
-@pytest.fixture
-def clock(pair: Worker, patch: Any) -> Clock:
-    return Clock(pair, patch)
 
 
 def hint(worker: Worker, prompt: str = f"{LINES}a", **more: Any) -> Ask:
