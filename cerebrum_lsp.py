@@ -672,8 +672,6 @@ READ_DELAY_SECONDS = 0.3  # the cursor has not moved for so long when the Pi rea
 PREDICT_MS = 1500  # a completion that has a line ends after this time
 NO_COMPLETION = "expected a completion, got another answer: the url is perhaps not the Pi's"
 TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
-WORD = re.compile(r"\w*\Z")
-MAX_WORD = 100  # characters
 
 
 class Documents(dict[str, Document]):
@@ -788,7 +786,7 @@ class Completions:
         gap = document.gap(cursor)
         # The cursor may be behind the end of its line, or of the text.
         *above, line = gap.before.split("\n")
-        word = WORD.search(line[-MAX_WORD:])[0]  # type: ignore[index]  # it always matches
+        word = re.split(r"\W", line)[-1]
         end = len(above), utf16_units(line)
         start = len(above), end[1] - utf16_units(word)
 
