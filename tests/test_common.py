@@ -29,12 +29,9 @@ RULES: list[tuple[Field, list[Any], list[Any], str]] = [
     (Field(str, 0, 3), ["", "abc"], ["abcd"], "a string from 0 to 3 characters"),
     (Field(str, choices=("a", "b")), ["a"], ["c", "", 1], "one of a, b"),
     (Field(int, 1, 9), [1, 9], [0, 10, 1.0, True, "1", None], "an integer from 1 to 9"),
-    (Field(int, 0, 2**63 - 1), [0, 2**63 - 1], [2**63, -1], "an integer from 0 to 9.22337e+18"),
     (Field(float, 0, 1), [0, 1, 0.5], [-0.1, 1.1, True, "0", None], "a number from 0 to 1"),
     (Field(float, 0, 1, above_low=True), [0.1, 1], [0], "a number above 0 to 1"),
     (Field(str, pattern="[a-z]+"), ["a"], ["", "A", "a\n", 1], "a string of the form [a-z]+"),
-    (Field(list, pattern="[a-z]+"), ["a", []], [["a", "B"], 1], "strings of the form [a-z]+"),
-    (Field(list, choices=("a", "b")), [["b", "a"], []], [["a", "c"]], "one of a, b"),
     (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
     (
         Field(list, 0, 2),
