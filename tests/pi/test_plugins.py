@@ -357,6 +357,7 @@ CHANGED = [  # the language, the VPS's text and its reason, what the VPS gets
 ]
 REFUSED = [  # a text, the VPS's reason, what the user is told
     ("b = 1.\n", "length", "the answer is longer than 2048 tokens"),
+    ("b = 1.\n", "repeat", "the model began to repeat itself"),
     ("b = 1.\n", "preempted", "the answer broke off"),
     ("\n", "stop", "the answer has no code"),
 ]
