@@ -15,7 +15,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -408,18 +407,6 @@ def test_an_excluded_text_is_never_sent(editor: Editor, pi: Pi) -> None:
 # --------------------------------------------------------------------- reading before the first key
 
 
-def test_a_text_is_read_when_it_is_opened(editor: Editor, pi: Pi) -> None:
-    able = editor.start({"read_ahead": True})["capabilities"]
-    assert able == {**ABLE, "documentHighlightProvider": True}
-    began = time.monotonic()
-    editor.open("x = 1\ny")
-    body = {**INFILL, "n_predict": 0, "t_max_prompt_ms": 500, "suggest": "normal"}
-    expected = {**body, "input_prefix": "", "input_suffix": "x = 1\ny"}
-    assert pi.hears()[:2] == ("/infill", expected)
-    assert time.monotonic() - began > 0.3
-    assert editor.came.empty()
-
-
 class Desk(Editor):
     """An editor whose server is in this process. What waits until the cursor stays waits until the
     test says so.
@@ -446,7 +433,7 @@ class Desk(Editor):
         self.numbers, self.came = itertools.count(1), Queue()
         client = cerebrum_lsp.Client(cast(Any, self))
         self.server = cerebrum_lsp.Session(client, Settings(url=pi.url), [])
-        self.start({"read_ahead": True, **settings})
+        self.able = self.start({"read_ahead": True, **settings})["capabilities"]
 
     def write(self, data: bytes) -> None:
         """A message of the server."""
@@ -490,7 +477,10 @@ def ide(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
 def test_the_newest_place_is_read_and_once(desk: Desk) -> None:
     for uri in ("file:///a", "file:///b", URI):
         desk.open("x = 1\ny = 2\n", uri=uri)
-    assert desk.rest() == [(0, "")]
+    assert desk.able == {**ABLE, "documentHighlightProvider": True}
+    body = {"n_predict": 0, "t_max_prompt_ms": 500, "suggest": "normal"}
+    place = {"input_prefix": "", "input_suffix": "x = 1\ny = 2\n"}
+    assert desk.asked() == [{**INFILL, **body, **place}]
     for character in (1, 2, 3):
         desk.move(1, character)
     assert desk.rest() == [(0, "x = 1\ny =")]

@@ -120,9 +120,14 @@ def test_the_template_for_jetbrains_ides(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- under node
 
 
+def npm_install(folder: Path, *packages: str) -> None:
+    command = [needs("npm"), "install", "--silent", "--no-audit", "--no-fund", *packages]
+    subprocess.run(command, cwd=folder, check=True)
+
+
 def installed(versions: Mapping[str, str]) -> Path:
     """The folder with packages of npm, which are installed once."""
-    npm, folder = needs("npm"), CACHE / "node_modules"
+    folder = CACHE / "node_modules"
     lacking = []
     for name, version in versions.items():
         package = folder / name / "package.json"
@@ -132,8 +137,7 @@ def installed(versions: Mapping[str, str]) -> Path:
             lacking.append(f"{name}@{version}")
     if lacking:
         CACHE.mkdir(parents=True, exist_ok=True)
-        install = [npm, "install", "--silent", "--no-audit", "--no-fund", *lacking]
-        subprocess.run(install, cwd=CACHE, check=True)
+        npm_install(CACHE, *lacking)
     return folder
 
 
@@ -198,7 +202,7 @@ CELLS = ["def double(x):\n    return 2 * x", "def triple(x):\n"]
 
 def install(version: str) -> Path:
     """Install a VS Code once; the folder."""
-    npm, node = needs("npm"), needs("node")
+    node = needs("node")
     place = INSTALLED / version
     if not Path("/usr/include/node/node.h").exists():
         pytest.skip("building VS Code's modules needs the headers of node: apt install libnode-dev")
@@ -206,11 +210,8 @@ def install(version: str) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         built = {"overrides": {"argon2": "0.44.0"}}  # older ones are built by a script
         (place / "package.json").write_text(json.dumps(built))
-        quiet = [npm, "install", "--silent", "--no-audit", "--no-fund"]
-        packages = VERSIONS[version], "playwright-core@1.57", "node-gyp@11"
-        subprocess.run([*quiet, *packages], cwd=place, check=True)
-        bare = [*quiet, "--ignore-scripts"]
-        subprocess.run([*bare, f"code-server@{version}"], cwd=place, check=True)
+        npm_install(place, VERSIONS[version], "playwright-core@1.57", "node-gyp@11")
+        npm_install(place, "--ignore-scripts", f"code-server@{version}")
         of_vscode = place / CODE / "lib/vscode"
         text = (of_vscode / "package.json").read_text()
         if "parcel-bundler/" in text:  # only GitHub has this one
@@ -218,7 +219,7 @@ def install(version: str) -> Path:
             (of_vscode / "package.json").write_text(text)
             (of_vscode / "npm-shrinkwrap.json").unlink()
         for folder in (of_vscode, of_vscode / "extensions"):
-            subprocess.run([*bare, "--omit=dev"], cwd=folder, check=True)
+            npm_install(folder, "--ignore-scripts", "--omit=dev")
         gyp = place / "node_modules/node-gyp/bin/node-gyp.js"
         modules = [of_vscode / "node_modules" / name for name in NATIVE]
         for module in filter(Path.exists, modules):
