@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import pty
@@ -23,7 +22,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,20 @@ from typing import Any
 
 import pytest
 from harness import CAPTURED, PATIENCE, ROOT, certificate, disk_of, wait_until
-from scripted import END, HANG, Backend, answer, error, event, head, in_a_thread, token
+from scripted import (
+    CHUNKED,
+    END,
+    HANG,
+    Backend,
+    answer,
+    chunk,
+    error,
+    event,
+    head,
+    in_a_thread,
+    script,
+    token,
+)
 
 from cerebrum.text.languages import LANGUAGES
 
@@ -42,32 +54,14 @@ RUN = f"{ROOT}/run.sh"
 # ------------------------------------------------------------------------------------------ backend
 
 
-Script = list[Any]  # of the steps that `Backend` knows
-
-
-def tokens(*texts: str) -> Script:
-    return [token(text, number) for number, text in enumerate(texts, 1)]
-
-
-def done(**fields: Any) -> bytes:
-    return event(**{**END, "finish_reason": "block", **fields})
-
-
-def completion(*texts: str, **fields: Any) -> Script:
-    return [head(), *tokens(*texts), done(**fields)]
-
-
+completion = partial(script, **END | {"finish_reason": "block"})
 instructed = partial(completion, mode="instruct")
 SUMMARY = "[2 tokens in 0.2 s, qwen_0_5b, block]"
 
 
-def wait_for(event: threading.Event) -> Callable[[], Awaitable[None]]:
+def wait_for(event: threading.Event) -> partial[Any]:
     """A step that ends when the test sets the event."""
-
-    async def step() -> None:
-        assert await asyncio.to_thread(event.wait, PATIENCE)
-
-    return step
+    return partial(asyncio.to_thread, event.wait, PATIENCE)
 
 
 PROMPT = "python> "
@@ -79,11 +73,9 @@ class Terminal:
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\x00\xa0\x00" + b"\0" * 4)  # 24 x 160
-        take_terminal = partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)
-        session = {"start_new_session": True, "preexec_fn": take_terminal}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
-        self.process = subprocess.Popen(command, env=env, **pipes, **session)
+        termios.tcsetwinsize(slave, (24, 160))
+        log_in = partial(os.login_tty, slave)
+        self.process = subprocess.Popen(command, env=env, preexec_fn=log_in)
         os.close(slave)
         self.unread = b""
 
@@ -145,8 +137,8 @@ class Repl:
     def file(self, name: str, text: str | bytes) -> Path:
         return write(self.folder / name, text)
 
-    def answers(self, *scripts: Script) -> None:
-        """To the next completions. Each of them must be asked for."""
+    def answers(self, *scripts: list[Any]) -> None:
+        """Scripts for the next completions. Each of them must be asked for."""
         self.backend.scripts = [*self.backend.scripts, *scripts]
 
     @property
@@ -238,7 +230,7 @@ OTHERS = b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n'
 def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl) -> None:
     """Past every proxy, which would see the key and the code."""
     repl.env |= dict.fromkeys(["http_proxy", "all_proxy", "HTTPS_PROXY"], "http://127.0.0.1:1")
-    repl.answers(completion(*AWKWARD.split("|")), [head(), CRLF, OTHERS, done()])
+    repl.answers(completion(*AWKWARD.split("|")), completion(chunk(CRLF), chunk(OTHERS)))
     for printed in (AWKWARD.replace("|", ""), "éx"):
         assert repl.run(b"def f(\n", "-") == (0, printed, "")
     assert "x-api-key" not in repl.backend.asked[0][1]
@@ -292,7 +284,7 @@ def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
             with contextlib.suppress(OSError):
                 seen.extend(process.read_bytes())
 
-    repl.answers([read_command_lines, *completion("x")])
+    repl.answers(completion(read_command_lines, "x"))
     repl.env["CEREBRUM_CM4_API_KEY"] = "hush hush"
     prompt = 'a "quoted" \\ $(rm) é\n\tb\n'
     options = "-l go -n 7 -t .5 -m tiny -"
@@ -308,10 +300,10 @@ def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
 
 def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
     printed = [threading.Event() for _ in range(3)]
-    script: Script = [head()]
+    pieces = list[Any]()
     for number, shown in enumerate(printed):
-        script += [token(f"{number}", number + 1), wait_for(shown)]
-    repl.answers([*script, done()])
+        pieces += [f"{number}", wait_for(shown)]
+    repl.answers(completion(*pieces))
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     with subprocess.Popen([REPL, "-"], env=repl.env, **pipes) as process:
         for number, shown in enumerate(printed):
@@ -320,9 +312,9 @@ def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
         assert process.wait(PATIENCE) == 0
 
 
-BROKEN_OFF = [head(), *tokens("half")]
+BROKEN_OFF = [head(), token("half", 1)]
 HALF_A_CHUNK = b'1c\r\ndata: {"token": "half"}\n\n   \r\nff\r\n'
-CUT_IN_A_CHUNK = [head(200, "Transfer-Encoding: chunked"), HALF_A_CHUNK]
+CUT_IN_A_CHUNK = [CHUNKED, HALF_A_CHUNK]
 FAILED_MIDWAY = [*BROKEN_OFF, event(error=True, message="backend died", code="VPS_UNAVAILABLE")]
 NO_EVENT = "expected an event of Cerebrum, got something else"
 FAILURES = [  # what the server answers, what is printed, what is said
@@ -338,8 +330,8 @@ FAILURES = [  # what the server answers, what is printed, what is said
 
 
 def test_a_failed_request_exits_with_1(repl: Repl) -> None:
-    for script, printed, said in FAILURES:
-        repl.answers(script)
+    for steps, printed, said in FAILURES:
+        repl.answers(steps)
         message = f"cerebrum_repl.sh: {said.format(url=repl.url)}\n"
         assert repl.run(b"x", "-") == (1, printed, message)
 
@@ -586,8 +578,8 @@ UNFIT = [  # an answer that is not written, what is said
 
 def test_half_an_answer_is_not_written(repl: Repl) -> None:
     path = repl.file("x.py", "one\ntwo\n")
-    for script, said in UNFIT:
-        repl.answers(script)
+    for steps, said in UNFIT:
+        repl.answers(steps)
         assert repl.converse(f":do @{path} it", ":write")[1] == [said, NOT_WHOLE]
         assert path.read_text() == "one\ntwo\n"
 
@@ -613,7 +605,7 @@ def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl:
     fixed = repl.file("y.py", "x")
     fixed.chmod(0o444)
     edit = partial(path.write_text, "edited\n")
-    repl.answers([edit, *completion("two\n")], completion("y"))
+    repl.answers(completion(edit, "two\n"), completion("y"))
     bound = [shutil.which("setpriv") or "", "--bounding-set=-dac_override"]
     typed = f":file {path}\n:write\n:file {fixed}\n:write\n"
     status, _, err = repl.run(typed.encode(), before=bound if os.geteuid() == 0 else ())
@@ -757,8 +749,7 @@ def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(
     a, b = a_and_b
     asked = threading.Event()
     left = threading.Event()
-    hanging = [head(), asked.set, HANG, left.set]
-    repl.answers(completion("A\n"), hanging)
+    repl.answers(completion("A\n"), completion(asked.set, HANG, left.set))
     screen = repl.terminal()
     screen.enter(f":file {a}")
     screen.expect("block]")
@@ -796,7 +787,7 @@ def test_ctrl_c_at_a_prompt_drops_what_was_typed(repl: Repl) -> None:
 
 def test_ctrl_c_in_the_filter_ends_it(repl: Repl) -> None:
     left = threading.Event()
-    repl.answers([head(), *tokens("one", " two"), HANG, left.set])
+    repl.answers(completion("one", " two", HANG, left.set))
     screen = repl.terminal("-")
     screen.type("x\x04\x04")
     screen.expect("one two")
@@ -837,8 +828,8 @@ PROGRESS = json.loads("""[
 
 
 def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl) -> None:
-    events = [event(progress=progress) for progress in PROGRESS]
-    repl.answers([head(), *events, *tokens("token"), done()])
+    events = [chunk(event(progress=progress)) for progress in PROGRESS]
+    repl.answers(completion(*events, "token"))
     screen = repl.terminal()
     screen.enter("x")
     for label in ("waiting for a free slot", "loading the model, 25 %", "reading the prompt, 50 %"):
