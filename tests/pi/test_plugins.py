@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import httpx
@@ -29,10 +30,8 @@ PREFIX, LINE = "def add(a, b):\n", "    return "
 SUFFIX = "\n\n\nprint(add(1, 2))\n"
 PIECES = ("a + b", "  # ä", '\n"c"')
 TEXT = "".join(PIECES)
-FIM = f"<|fim_prefix|>{PREFIX}{LINE}<|fim_suffix|>{SUFFIX}<|fim_middle|>"
 COUNTED = {"ttft": 0.1, "prompt_tokens": 7, "cached_tokens": 5}
 WHOLE = script(*PIECES, **COUNTED)
-OTHER = {"filename": "other.py", "text": "def subtract(a, b):\n    return a - b\n"}
 
 
 @dataclass
@@ -101,179 +100,116 @@ def pi(shared_pi: Pi) -> Pi:
 
 # --------------------------------------------------------------------------- what each plugin sends
 
-TIMINGS = [
-    "prompt_n",
-    "prompt_ms",
-    "prompt_per_token_ms",
-    "prompt_per_second",
-    "predicted_n",
-    "predicted_ms",
-    "predicted_per_token_ms",
-    "predicted_per_second",
-]
-
-
-LLAMA_VSCODE = {
-    "id_slot": 0,
-    "input_prefix": PREFIX,
-    "input_suffix": SUFFIX,
-    "input_extra": [OTHER],
-    "prompt": LINE,
-    "n_predict": 128,
-    "n_cmpl": 3,
-    "top_k": 40,
-    "top_p": 0.99,
-    "stream": False,
-    "cache_prompt": True,
-    "n_indent": 4,
-    "samplers": ["top_k", "top_p", "infill"],
-    "t_max_prompt_ms": 500,
-    "t_max_predict_ms": 2500,
+# The path and the body of a request, and what the VPS is asked for it. Continue and minuet write
+# snippets of other files, the file's own name or its language as comments above the text.
+PLUGINS = r"""{
+"llama.vim": ["/infill", {
+    "id_slot": 0, "input_prefix": "$PREFIX", "input_suffix": "$SUFFIX", "prompt": "$LINE",
+    "input_extra": [{"filename": "other.py", "text": "$OTHER", "time": [1, 2]}],
+    "n_predict": 128, "n_cmpl": 3, "top_k": 40, "top_p": 0.9, "stop": [], "stream": false,
+    "cache_prompt": true, "n_indent": 4, "samplers": ["top_k", "top_p", "infill"],
+    "t_max_prompt_ms": 500, "t_max_predict_ms": 1000, "model": "", "response_fields": [
+        "content", "timings/prompt_n", "timings/prompt_ms", "timings/prompt_per_token_ms",
+        "timings/prompt_per_second", "timings/predicted_n", "timings/predicted_ms",
+        "timings/predicted_per_token_ms", "timings/predicted_per_second", "truncated",
+        "tokens_cached"]
+}, {
+    "mode": "infill", "prompt": "$PREFIX$LINE", "suffix": "$SUFFIX", "language": "python",
+    "extra": [{"filename": "other.py", "text": "$OTHER"}], "indent": 4,
+    "max_tokens": 128, "predict_ms": 1000, "temperature": 0, "top_p": 0.9}],
+"llama.vscode": ["/infill", {
+    "id_slot": 0, "input_prefix": "$PREFIX", "input_suffix": "$SUFFIX", "prompt": "$LINE",
+    "input_extra": [{"filename": "other.py", "text": "$OTHER"}],
+    "n_predict": 128, "n_cmpl": 3, "top_k": 40, "top_p": 0.99, "stream": false,
+    "cache_prompt": true, "n_indent": 4, "samplers": ["top_k", "top_p", "infill"],
+    "t_max_prompt_ms": 500, "t_max_predict_ms": 2500
+}, {
+    "mode": "infill", "prompt": "$PREFIX$LINE", "suffix": "$SUFFIX", "language": "python",
+    "extra": [{"filename": "other.py", "text": "$OTHER"}], "indent": 4,
+    "max_tokens": 128, "predict_ms": 2500, "temperature": 0, "top_p": 0.99}],
+"zed": ["/v1/completions", {
+    "model": "qwen2.5-coder", "max_tokens": 64, "stop": ["<|endoftext|>", "<|file_sep|>"],
+    "prompt": "<|fim_prefix|>$PREFIX$LINE<|fim_suffix|>$SUFFIX<|fim_middle|>"
+}, {
+    "mode": "infill", "prompt": "$PREFIX$LINE", "suffix": "$SUFFIX",
+    "max_tokens": 64, "temperature": 0, "stop": []}],
+"continue, openai": ["/v1/completions", {
+    "model": "qwen2.5-coder", "max_tokens": 256, "temperature": 0.01, "stream": true,
+    "prompt": "<|fim_prefix|>$SNIPPET$PREFIX$LINE<|fim_suffix|>$SUFFIX<|fim_middle|>",
+    "stop": [$STOPS], "top_p": null, "logit_bias": null, "user": null,
+    "frequency_penalty": null, "presence_penalty": null
+}, {
+    "mode": "infill", "prompt": "$SNIPPET$PREFIX$LINE", "suffix": "$SUFFIX", "language": "python",
+    "max_tokens": 256, "temperature": 0.01, "stop": ["/src/", "#- coding: utf-8", "```"]}],
+"continue, llama.cpp": ["/completion", {
+    "n_predict": 256, "temperature": 0.01, "stream": true, "stop": [$STOPS],
+    "prompt": "<|fim_prefix|>$SNIPPET$PREFIX$LINE<|fim_suffix|>$SUFFIX<|fim_middle|>"
+}, {
+    "mode": "infill", "prompt": "$SNIPPET$PREFIX$LINE", "suffix": "$SUFFIX", "language": "python",
+    "max_tokens": 256, "temperature": 0.01, "stop": ["/src/", "#- coding: utf-8", "```"]}],
+"continue, ollama": ["/api/generate", {
+    "model": "qwen2.5-coder:1.5b-base", "raw": true, "keep_alive": 1800,
+    "prompt": "<|fim_prefix|>$SNIPPET$PREFIX$LINE<|fim_suffix|>$SUFFIX<|fim_middle|>",
+    "options": {"num_predict": 256, "num_ctx": 4096, "temperature": 0.01, "stop": [$STOPS]}
+}, {
+    "mode": "infill", "prompt": "$SNIPPET$PREFIX$LINE", "suffix": "$SUFFIX", "language": "python",
+    "max_tokens": 256, "temperature": 0.01, "stop": ["/src/", "#- coding: utf-8", "```"]}],
+"minuet": ["/v1/completions", {
+    "model": "PLACEHOLDER", "suffix": "$SUFFIX", "stream": true,
+    "prompt": "# language: python\n# indentation: use 4 spaces for a tab\n$PREFIX$LINE"
+}, {
+    "mode": "infill", "language": "python", "max_tokens": 512, "suffix": "$SUFFIX",
+    "prompt": "# language: python\n# indentation: use 4 spaces for a tab\n$PREFIX$LINE"}],
+"codecompanion": ["/v1/chat/completions", {
+    "model": "qwen_0_5b", "temperature": 0, "stream": true,
+    "messages": [{"role": "system", "content": "You help."}, {"role": "user", "content": "Add."}],
+    "stream_options": {"include_usage": true}, "top_p": null, "stop": null, "max_tokens": null,
+    "logit_bias": null, "user": null, "frequency_penalty": null, "presence_penalty": null
+}, {
+    "messages": [{"role": "system", "content": "You help."}, {"role": "user", "content": "Add."}],
+    "max_tokens": 2048, "stop": []}],
+"tabby": ["/completion", {
+    "seed": 7, "n_predict": 64, "temperature": 0.1, "stream": true, "penalty_last_n": 0,
+    "prompt": "<|fim_prefix|>$PREFIX$LINE<|fim_suffix|>$SUFFIX<|fim_middle|>"
+}, {
+    "mode": "infill", "prompt": "$PREFIX$LINE", "suffix": "$SUFFIX",
+    "max_tokens": 64, "seed": 7, "temperature": 0.1}],
+"jupyter": ["/api/generate", {
+    "model": "qwen2.5-coder", "raw": true, "stream": false,
+    "prompt": "<|fim_prefix|>$PREFIX$LINE<|fim_suffix|>print(add(1, 2))<|fim_middle|>",
+    "options": {"num_predict": 128, "temperature": 0, "stop": [
+        "<|end\u2581of\u2581sentence|>", "<|EOT|>", "<EOT>", "\\n", "</s>", "<|eot_id|>"]}
+}, {
+    "mode": "infill", "prompt": "$PREFIX$LINE", "suffix": "print(add(1, 2))",
+    "max_tokens": 128, "temperature": 0, "stop": ["<|end\u2581of\u2581sentence|>", "\\n"]}],
+"vs code": ["/v1/completions", {
+    "prompt": "$PREFIX$LINE", "suffix": "$SUFFIX", "max_tokens": 500, "temperature": 0,
+    "top_p": 1, "n": 1, "stop": ["\n\n\n", "\n```"], "stream": true, "nwo": "someone/sums",
+    "code_annotations": false, "extra": {
+        "language": "python", "languages": {"python": 1}, "next_indent": 0, "prompt_tokens": 9,
+        "suffix_tokens": 7, "trim_by_indentation": true, "nwo": "someone/sums"}
+}, {
+    "mode": "infill", "prompt": "$PREFIX$LINE", "suffix": "$SUFFIX",
+    "max_tokens": 500, "temperature": 0, "top_p": 1, "stop": ["\n\n\n", "\n```"]}],
+"twinny": ["/completion", {
+    "stream": true, "temperature": 0.2, "max_tokens": 512, "stop": ["<|endoftext|>", "\n\n"],
+    "prompt": "<|fim_prefix|>$PREFIX$LINE<|fim_suffix|>$SUFFIX<|fim_middle|>"
+}, {
+    "mode": "infill", "prompt": "$PREFIX$LINE", "suffix": "$SUFFIX",
+    "max_tokens": 512, "stop": ["\n\n"]}]}"""
+STOPS = "<|endoftext|> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
+STOPS += "<|file_sep|> <|im_start|> <|im_end|> /src/"
+VALUES = {
+    "PREFIX": PREFIX,
+    "LINE": LINE,
+    "SUFFIX": SUFFIX,
+    "OTHER": "def subtract(a, b):\n    return a - b\n",
+    "SNIPPET": "# Path: other.py\n# def subtract(a, b):\n#     return a - b\n# sum.py\n",
+    "STOPS": [*STOPS.split(), "#- coding: utf-8", "```"],
 }
-READ = ["content", *(f"timings/{name}" for name in TIMINGS), "truncated", "tokens_cached"]
-LLAMA_VIM = {
-    **LLAMA_VSCODE,
-    "input_extra": [OTHER | {"time": [1, 2]}],
-    "stop": [],
-    "top_p": 0.9,
-    "t_max_predict_ms": 1000,
-    "model": "",
-    "response_fields": READ,
-}
-
-
-ZED = {
-    "model": "qwen2.5-coder",
-    "prompt": FIM,
-    "max_tokens": 64,
-    "stop": ["<|endoftext|>", "<|file_sep|>"],
-}
-# Continue writes snippets of other files, and the file's own name, as comments above the text.
-CONTINUE_PREFIX = (
-    "# Path: other.py\n# def subtract(a, b):\n#     return a - b\n# sum.py\n" + PREFIX + LINE
-)
-CONTINUE = {
-    "prompt": f"<|fim_prefix|>{CONTINUE_PREFIX}<|fim_suffix|>{SUFFIX}<|fim_middle|>",
-    "stream": True,
-    "stop": [
-        "<|endoftext|>",
-        "<|fim_prefix|>",
-        "<|fim_middle|>",
-        "<|fim_suffix|>",
-        "<|fim_pad|>",
-        "<|repo_name|>",
-        "<|file_sep|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "/src/",
-        "#- coding: utf-8",
-        "```",
-    ],
-    "temperature": 0.01,
-}
-NULLS = dict.fromkeys(
-    ("top_p", "stop", "max_tokens", "logit_bias", "user", "frequency_penalty", "presence_penalty")
-)
-CONTINUE_OPENAI = NULLS | CONTINUE | {"model": "qwen2.5-coder", "max_tokens": 256}
-MINUET_PREFIX = "# language: python\n# indentation: use 4 spaces for a tab\n" + PREFIX + LINE
-MINUET = {"model": "PLACEHOLDER", "prompt": MINUET_PREFIX, "suffix": SUFFIX, "stream": True}
-TURNS = [{"role": "system", "content": "You help."}, {"role": "user", "content": "Add."}]
-CODECOMPANION = {
-    **NULLS,
-    "model": "qwen_0_5b",
-    "messages": TURNS,
-    "temperature": 0,
-    "stream": True,
-    "stream_options": {"include_usage": True},
-}
-TABBY = {
-    "seed": 7,
-    "prompt": FIM,
-    "n_predict": 64,
-    "temperature": 0.1,
-    "stream": True,
-    "penalty_last_n": 0,
-}
-TWINNY = {
-    "prompt": FIM,
-    "stream": True,
-    "temperature": 0.2,
-    "max_tokens": 512,
-    "stop": ["<|endoftext|>", "\n\n"],
-}
-JUPYTER_STOPS = ["<|end\u2581of\u2581sentence|>", "<|EOT|>", "<EOT>", "\\n", "</s>", "<|eot_id|>"]
-JUPYTER = {
-    "model": "qwen2.5-coder",
-    "prompt": FIM.replace(SUFFIX, SUFFIX.strip()),
-    "raw": True,
-    "stream": False,
-    "options": {"num_predict": 128, "temperature": 0, "stop": JUPYTER_STOPS},
-}
-CONTINUE_OLLAMA = {
-    "model": "qwen2.5-coder:1.5b-base",
-    "raw": True,
-    "keep_alive": 1800,
-    "prompt": CONTINUE["prompt"],
-    "options": {"num_predict": 256, "num_ctx": 4096, "temperature": 0.01, "stop": CONTINUE["stop"]},
-}
-VS_CODE = {
-    "prompt": PREFIX + LINE,
-    "suffix": SUFFIX,
-    "max_tokens": 500,
-    "temperature": 0,
-    "top_p": 1,
-    "n": 1,
-    "stop": ["\n\n\n", "\n```"],
-    "stream": True,
-    "extra": {
-        "language": "python",
-        "languages": {"python": 1},
-        "next_indent": 0,
-        "trim_by_indentation": True,
-        "prompt_tokens": 9,
-        "suffix_tokens": 7,
-        "nwo": "someone/sums",
-    },
-    "nwo": "someone/sums",
-    "code_annotations": False,
-}
-
-GAP = {"mode": "infill", "prompt": PREFIX + LINE, "suffix": SUFFIX}
-LLAMA_GAP = {
-    **GAP,
-    "extra": [OTHER],
-    "max_tokens": 128,
-    "temperature": 0.0,
-    "language": "python",
-    "indent": 4,
-}
-CONTINUE_GAP = {
-    **GAP,
-    "prompt": CONTINUE_PREFIX,
-    "max_tokens": 256,
-    "language": "python",
-    "temperature": 0.01,
-    "stop": ["/src/", "#- coding: utf-8", "```"],
-}
-MINUET_GAP = GAP | {"prompt": MINUET_PREFIX, "language": "python", "max_tokens": 512}
-JUPYTER_GAP = GAP | {"suffix": SUFFIX.strip(), "max_tokens": 128, "temperature": 0.0}
-VS_CODE_GAP = GAP | {"max_tokens": 500, "temperature": 0.0, "top_p": 1.0, "stop": VS_CODE["stop"]}
-CODECOMPANION_CHAT = {"messages": TURNS, "max_tokens": 2048, "stop": []}
-# The path and the body of a request, and what the VPS is asked for it.
-REQUESTS = {
-    "llama.vim": ("/infill", LLAMA_VIM, LLAMA_GAP | {"top_p": 0.9, "predict_ms": 1000}),
-    "llama.vscode": ("/infill", LLAMA_VSCODE, LLAMA_GAP | {"top_p": 0.99, "predict_ms": 2500}),
-    "zed": ("/v1/completions", ZED, GAP | {"max_tokens": 64, "temperature": 0.0, "stop": []}),
-    "continue, openai": ("/v1/completions", CONTINUE_OPENAI, CONTINUE_GAP),
-    "continue, llama.cpp": ("/completion", CONTINUE | {"n_predict": 256}, CONTINUE_GAP),
-    "minuet": ("/v1/completions", MINUET, MINUET_GAP),
-    "codecompanion": ("/v1/chat/completions", CODECOMPANION, CODECOMPANION_CHAT),
-    "tabby": ("/completion", TABBY, GAP | {"max_tokens": 64, "seed": 7, "temperature": 0.1}),
-    "jupyter": ("/api/generate", JUPYTER, JUPYTER_GAP | {"stop": [JUPYTER_STOPS[0], "\\n"]}),
-    "continue, ollama": ("/api/generate", CONTINUE_OLLAMA, CONTINUE_GAP),
-    "vs code": ("/v1/completions", VS_CODE, VS_CODE_GAP),
-    "twinny": ("/completion", TWINNY, GAP | {"max_tokens": 512, "stop": ["\n\n"]}),
-}
+# As JSON, without its quotes or brackets.
+QUOTED = {name: json.dumps(value)[1:-1] for name, value in VALUES.items()}
+REQUESTS = json.loads(Template(PLUGINS).substitute(QUOTED))
 
 
 def text_of(members: Any) -> str:
