@@ -438,17 +438,18 @@ def command_of(name: str, python: str = sys.executable) -> list[str]:
     return [python, "-u", *options, f"{ROOT}/{name}.py"]
 
 
-SETTINGS = {
-    "CEREBRUM_API_KEY": KEY,
-    "CEREBRUM_CM4_API_KEY": KEY,
-    "CEREBRUM_CM4_HOST": "127.0.0.1",
-    "CEREBRUM_VPS_HOST": "127.0.0.1",
-    "CEREBRUM_CM4_PORT": "0",
-    "CEREBRUM_VPS_PORT": "0",
-    "CEREBRUM_VPS_URL": "http://127.0.0.1:1",  # nobody listens on port 1
-    "CEREBRUM_LOG_LEVEL": "INFO",
-    "CEREBRUM_LOG_FILE": "",
-}
+# Nobody listens on port 1.
+SETTINGS = f"""
+CEREBRUM_API_KEY={KEY}
+CEREBRUM_CM4_API_KEY={KEY}
+CEREBRUM_CM4_HOST=127.0.0.1
+CEREBRUM_VPS_HOST=127.0.0.1
+CEREBRUM_CM4_PORT=0
+CEREBRUM_VPS_PORT=0
+CEREBRUM_VPS_URL=http://127.0.0.1:1
+CEREBRUM_LOG_LEVEL=INFO
+CEREBRUM_LOG_FILE=
+"""
 
 
 def settings(
@@ -464,7 +465,8 @@ def settings(
         path = os.environ["PATH"]
         inherited = {"PATH": path, "HOME": f"{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
     folders = {"CEREBRUM_MODELS_DIR": f"{folder}/models", "CEREBRUM_STATE_DIR": f"{folder}/state"}
-    return {**inherited, **SETTINGS, **folders, **more}
+    usual = dict(line.split("=") for line in SETTINGS.split())
+    return {**inherited, **usual, **folders, **more}
 
 
 def certificate(

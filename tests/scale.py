@@ -43,30 +43,32 @@ SETTINGS = (
     f"--max-model-len={CONTEXT}",
 )
 VARIABLES = ("HF_HUB_OFFLINE=1", "VLLM_NO_USAGE_STATS=1", "VLLM_CPU_KVCACHE_SPACE=1")  # GB
-QWEN2 = {  # names of tensors in a GGUF file, and in safetensors
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-FIGURES = {  # their names in config.json, and in a GGUF file
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-}
+# Names of tensors in a GGUF file, and in safetensors.
+QWEN2 = """
+token_embd  model.embed_tokens
+output_norm model.norm
+output      lm_head
+attn_norm   input_layernorm
+attn_q      self_attn.q_proj
+attn_k      self_attn.k_proj
+attn_v      self_attn.v_proj
+attn_output self_attn.o_proj
+ffn_norm    post_attention_layernorm
+ffn_gate    mlp.gate_proj
+ffn_up      mlp.up_proj
+ffn_down    mlp.down_proj
+"""
+# Names of figures in config.json, and in a GGUF file.
+FIGURES = """
+hidden_size             embedding_length
+intermediate_size       feed_forward_length
+num_hidden_layers       block_count
+num_attention_heads     attention.head_count
+num_key_value_heads     attention.head_count_kv
+max_position_embeddings context_length
+rms_norm_eps            attention.layer_norm_rms_epsilon
+rope_theta              rope.freq_base
+"""
 
 # ------------------------------------------------------------------------------------------- having
 
@@ -101,10 +103,11 @@ def convert(file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     reader, tensors = gguf.GGUFReader(file), {}
+    names = dict(map(str.split, QWEN2.strip().splitlines()))
     for tensor in reader.tensors:
         *block, part, kind = tensor.name.split(".")
         layer = f"model.layers.{block[1]}." if block else ""
-        name = f"{layer}{QWEN2[part]}.{kind}"
+        name = f"{layer}{names[part]}.{kind}"
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         tensors[name] = torch.from_numpy(values.copy()).to(torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -115,7 +118,9 @@ def convert(file: Path, folder: Path) -> None:
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16"}
     config["vocab_size"] = len(read("tokenizer.ggml.tokens"))
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    config |= {name: read(f"qwen2.{figure}") for name, figure in FIGURES.items()}
+    for figure in FIGURES.strip().splitlines():
+        name, ours = figure.split()
+        config[name] = read(f"qwen2.{ours}")
     # <|im_end|>, <|endoftext|>
     ends = [read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "padding")]
     (folder / "config.json").write_text(json.dumps(config))

@@ -39,21 +39,15 @@ pytestmark = pytest.mark.clients
 
 CACHE = Path("~/.cache/cerebrum/clients").expanduser()  # node's packages
 INSTALL = "please run: ./run.sh setup clients"
-COUNTS = {
-    "prompt_tokens": 7,
-    "completion_tokens": 3,
-    "total_tokens": 10,
-    "prompt_tokens_details": {"cached_tokens": 5},
-}
-CHAT = [
+COUNTS = json.loads("""{
+    "prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10,
+    "prompt_tokens_details": {"cached_tokens": 5}}""")
+CHAT = json.loads("""[
     {"role": "system", "content": "You help."},
     {"role": "user", "content": "Add."},
     {"role": "assistant", "content": "a + b"},
-    {
-        "role": "user",
-        "content": [{"type": "text", "text": "And"}, {"type": "text", "text": "subtract."}],
-    },
-]
+    {"role": "user", "content": [
+        {"type": "text", "text": "And"}, {"type": "text", "text": "subtract."}]}]""")
 CHAT_SENT = [*CHAT[:3], {"role": "user", "content": "And\nsubtract."}]
 
 

@@ -29,25 +29,16 @@ SLOWLY = 4 * PATIENCE
 MODEL = {"provider": "ollama", "model": "qwen2.5-coder"}
 NO_MODEL = {"provider": "none", "model": "none"}
 CELLS = ("def add(a, b):\n    return", SUFFIX.strip())
-NOTEBOOK = {
+NOTEBOOK = r"""{
     "cells": [
-        {
-            "cell_type": "code",
-            "id": f"cell{number}",
-            "metadata": {},
-            "source": source,
-            "outputs": [],
-            "execution_count": None,
-        }
-        for number, source in enumerate(CELLS)
-    ],
+        {"cell_type": "code", "id": "cell0", "metadata": {}, "outputs": [],
+         "execution_count": null, "source": "def add(a, b):\n    return"},
+        {"cell_type": "code", "id": "cell1", "metadata": {}, "outputs": [],
+         "execution_count": null, "source": "print(add(1, 2))"}],
     "metadata": {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-        "language_info": {"name": "python"},
-    },
-    "nbformat": 4,
-    "nbformat_minor": 5,
-}
+        "language_info": {"name": "python"}},
+    "nbformat": 4, "nbformat_minor": 5}"""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +61,7 @@ def jupyter_lab(program: Path, home: Path, pi: Pi) -> Iterator[str]:
     chosen = {"chat_model": NO_MODEL, "inline_completion_model": MODEL}
     settings.write_text(json.dumps(chosen))
     (home / "work").mkdir()
-    (home / "work/sum.ipynb").write_text(json.dumps(NOTEBOOK))
+    (home / "work/sum.ipynb").write_text(NOTEBOOK)
     port = free_port()
     command = [str(program), "lab", "--allow-root", "--no-browser", "--ip=127.0.0.1"]
     command += [f"--port={port}", f"--ServerApp.root_dir={home / 'work'}"]

@@ -32,29 +32,26 @@ def test_the_document_is_valid() -> None:
     OpenAPIV31SpecValidator(DOCUMENT).validate()
 
 
-SAID = [
-    {"role": "user", "content": [{"type": "text", "text": "Sort."}]},
-    {"role": "assistant", "content": "a"},
-]
-MORE = {  # examples of the members that no `Field` checks
+# Examples of the members that no `Field` checks.
+MORE = json.loads("""{
     "/v1/complete": {
-        "prompt": "def add(a, b):",
-        "language": "python",
-        "model": "qwen_0_5b",
-        "stop": ["b"],
-    },
-    "/v1/completions": {"prompt": ["a"], "stop": "b", "stream_options": {"include_usage": True}},
-    "/v1/chat/completions": {"messages": SAID, "stop": ["b"], "stream_options": None},
+        "prompt": "def add(a, b):", "language": "python", "model": "qwen_0_5b", "stop": ["b"]},
+    "/v1/complete/stream": {
+        "prompt": "def add(a, b):", "language": "python", "model": "qwen_0_5b", "stop": ["b"]},
+    "/v1/completions": {"prompt": ["a"], "stop": "b", "stream_options": {"include_usage": true}},
+    "/v1/chat/completions": {"stop": ["b"], "stream_options": null, "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Sort."}]},
+        {"role": "assistant", "content": "a"}]},
     "/v1/fim/completions": {"prompt": "a", "suffix": "b", "random_seed": 1, "stop": "c"},
     "/completion": {"prompt": "a", "response_fields": ["content"]},
-    "/infill": {"prompt": "", "stop": None, "input_extra": [{"filename": "a.py", "text": "b"}]},
+    "/infill": {"prompt": "", "stop": null, "input_extra": [{"filename": "a.py", "text": "b"}]},
     "/api/generate": {"prompt": "a", "suffix": "b", "options": {"stop": ["b"], "seed": 1}},
-    "/api/chat": {"messages": SAID},
+    "/api/chat": {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Sort."}]},
+        {"role": "assistant", "content": "a"}]},
     "/api/show": {"model": "qwen_0_5b"},
     "/v1/accepted": {"characters": 12},
-    "/tokenize": {"content": "a + b"},
-}
-MORE["/v1/complete/stream"] = MORE["/v1/complete"]
+    "/tokenize": {"content": "a + b"}}""")
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
