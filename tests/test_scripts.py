@@ -358,8 +358,8 @@ def test_a_wrong_argument_exits_with_2(repl: Repl) -> None:
 
 def test_settings_reach_the_request(repl: Repl) -> None:
     repl.answers(completion("x"), completion("y"))
-    typed = ":lang rust|:model tiny|:tokens 9|:temp 0|fn f|:model auto|:temp 1.0|fn g"
-    repl.converse(*typed.split("|"))
+    typed = ":lang rust\n:model tiny\n:tokens 9\n:temp 0\nfn f\n:model auto\n:temp 1.0\nfn g"
+    repl.converse(typed)
     asked = """[
         {"mode": "auto", "language": "rust", "max_tokens": 9, "progress": true, "prompt": "fn f",
          "model": "tiny", "temperature": 0},
@@ -382,8 +382,8 @@ NOT_WHOLE = "the last result is not whole; :save PATH saves it nevertheless"
 
 
 def test_commands_that_ask_nothing(repl: Repl) -> None:
-    typed = ":lang go|:tokens|:temp|:last|:write|:save|:do it|:nonsense||   |:exit|never"
-    out, err = repl.converse(*typed.split("|"))
+    typed = ":lang go\n:tokens\n:temp\n:last\n:write\n:save\n:do it\n:nonsense\n\n   \n:exit\nnever"
+    out, err = repl.converse(typed)
     assert out == "language: go\ntokens: 512\ntemperature: 0.4\n"
     assert err == [
         "there is no result yet",
@@ -439,7 +439,7 @@ def test_what_the_server_lists(repl: Repl) -> None:
         repl.backend.asked.clear()
         repl.backend.models = repl.backend.stats = answered
         messages = [message.format(url=repl.url) for message in said]
-        assert repl.converse(*commands.splitlines()) == (shown, messages)
+        assert repl.converse(commands) == (shown, messages)
         path = "/v1/stats" if commands == ":stats" else "/v1/models"
         assert [line for line, _, _ in repl.backend.asked] == [f"GET {path} HTTP/1.1"]
 
@@ -551,8 +551,8 @@ def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl) -> None
     path = repl.file("x.go", "one\ntwo\n")
     changed = [instructed(text) for text in ("def f():\n  y\n", "one\nTWO", "ONE\nTWO\n")]
     repl.answers(completion("\n  x"), *changed)
-    typed = f"def f():|:do use y|:write|:do @{path} shout  it|:do louder|:write"
-    out, err = repl.converse(*typed.split("|"))
+    typed = f"def f():\n:do use y\n:write\n:do @{path} shout  it\n:do louder\n:write"
+    out, err = repl.converse(typed)
     assert err == [NO_FILE]
     for body, fields in zip(repl.asked[1:], INSTRUCTIONS, strict=True):
         assert body == body | fields | {"mode": "instruct"}
@@ -657,8 +657,8 @@ def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
 ) -> None:
     a, b = a_and_b
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
-    typed = f":file {a}|:file {b}|:write|:last|:do finish it|:write"
-    out, err = repl.converse(*typed.split("|"))
+    typed = f":file {a}\n:file {b}\n:write\n:last\n:do finish it\n:write"
+    out, err = repl.converse(typed)
     broken = "the stream broke off before its end"
     unfit = "made from a result that is not whole"
     assert err == [broken, NOT_WHOLE, unfit + REFUSES, NOT_WHOLE]
@@ -705,8 +705,10 @@ def test_any_name_of_a_file(repl: Repl, monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.chdir(repl.folder)
     path = write(Path(name), "a\n")
     repl.answers(completion("b\n"), completion("!"), instructed("c\n"))
-    typed = f':file {name}|:write|:infill {name}:1|:write|:do @"{name}" it|:write|:save -copy.go'
-    assert repl.converse(*typed.split("|"))[1] == []
+    typed = (
+        f':file {name}\n:write\n:infill {name}:1\n:write\n:do @"{name}" it\n:write\n:save -copy.go'
+    )
+    assert repl.converse(typed)[1] == []
     assert repl.prompts() == ["a\n", "a", "a!\nb\n"]
     assert repl.asked[1]["filename"] == name.replace("\udcff", "?")
     assert texts(path, Path("-copy.go")) == ["c\n", "c\n"]
@@ -749,7 +751,7 @@ def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(
     a, b = a_and_b
     asked = threading.Event()
     left = threading.Event()
-    repl.answers(completion("A\n"), completion(asked.set, HANG, left.set))
+    repl.answers(completion("A\n"), [head(), asked.set, HANG, left.set])
     screen = repl.terminal()
     screen.enter(f":file {a}")
     screen.expect("block]")
@@ -787,7 +789,7 @@ def test_ctrl_c_at_a_prompt_drops_what_was_typed(repl: Repl) -> None:
 
 def test_ctrl_c_in_the_filter_ends_it(repl: Repl) -> None:
     left = threading.Event()
-    repl.answers(completion("one", " two", HANG, left.set))
+    repl.answers([head(), token("one", 1), token(" two", 2), HANG, left.set])
     screen = repl.terminal("-")
     screen.type("x\x04\x04")
     screen.expect("one two")
