@@ -13,16 +13,14 @@ import html
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-from harness import MODELS, ROOT, daemon, wait_until
+from harness import ROOT, wait_until
 
-sys.path += [str(ROOT), str(ROOT / "tests/pi")]
-from scripted import Backend
-from test_lsp_clients import HOME, LUA, Terminal, home, installed, settings
-from test_plugins import Pi
+sys.path += [str(ROOT / "tests/pi"), str(ROOT / "tests/bench")]
+import servers
+from test_lsp_clients import HOME, LUA, editing, home, installed, settings
 
 LOOK = """
 vim.o.termguicolors, vim.o.laststatus, vim.o.number = true, 0, true
@@ -115,39 +113,22 @@ font-size="{FONT_SIZE}" fill="{FOREGROUND}">
 """
 
 
-@contextmanager
-def both_daemons(folder: Path) -> Iterator[Pi]:
-    easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
-    with daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=f"{MODELS}", **easy) as vps:
-        open_to_all = {
-            "CEREBRUM_CM4_API_KEY": "",
-            "CEREBRUM_VPS_URL": f"http://127.0.0.1:{vps.port}",
-        }
-        with daemon("cm4d", folder / "cm4d", **open_to_all) as pi:
-            pi.wait_for_line("VPS backend is available")
-            yield Pi(f"http://127.0.0.1:{pi.port}", Backend())
-
-
 def taken(folder: Path) -> str:
     """The SVG of what Neovim shows where TYPED ends."""
-    with both_daemons(folder) as pi:
-        pi.asked("/infill", {"input_prefix": TEXT, "input_suffix": "", "n_predict": 1})  # loads it
-        home(folder, ".config/init.lua", LOOK + settings(*LUA, pi.url))
+    with ExitStack() as stack:
+        _, pi = servers.both(stack, folder)
+        pi.wait_for_line("VPS backend is available")
+        url = f"http://127.0.0.1:{pi.port}"
+        servers.ask(f"{url}/infill", input_prefix=TEXT, input_suffix="", n_predict=1)  # loads it
+        home(folder, ".config/init.lua", LOOK + settings(*LUA, url))
         options = ["-u", f"{HOME}/.config/init.lua"]
-        terminal = Terminal(installed(), folder, "nvim", *options, text=TEXT)
-        try:
-            wait_until(
-                lambda: terminal.sent.exists() and "didOpen" in terminal.sent.read_text(),
-                "the server has the file",
-            )
-            terminal.type("G", "o", *TYPED)
-            hint = re.compile(rf"{TYPED}\S")
-            wait_until(lambda: hint.search(terminal.screen), "a hint is shown")
-            cursor = terminal.run("display-message", "-p", "#{cursor_x} #{cursor_y}")
-            column, row = map(int, cursor.split())
-            return drawn(terminal.run("capture-pane", "-p", "-e"), column, row)
-        finally:
-            terminal.close()
+        terminal = stack.enter_context(editing(installed(), folder, "nvim", *options, text=TEXT))
+        terminal.type("G", "o", *TYPED)
+        hint = re.compile(rf"{TYPED}\S")
+        wait_until(lambda: hint.search(terminal.screen), "a hint is shown")
+        cursor = terminal.run("display-message", "-p", "#{cursor_x} #{cursor_y}")
+        column, row = map(int, cursor.split())
+        return drawn(terminal.run("capture-pane", "-p", "-e"), column, row)
 
 
 if __name__ == "__main__":

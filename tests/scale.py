@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,7 @@ class Tree(Engine):
         super().kill()
 
 
-@contextlib.contextmanager
-def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
+def vllm(folder: Path, key: str, *options: str) -> AbstractContextManager[Engine]:
     """vLLM, ready. `options` are more of its own, as on a command line."""
     prepare()
 
@@ -154,8 +153,7 @@ def vllm(folder: Path, key: str, *options: str) -> Iterator[Engine]:
         given += ["--served-model-name", NAME, "--api-key", key]
         return ["env", *VARIABLES, *module, *given, *SETTINGS, *options]
 
-    with started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS)) as engine:
-        yield engine
+    return started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS))
 
 
 def main() -> None:

@@ -261,13 +261,6 @@ class Arm:
         if self.reads:
             self.ask(place, 0, n_predict=0, stream=False)
 
-    def look(self, seconds: float) -> None:
-        """Someone looks, for as long as the house reads if `seconds` is 0."""
-        if seconds:
-            time.sleep(seconds - REST_SECONDS)
-        else:
-            self.wait()
-
     def wait(self) -> None:
         """Wait until nothing is read any more."""
         if self.vps:
@@ -277,10 +270,6 @@ class Arm:
                 wait_until(lambda: not servers.ask(url)["requests_active"], seconds=600)
                 time.sleep(0.5)
                 is_quiet = not servers.ask(url)["requests_active"]
-
-
-def is_right(place: Place, typed: int, text: str) -> bool:
-    return text.partition("\n")[0].rstrip() == place[2][typed:] != ""
 
 
 class First(NamedTuple):
@@ -297,12 +286,17 @@ class First(NamedTuple):
 
 
 def first_hint(arm: Arm, place: Place, look: float) -> First:
+    """Someone looks at a place, for as long as the house reads if `look` is 0, and types a key."""
     arm.rest(place)
-    arm.look(look)
+    if look:
+        time.sleep(look - REST_SECONDS)
+    else:
+        arm.wait()
     first, hint, text, writer = arm.ask(place, 1)
-    wanted = (place[2] + place[3])[1:]
-    good = len(commonprefix([text, wanted]))  # noqa: RUF071
-    return First(first, hint, is_right(place, 1, text), good, len(text) - good, writer)
+    _, _, line, below = place
+    is_right = text.partition("\n")[0].rstrip() == line[1:] != ""
+    good = len(commonprefix([text, line[1:] + below]))  # noqa: RUF071
+    return First(first, hint, is_right, good, len(text) - good, writer)
 
 
 def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, Any]:
@@ -320,7 +314,8 @@ def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, 
             arm.wait()
     result = {name: medians(of) for name, of in files.items()}
     for name in files.keys() - {"now"}:
-        result[name]["over"] = over(files["now"], files[name])
+        both = files["now"], files[name]
+        result[name]["over"] = {figure: over(*both, figure) for figure in ("first", "hint")}
     return result
 
 
@@ -336,26 +331,22 @@ def medians(files: list[list[First]]) -> dict[str, Any]:
     return result | {"right": sum(one.right for one in hints), "of": len(hints)}
 
 
-def over(now: list[list[First]], other: list[list[First]]) -> dict[str, list[float]]:
-    """Ratios of the seconds of `now` to those of another arm."""
+def over(now: list[list[First]], other: list[list[First]], name: str) -> list[float]:
+    """The median of the ratios of `now` to another arm, and its 95 % interval."""
+    files = [
+        [getattr(one, name) / getattr(another, name) for one, another in zip(*pair, strict=True)]
+        for pair in zip(now, other, strict=True)
+    ]
+    chance, drawn = random.Random(1), list[float]()
+    for _ in range(DRAWS):
+        drawn.append(median_of(chance.choices(files, k=len(files))))
+    drawn.sort()
+    values = median_of(files), drawn[DRAWS // 40], drawn[-DRAWS // 40]
+    return [round(value, 2) for value in values]
 
-    def compared(numbers: Iterable[int]) -> tuple[float, float]:
-        pairs = list[tuple[First, First]]()
-        for at in numbers:
-            pairs += zip(now[at], other[at], strict=True)
-        first = statistics.median(one.first / another.first for one, another in pairs)
-        hint = statistics.median(one.hint / another.hint for one, another in pairs)
-        return first, hint
 
-    chance, every = random.Random(1), range(len(now))
-    drawn = [compared(chance.choices(every, k=len(every))) for _ in range(DRAWS)]
-    values = compared(every)
-    result = {}
-    for number, name in enumerate(("first", "hint")):
-        of = sorted(one[number] for one in drawn)
-        low, high = of[DRAWS // 40], of[-DRAWS // 40]
-        result[name] = [round(one, 2) for one in (values[number], low, high)]
-    return result
+def median_of(files: Iterable[list[float]]) -> float:
+    return statistics.median(itertools.chain.from_iterable(files))
 
 
 def arms_of(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, Arm]:

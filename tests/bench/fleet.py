@@ -167,28 +167,19 @@ def type_all(typists: list[Typist], done: Any) -> list[Answer]:
     return sorted(answers, key=lambda answer: answer.at)
 
 
-@contextlib.contextmanager
-def replica(options: Any, folder: Path, model: Path, count: int) -> Iterator[Engine]:
+def replica(
+    options: Any, folder: Path, model: Path, count: int
+) -> contextlib.AbstractContextManager[Engine]:
     """One of `count` llama-servers. A hash does not give each of them the same number of files."""
     slots = math.ceil(1.5 * options.editors / count)
-    given = [
-        options.llama_server,
-        "--host",
-        "127.0.0.1",
-        "-m",
-        str(model),
-        "--offline",
-        "--alias",
-        "tiny",
-    ]
-    given += ["-c", str(CONTEXT * slots), "-np", str(slots), "--no-kv-unified", "-t", "1"]
+    given = "--host 127.0.0.1 --offline --alias tiny --no-kv-unified -t 1 --cache-ram 0"
     # It cuts a gap's texts to the size of a batch.
-    given += ["-b", str(CONTEXT), "--cache-ram", "0"]
-    engine = Engine(
-        "llama-server", folder, lambda port: [*given, "--port", str(port)], free_port(), ""
-    )
-    with started(engine) as running:
-        yield running
+    given += f" -c {CONTEXT * slots} -np {slots} -b {CONTEXT}"
+
+    def command(port: int) -> list[str]:
+        return [options.llama_server, "-m", str(model), "--port", str(port), *given.split()]
+
+    return started(Engine("llama-server", folder, command, free_port(), ""))
 
 
 @contextlib.contextmanager

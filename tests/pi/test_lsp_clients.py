@@ -89,22 +89,13 @@ class Terminal:
         (folder / "home/cerebrum_lsp.py").write_text(SERVER)
         self.sent = folder / "home/sent"
         self.tmux = ["tmux", "-S", str(folder / "tmux"), "-f", "/dev/null"]
-        settings = {"HOME": HOME, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
+        settings = f"--setenv=HOME={HOME} --setenv=TERM=xterm-256color --setenv=LANG=C.UTF-8"
+        quiet = "--quiet --register=no --keep-unit --console=interactive"
         # of a name that no earlier run has left behind
         machine = f"--machine=editor-{os.getpid()}-{command[0]}"
-        nspawn = [
-            "systemd-nspawn",
-            "--quiet",
-            "--register=no",
-            "--keep-unit",
-            "--console=interactive",
-            machine,
-            f"--directory={debian}",
-            f"--bind={folder}/home:{HOME}",
-            f"--chdir={HOME}/project",
-            f"--bind-ro={ROOT}/cerebrum_lsp.py:/cerebrum_lsp.py",
-            *(f"--setenv={name}={value}" for name, value in settings.items()),
-        ]
+        nspawn = f"systemd-nspawn {quiet} {settings} --chdir={HOME}/project".split()
+        nspawn += [machine, f"--directory={debian}", f"--bind={folder}/home:{HOME}"]
+        nspawn.append(f"--bind-ro={ROOT}/cerebrum_lsp.py:/cerebrum_lsp.py")
         self.run("new-session", "-d", "-x", "100", "-y", "30", *nspawn, *command, "sum.py")
         self.process = int(self.run("display-message", "-p", "#{pane_pid}"))
 
@@ -142,9 +133,8 @@ def editing(debian: Path, folder: Path, *command: str, text: str = TEXT) -> Iter
             lambda: terminal.sent.exists() and "didOpen" in terminal.sent.read_text(),
             "the server has the file",
         )
-        terminal.shows(
-            "Loaded 1 file" if command[0] == "hx" else "def add"
-        )  # before it, Helix drops what is typed
+        # Before it, Helix drops what is typed.
+        terminal.shows("Loaded 1 file" if command[0] == "hx" else text.splitlines()[0])
         yield terminal
     finally:
         terminal.close()
