@@ -45,6 +45,13 @@ RESET, HANG = "reset", "hang"
 Flood = itertools.repeat  # of a piece: it is sent until the other side leaves
 
 
+def reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection by a TCP reset."""
+    linger = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+
+
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
@@ -211,9 +218,7 @@ class Backend:
         self, step: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         if step is RESET:
-            linger = struct.pack("ii", 1, 0)
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
+            reset(writer)
         elif step is HANG:
             with contextlib.suppress(ConnectionResetError):
                 await reader.read()

@@ -747,6 +747,13 @@ async def serving(**options: Any) -> AsyncIterator[tuple[http.Server, int]]:
     assert not complaints
 
 
+@contextlib.asynccontextmanager
+async def connected() -> AsyncIterator[tuple[Any, ...]]:
+    """A server in this process, and the ends of a connection to it."""
+    async with serving() as (server, port), connect(port) as (reader, writer):
+        yield server, reader, writer
+
+
 SYSTEM_PYTHON = "/usr/bin/python3"  # the Pi's daemon runs on it, and it may be newer than ours
 
 
@@ -904,7 +911,7 @@ CUTS = [
 async def test_end_of_file_inside_a_message():
     """There is no answer, and no handler runs."""
     for cut in CUTS:
-        async with serving() as (server, port), connect(port) as (reader, writer):
+        async with connected() as (server, reader, writer):
             writer.write(cut.replace(b"@POST", b"/v1/complete"))
             writer.write_eof()
             assert await reader.read() == b""

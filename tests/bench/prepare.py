@@ -16,10 +16,10 @@ import sys
 import time
 import timeit
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pi"))
+from servers import ROOT
+
+sys.path.insert(0, f"{ROOT}/tests/pi")
 import test_stalls
 
 from cerebrum.text.prompt import prepare

@@ -83,9 +83,9 @@ async def in_line(pi: Pi) -> None:
     await until(lambda: len(pi.line) == 1)
 
 
-async def read_whole(pi: Pi, backend: Backend) -> None:
-    """Wait until a second request has read what the first one left out."""
-    await until(lambda: len(backend.completions) == 2 and not pi.reads_ahead())
+async def read_whole(pi: Pi, backend: Backend, count: int = 2) -> None:
+    """Wait until so many requests were asked for, and none of them still reads ahead."""
+    await until(lambda: len(backend.completions) == count and not pi.reads_ahead())
 
 
 # ----------------------------------------------------------------------------------------- replaced
@@ -427,11 +427,11 @@ def read(pi: Pi, prompt: str) -> asyncio.Task[Reply]:
 async def test_the_newest_place_of_a_client_is_read_and_its_older_one_never_again():
     async with pi_with([HANG], [HANG], script("a")) as (pi, backend):
         await read(pi, "one")
-        await until(lambda: backend.running == 1)
+        await backend.begun.wait()
         await read(pi, "two")
         await until(lambda: len(backend.completions) == 2)
         await infill(pi)
-        await until(lambda: len(backend.completions) == 4 and not pi.reads_ahead())
+        await read_whole(pi, backend, 4)
         prompts = [asked["prompt"].rpartition("\n")[2] for asked in backend.completions]
         assert prompts == ["one", "two", "    ret", "two"]
 
@@ -439,7 +439,7 @@ async def test_the_newest_place_of_a_client_is_read_and_its_older_one_never_agai
 async def test_the_rest_of_a_cut_prompt_is_read_before_an_older_place() -> None:
     async with pi_with([HANG], script("a", **TOLD)) as (pi, backend):
         await read(pi, "old")
-        await until(lambda: backend.running == 1)
+        await backend.begun.wait()
         await infill(pi, **PLACE)
         await until(lambda: len(backend.completions) == 3)
         assert backend.completions[2]["prompt"].endswith("x")
@@ -467,7 +467,7 @@ async def test_the_rest_of_an_older_place_is_not_read_instead_of_a_newer_one(n_p
     slow = script(go.wait, "a", **TOLD)
     async with pi_with(slow, script("b", **TOLD)) as (pi, backend):
         older = infill(pi, **PLACE, n_predict=n_predict)
-        await until(lambda: backend.running == 1)
+        await backend.begun.wait()
         await infill(pi, input_prefix="a = 1\n", prompt="there", n_predict=0)
         go.set()
         assert (await older).status == 200
@@ -657,7 +657,7 @@ async def test_what_is_typed_of_a_hint_is_read_once_the_rest_of_its_prompt_is() 
             await until(pi.reads_ahead)
             assert (await infill(pi, **PLACE | {"prompt": typed})).json["type_through"]
         go.set()
-        await until(lambda: len(backend.completions) == 3 and not pi.reads_ahead())
+        await read_whole(pi, backend, 3)
         _, rest, typed = backend.completions
         assert typed == rest | {"prompt": f"{rest['prompt']}yz"}
 
@@ -668,7 +668,7 @@ async def test_a_jump_down_a_file_ends_the_reading_above() -> None:
         await until(pi.reads_ahead)
         below = {"input_prefix": LONG + "x\n", "input_suffix": AFTER[100:], "n_predict": 0}
         await infill(pi, **PLACE | below)
-        await until(lambda: len(backend.completions) == 4 and not pi.reads_ahead())
+        await read_whole(pi, backend, 4)
         assert "x\n" in backend.completions[2]["prompt"][-5:]
 
 
