@@ -49,6 +49,16 @@ NO_FILE: dict[str, Any] = {
 }
 FILES = {model.id: MODELS / model.file for model in SHIPPED}
 
+
+def rows(table: str) -> list[list[str]]:
+    """A row a line, with bars between its cells. Behind a backslash is an escape of Python."""
+    return [[*map(_cell, line.split("|"))] for line in table.strip("\n").splitlines()]
+
+
+def _cell(text: str) -> str:
+    return text.strip().encode().decode("unicode_escape")
+
+
 # ------------------------------------------------------------------------------------------ waiting
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CAPTURED, PATIENCE, ROOT, certificate, disk_of, wait_until
+from harness import CAPTURED, PATIENCE, ROOT, certificate, disk_of, rows, wait_until
 from scripted import (
     CHUNKED,
     END,
@@ -212,11 +212,6 @@ def mode(path: Path) -> int:
 
 def texts(*paths: Path) -> list[str]:
     return [path.read_text() for path in paths]
-
-
-def rows(table: str) -> list[list[str]]:
-    """A row a line, with bars between its cells."""
-    return [[*map(str.strip, line.split("|"))] for line in table.strip().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------- filter
@@ -513,20 +508,21 @@ def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl) ->
         assert body["max_tokens"] == int(tokens)
 
 
-GAPS = [  # line, text before the gap, text after it
-    (2, "a\n    return ", "\nb\n"),
-    (2, "a\n", "\n\nb"),
-    (1, "", "\nb\n"),
-    (2, "a\nb", ""),
-    (2, "a\nb", "\n"),
-    (2, "a\r\nx =", "\r\nb\r\n"),
-    (1, "é", "\nü\n"),
-]
+# A line, the text before the gap, the text after it.
+GAPS = r"""
+2 | a\n    return\x20 | \nb\n
+2 | a\n              | \n\nb
+1 |                  | \nb\n
+2 | a\nb             |
+2 | a\nb             | \n
+2 | a\r\nx =         | \r\nb\r\n
+1 | \xe9             | \n\xfc\n
+"""
 FILL = "FI\nLL"
 
 
 def test_a_gap_is_filled(repl: Repl) -> None:
-    for line, before, after in GAPS:
+    for line, before, after in rows(GAPS):
         path = repl.file("x.py", before + after)
         repl.answers(completion(FILL))
         shown = f"{FILL}\n{SUMMARY}\nwrote {path}\n"
@@ -584,16 +580,18 @@ def test_half_an_answer_is_not_written(repl: Repl) -> None:
         assert path.read_text() == "one\ntwo\n"
 
 
-NO_TEXT = [  # a command, the file, what is said
-    (":do @{path} it", b"one\ncaf\xe9\n", "0xe9 in line 2"),
-    (":file {path}", b"\xed\xa0\x80\n", "0xed in line 1"),  # half of an emoji
-    (":infill {path}:1", b"\xff\xfea\0", "0xff in line 1"),  # UTF-16
-    (":file {path}", b"a\n\n\xc3\xa9\0", "0x00 in line 3"),
-]
+# A command, the file, what is said. The second file has half of an emoji, the third is UTF-16.
+NO_TEXT = r"""
+:do @{path} it   | one\ncaf\xe9\n  | 0xe9 in line 2
+:file {path}     | \xed\xa0\x80\n  | 0xed in line 1
+:infill {path}:1 | \xff\xfea\0     | 0xff in line 1
+:file {path}     | a\n\n\xc3\xa9\0 | 0x00 in line 3
+"""
 
 
 def test_what_is_no_text_is_left_alone(repl: Repl) -> None:
-    for command, data, where in NO_TEXT:
+    for command, text, where in rows(NO_TEXT):
+        data = text.encode("latin-1")
         path = repl.file("x.py", data)
         said = f"{path}: expected text in UTF-8, got the byte {where}"
         assert repl.converse(command.format(path=path), ":write")[1] == [said, NO_FILE]
@@ -714,20 +712,22 @@ def test_any_name_of_a_file(repl: Repl, monkeypatch: pytest.MonkeyPatch, name: s
     assert texts(path, Path("-copy.go")) == ["c\n", "c\n"]
 
 
-LINE_ENDS = [  # the file, what a model answers to an instruction, what is written
-    (b"a\r\nb\r\n", "A\nB\n", b"A\r\nB\r\n"),
-    (b"a\r\nb\r\n", "A\r\nB", b"A\r\nB\r\n"),
-    (b"a\r\nb", "A\nB", b"A\r\nB"),
-    (b"a\nb\r\n", "A\nB\n", b"A\nB\n"),
-    (b"a\nb\r\nc\r\n", "a\nnew\nb\nC\n", b"a\nnew\nb\r\nC\n"),
-    (b"\xef\xbb\xbfa\nb\n", "a\nB\n", b"\xef\xbb\xbfa\nB\n"),
-    (b"a\nb", "A\nB", b"A\nB"),
-    (b"", "A", b"A\n"),
-]
+# A file, what a model answers to an instruction, what is written.
+LINE_ENDS = r"""
+a\r\nb\r\n         | A\nB\n         | A\r\nB\r\n
+a\r\nb\r\n         | A\r\nB         | A\r\nB\r\n
+a\r\nb             | A\nB           | A\r\nB
+a\nb\r\n           | A\nB\n         | A\nB\n
+a\nb\r\nc\r\n      | a\nnew\nb\nC\n | a\nnew\nb\r\nC\n
+\xef\xbb\xbfa\nb\n | a\nB\n         | \xef\xbb\xbfa\nB\n
+a\nb               | A\nB           | A\nB
+                   | A              | A\n
+"""
 
 
 def test_a_changed_file_keeps_its_line_ends(repl: Repl) -> None:
-    for before, answered, after in LINE_ENDS:
+    for old, answered, new in rows(LINE_ENDS):
+        before, after = old.encode("latin-1"), new.encode("latin-1")
         path = repl.file("x.py", before)
         repl.answers(*[instructed(answered)] * 2)
         assert repl.converse(f":do @{path} shout", ":do again", ":write")[1] == []
@@ -907,28 +907,28 @@ def test_a_key_is_32_random_bytes() -> None:
 
 
 NAME = "CEREBRUM_API_KEY"
-OTHERWISE = f"# {NAME}=\n\nX={NAME}=\\n%s\n"
-WRITTEN = [  # file, before, after (K is the new key)
-    (".env", None, "CEREBRUM_API_KEY=K\n"),
-    (".env", "", "CEREBRUM_API_KEY=K\n"),
-    (".env", "A=1\nCEREBRUM_API_KEY=\nB=2\n", "A=1\nCEREBRUM_API_KEY=K\nB=2\n"),
-    (".env", "A=1", "A=1\nCEREBRUM_API_KEY=K\n"),
-    (".env", "CEREBRUM_API_KEY=o/l+d==", "CEREBRUM_API_KEY=K,o/l+d==\n"),
-    (".env", f"export {NAME} = 'one'\nB=2\n{NAME}=\"two\"\r\n", f"{NAME}=K,two\nB=2\n"),
-    (".env", OTHERWISE, f"{OTHERWISE}CEREBRUM_API_KEY=K\n"),
-    (".env", "A=\xff\r\n", "A=\xff\r\nCEREBRUM_API_KEY=K\n"),
-    ("CEREBRUM_API_KEY", None, "K\n"),
-    ("CEREBRUM_API_KEY", "\n", "K\n"),
-    ("CEREBRUM_CM4_API_KEY", "old==\n\n", "K,old==\n"),
-]
+# A file, what is in it before and after (@ is NAME, K the new key).
+WRITTEN = r"""
+.env                 | none                                  | @=K\n
+.env                 |                                       | @=K\n
+.env                 | A=1\n@=\nB=2\n                       | A=1\n@=K\nB=2\n
+.env                 | A=1                                   | A=1\n@=K\n
+.env                 | @=o/l+d==                             | @=K,o/l+d==\n
+.env                 | export @ = 'one'\nB=2\n@="two"\r\n    | @=K,two\nB=2\n
+.env                 | # @=\n\nX=@=\\n%s\n                   | # @=\n\nX=@=\\n%s\n@=K\n
+.env                 | A=\xff\r\n                            | A=\xff\r\n@=K\n
+CEREBRUM_API_KEY     | none                                  | K\n
+CEREBRUM_API_KEY     | \n                                    | K\n
+CEREBRUM_CM4_API_KEY | old==\n\n                             | K,old==\n
+"""
 
 
-@pytest.mark.parametrize(("name", "before", "after"), WRITTEN)
+@pytest.mark.parametrize(("name", "before", "after"), rows(WRITTEN.replace("@", NAME)))
 def test_a_key_is_written_before_the_one_that_is_there(
     tmp_path: Path, name: str, before: str, after: str
 ) -> None:
     path = tmp_path / name
-    if before is not None:
+    if before != "none":
         write(path, before.encode("latin-1")).chmod(0o644)
     assert keygen("--write", path) == (0, f"key set in: {path}\n", "")
     text = path.read_bytes().decode("latin-1")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KEY, SHIPPED, until
+from harness import KEY, SHIPPED, rows, until
 from scripted import CHUNKED, HANG, Backend, Pi, chunk, error, event, pi_for, token
 from scripted import script as completion
 from test_page import settings_for_editors
@@ -418,9 +418,9 @@ async def test_lines_are_compared(chrome: Any) -> None:
     async with visiting(chrome) as visit:
         compare = "pairs => pairs.map(([one, other]) => diffLines(one, other))"
         answers = await visit.page.evaluate(compare, pairs)
-    for (old, new), rows in zip(pairs, answers, strict=True):
-        before = [line for sign, line in rows if sign in " -"]
-        after = [line for sign, line in rows if sign in " +"]
+    for (old, new), compared in zip(pairs, answers, strict=True):
+        before = [line for sign, line in compared if sign in " -"]
+        after = [line for sign, line in compared if sign in " +"]
         assert (before, after) == (old.splitlines(True), new.splitlines(True))
     shortest = [sign for sign, _ in answers[-2]]
     assert shortest == [" ", "-", " ", "+", " "]
@@ -657,22 +657,22 @@ async def test_settings_are_sent_and_remembered(chrome: Any) -> None:
 # ------------------------------------------------------------------------------------- the keyboard
 
 
-# A text, where the cursor is (None: at its end), the keys, the text then.
-INDENTED = (
-    ("ab", None, ["Tab"], "ab  "),
-    ("if x:\n    a\n\nb\n", None, ["Control+a", "Tab"], "    if x:\n        a\n\n    b\n"),
-    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab"], "a\n\nb\n"),
-    ("    a\n\n  b\n", None, ["Control+a", "Shift+Tab", "Control+z"], "    a\n\n  b\n"),
-    ("\nabc", 0, ["Tab", "Shift+Tab", "Shift+Tab"], "\nabc"),
-    ("if x:\n\ta", None, ["Tab"], "if x:\n\ta\t"),
-)
+# A text, where the cursor is if not at its end, the keys, the text then.
+INDENTED = r"""
+ab                   |   | Tab                           | ab\x20\x20
+if x:\n    a\n\nb\n  |   | Control+a Tab                 | \x20   if x:\n        a\n\n    b\n
+\x20   a\n\n  b\n    |   | Control+a Shift+Tab           | a\n\nb\n
+\x20   a\n\n  b\n    |   | Control+a Shift+Tab Control+z | \x20   a\n\n  b\n
+\nabc                | 0 | Tab Shift+Tab Shift+Tab       | \nabc
+if x:\n\ta           |   | Tab                           | if x:\n\ta\t
+"""
 
 
 async def test_tab_indents(chrome: Any) -> None:
     async with visiting(chrome) as visit:
-        for text, at, keys, expected in INDENTED:
-            await visit.write(text, at)
-            await visit.press(*keys, holds=expected)
+        for text, at, keys, expected in rows(INDENTED):
+            await visit.write(text, int(at or len(text)))
+            await visit.press(*keys.split(), holds=expected)
         assert await visit.focused() == "editor"
 
 

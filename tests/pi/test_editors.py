@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from harness import PATIENCE, SHIPPED, Reply, until
+from harness import PATIENCE, SHIPPED, Reply, rows, until
 from scripted import (
     CHUNKED,
     GOOD,
@@ -547,17 +547,17 @@ async def test_what_the_user_types_while_it_is_computed_is_not_computed_again():
         assert [counts[name] for name in ("type_through", "replaced")] == [3, 2]
 
 
-LANGUAGES_NAMED = {
-    ("typescriptreact", "a.py"): "typescript",
-    ("Shellscript", "untitled:Untitled-1"): "shell",
-    ("vue", "a.py"): "python",
-    ("", "a.py"): "python",
-}
+# The language that a request names, its file's, the language that counts.
+LANGUAGES_NAMED = """
+typescriptreact | a.py                | typescript
+Shellscript     | untitled:Untitled-1 | shell
+vue             | a.py                | python
+                | a.py                | python
+"""
 
 
-@pytest.mark.parametrize(("given", "language"), LANGUAGES_NAMED.items(), ids=str)
-def test_a_language_that_is_named_and_known_counts_before_the_file_name(given, language):
-    named, filename = given
+@pytest.mark.parametrize(("named", "filename", "language"), rows(LANGUAGES_NAMED))
+def test_a_language_that_is_named_and_known_counts_before_the_file_name(named, filename, language):
     body = {**FILE, "language": named, "filename": filename}
     assert native_fields(INFILL.read(body), SHIPPED).language == language
 
