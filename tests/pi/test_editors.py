@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -139,37 +140,31 @@ async def test_an_infill_of_another_file_client_or_editor_ends_nothing(older, ne
         await backend.left.wait()
 
 
-IMPORTS = "import os\n\n"
-# Two gaps, each of its prompt, its suffix and its file's name, and whether one is typed on.
-TEXTS = {
-    "typed": (("a = 1\nb", "c\n"), ("a = 1\nb = 2", "c\n"), True),
-    "the window moved": (
-        ("a" * 3000 + "\nb\n", "d\ne\n"),
-        ("a" * 2000 + "\nb\nc\n", "d\ne\nf\n"),
-        True,
-    ),
-    "a word corrected": (("a = 1\nb = fo", "c\n"), ("a = 1\nb = bar", "c\n"), True),
-    "a bracket closed by the editor": (("f", "\nc\n"), ("f(", ")\nc\n"), True),
-    "another function": ((f"{IMPORTS}def a():\n    ",), (f"{IMPORTS}def b():\n    ",), False),
-    "another name": ((f"{IMPORTS}a = ",), (f"{IMPORTS}b = ",), False),
-    "two gaps of one text": (("a\nb = ", "\nc = 2\n"), ("a\nb = 1\nc = ", "\n"), False),
-    "two gaps far apart": (("a\n",), ("a\n" + "b" * 2000,), False),
-    "one is empty": (("", "\n"), ("x = 1\n", "y\n"), False),
-    "one has a name": (("a\n", "", "x.py"), ("a\n",), False),
-}
+# A case; two gaps, each of its prompt, its suffix and its file's name; whether one is typed on. For
+# ~ stand 1,000 letters.
+TEXTS = r"""
+typed              | a = 1\nb      | c\n      |      | a = 1\nb = 2   | c\n       | | yes
+the window moved   | ~~~\nb\n      | d\ne\n   |      | ~~\nb\nc\n     | d\ne\nf\n | | yes
+a word corrected   | a = 1\nb = fo | c\n      |      | a = 1\nb = bar | c\n       | | yes
+a closed bracket   | f             | \nc\n    |      | f(             | )\nc\n     | | yes
+another function   | import os\n\ndef a():\n\x20   | | | import os\n\ndef b():\n\x20   | | | no
+another name       | import os\n\na =\x20 | | | import os\n\nb =\x20 | | | no
+two of one text    | a\nb =\x20    | \nc = 2\n |      | a\nb = 1\nc =\x20 | \n     | | no
+two far apart      | a\n           |          |      | a\n~~          |           | | no
+one is empty       |               | \n       |      | x = 1\n         | y\n       | | no
+one has a name     | a\n           |          | x.py | a\n            |           | | no
+"""
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_is_typed_on(name) -> None:
-    *gaps, same = TEXTS[name]
+@pytest.mark.parametrize("case", rows(TEXTS), ids=itemgetter(0))
+def test_is_typed_on(case) -> None:
+    _, *gaps, same = [text.replace("~", "a" * 1000) for text in case]
     first, second = (
-        GenerationRequest(
-            **{"suffix": ""} | dict(zip(("prompt", "suffix", "filename"), gap, strict=False))
-        )
-        for gap in gaps
+        GenerationRequest(prompt, suffix=suffix, filename=filename)
+        for prompt, suffix, filename in (gaps[:3], gaps[3:])
     )
-    assert broadcast.is_typed_on(first, second) == same
-    assert broadcast.is_typed_on(second, first) == same
+    assert broadcast.is_typed_on(first, second) == (same == "yes")
+    assert broadcast.is_typed_on(second, first) == (same == "yes")
 
 
 # ------------------------------------------------------------------------------------------- shared
@@ -386,14 +381,9 @@ async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
 
 # ----------------------------------------------------------------------------------------- warm-ups
 
-WARM_UP = {
-    "input_prefix": "",
-    "input_suffix": "",
-    "prompt": "",
-    "n_predict": 0,
-    "response_fields": [""],
-}
-WARM_UP |= {"input_extra": [{"filename": "b.py", "text": "import os\n"}], "t_max_prompt_ms": 1}
+WARM_UP = json.loads("""{
+    "input_prefix": "", "input_suffix": "", "prompt": "", "n_predict": 0, "response_fields": [""],
+    "input_extra": [{"filename": "b.py", "text": "import os\\n"}], "t_max_prompt_ms": 1}""")
 
 
 async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do() -> None:

@@ -63,8 +63,8 @@ def jupyter_lab(program: Path, home: Path, pi: Pi) -> Iterator[str]:
     (home / "work").mkdir()
     (home / "work/sum.ipynb").write_text(NOTEBOOK)
     port = free_port()
-    command = [str(program), "lab", "--allow-root", "--no-browser", "--ip=127.0.0.1"]
-    command += [f"--port={port}", f"--ServerApp.root_dir={home / 'work'}"]
+    options = f"lab --allow-root --no-browser --ip=127.0.0.1 --port={port}"
+    command = [str(program), *options.split(), f"--ServerApp.root_dir={home / 'work'}"]
     environ = {"PATH": os.environ["PATH"], "HOME": str(home), "JUPYTER_TOKEN": "t"}
     environ |= {"OLLAMA_HOST": pi.url, "NO_PROXY": "*"}
     with (home / "log").open("w") as log:

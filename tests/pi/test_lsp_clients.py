@@ -12,10 +12,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE, ROOT, wait_until
+from harness import PATIENCE, ROOT, rows, wait_until
 from scripted import in_a_thread
 from test_clients import weights  # noqa: F401 (a fixture)
 from test_lsp import Pi as Scripted
@@ -28,7 +29,7 @@ DEBIAN = Path("~/.cache/cerebrum/editors").expanduser()
 PACKAGES = "neovim,emacs-nox,elpa-lsp-mode,hx,python3"
 TEXT = PREFIX + "    return \n" + SUFFIX[1:]
 HOME = "/home/me"  # in that Debian
-MORE_LUA = ("docs/editors.md", "cursor rests\n")
+MORE_LUA = "cursor rests\n"
 SERVER = """
 import os, runpy, subprocess
 copying = subprocess.Popen(["tee", "/home/me/sent"], stdout=subprocess.PIPE)
@@ -43,9 +44,9 @@ EMACS = """
 """
 
 
-def settings(document: str, begin: str, url: str) -> str:
-    """A block of our documentation that begins like this, with this address of the Pi."""
-    _, found, text = (ROOT / document).read_text().partition(begin)
+def settings(begin: str, url: str) -> str:
+    """A block of docs/editors.md that begins like this, with this address of the Pi."""
+    _, found, text = (ROOT / "docs/editors.md").read_text().partition(begin)
     assert found
     return text.partition("```")[0].replace("http://pi.local:7000", url)
 
@@ -159,7 +160,7 @@ def accepted(pi: Pi) -> int:
 
 @pytest.mark.nightly
 def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
-    lua = settings(*LUA, warm.url) + settings(*MORE_LUA, warm.url)
+    lua = settings(LUA, warm.url) + settings(MORE_LUA, warm.url)
     home(tmp_path, ".config/init.lua", lua)
     before = accepted(warm)
     with editing(debian, tmp_path, "nvim", "-u", f"{HOME}/.config/init.lua") as editor:
@@ -182,29 +183,27 @@ def test_neovim(debian: Path, warm: Pi, tmp_path: Path) -> None:
 
 
 CRLF = TEXT.replace("\n", "\r\n")
-LUA = ("docs/editors.md", "Tab accepts\n")
-LISP = ("docs/editors.md", "return accepts\n")
-TOML = ("docs/editors.md", "its menu.\n")
-# its settings and their file, its options, the keys that ask, that accept, that leave, that save
-EDITING = {
-    "nvim": (LUA, "nvim/init.lua", [], ["j", "A", "a"], ["Tab"], ["Escape"], [":w", "Enter"]),
-    "emacs": (LISP, "emacs/init.el", ["-nw", "--no-splash"], ["C-n", "C-e", "a"],
-              ["Tab"], [], ["C-x", "C-s"]),
-    "hx": (TOML, "helix/languages.toml", [], ["j", "A", "a", "C-x"],
-           ["Tab", "Enter"], ["Escape"], [":w", "Enter"]),
-}  # fmt: skip
+LUA = "Tab accepts\n"
+# An editor, what stands before its settings, their file, its options, the keys that ask, that
+# accept, that leave, that save.
+EDITING = r"""
+nvim  | Tab accepts\n    | nvim/init.lua | | j A a | Tab | Escape | :w Enter
+emacs | return accepts\n | emacs/init.el | -nw --no-splash | C-n C-e a | Tab | | C-x C-s
+hx    | its menu.\n | helix/languages.toml | | j A a C-x | Tab Enter | Escape | :w Enter
+"""
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("program", EDITING)
+@pytest.mark.parametrize("row", rows(EDITING), ids=itemgetter(0))
 def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(
-    debian: Path, tmp_path: Path, program: str
+    debian: Path, tmp_path: Path, row: list[str]
 ) -> None:
     """Typing what is shown asks nothing. Helix runs no command of a completion."""
-    block, name, options, ask, accept, leave, save = EDITING[program]
+    program, block, name, *typed = row
+    options, ask, accept, leave, save = map(str.split, typed)
     with in_a_thread(Scripted()) as pi:
         pi.says(content=" + b\n    # two")
-        home(tmp_path, f".config/{name}", EMACS * (program == "emacs") + settings(*block, pi.url))
+        home(tmp_path, f".config/{name}", EMACS * (program == "emacs") + settings(block, pi.url))
         with editing(debian, tmp_path, program, *options, text=CRLF) as editor:
             editor.type(*ask)
             editor.shows("a + b")
@@ -229,16 +228,16 @@ def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("program", "right"), [("nvim", "l"), ("emacs", "C-f")])
+@pytest.mark.parametrize("right", ["l", "C-f"])
 def test_the_pi_reads_a_file_that_is_opened_and_where_the_cursor_rests(
-    debian: Path, tmp_path: Path, program: str, right: str
+    debian: Path, tmp_path: Path, right: str
 ) -> None:
-    block, name, options, *_ = EDITING[program]
+    program, block, name, options, *_ = rows(EDITING)[right == "C-f"]
     with in_a_thread(Scripted()) as pi:
-        text = EMACS * (program == "emacs") + settings(*block, pi.url)
-        text += settings(*MORE_LUA, pi.url) * (program == "nvim")
+        text = EMACS * (program == "emacs") + settings(block, pi.url)
+        text += settings(MORE_LUA, pi.url) * (program == "nvim")
         home(tmp_path, f".config/{name}", text)
-        with editing(debian, tmp_path, program, *options) as editor:
+        with editing(debian, tmp_path, program, *options.split()) as editor:
             wait_until(lambda: pi.completions, "the beginning is read")
             editor.type(right)
             wait_until(lambda: len(pi.completions) == 2, "the text at the cursor is read")

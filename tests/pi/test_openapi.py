@@ -99,10 +99,10 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{backend.port}"
         pi = stack.enter_context(daemon("cm4d", tmp_path, CEREBRUM_VPS_URL=url))
         pi.wait_for_line("VPS backend is available")
-        command = [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json"]
-        command += ["--url", f"http://127.0.0.1:{pi.port}"]
-        command += ["--header", f"X-API-Key: {KEY}", "--seed", "1", "--max-examples", "10"]
-        command += ["--warnings", "off", "--exclude-checks=positive_data_acceptance"]
+        options = f"run openapi.json --url http://127.0.0.1:{pi.port} --seed 1 --max-examples 10"
+        options += " --warnings off --exclude-checks=positive_data_acceptance"
+        command = [sys.executable, "-m", "schemathesis.cli", *options.split()]
+        command += ["--header", f"X-API-Key: {KEY}"]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         more = {"PYTHONPATH": paths, "SCHEMATHESIS_HOOKS": "schemathesis_hooks"}
         result = subprocess.run(
