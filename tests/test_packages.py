@@ -265,7 +265,7 @@ OFFER = r"^(\* \w+ +\S+ +\S+ GB +[\d.]+ +[\d.]+ s +[\d.]+ s  |no speed is known;
 UNITS = "cerebrum-backend.socket cerebrum-backend cerebrum-cm4"
 
 
-def test_the_steps(cerebrum: Machine) -> None:
+def test_the_steps(cerebrum: Machine):
     on_the_vps, on_the_pi, answer = cerebrum.said
     assert re.search(OFFER, on_the_vps, re.M)
     assert on_the_vps.splitlines()[-1].startswith(f"{BACKEND} ")
@@ -288,7 +288,7 @@ def test_the_steps(cerebrum: Machine) -> None:
 
 
 @pytest.mark.packages
-def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
+def test_the_repl_finds_the_pi(cerebrum: Machine):
     """By Avahi, on a network of two ends."""
     cerebrum.run("""
         ip link add near type veth peer name far
@@ -303,7 +303,7 @@ def test_the_repl_finds_the_pi(cerebrum: Machine) -> None:
     cerebrum.run("ip link delete near")
 
 
-def test_the_extension_is_one_file_and_the_pi_has_a_backup(cerebrum: Machine) -> None:
+def test_the_extension_is_one_file_and_the_pi_has_a_backup(cerebrum: Machine):
     handed_out = cerebrum.run(f"curl -s {PI}/cerebrum.vsix | sha256sum").split()[0]
     assert f"with the sha256 {handed_out}\n" in cerebrum.said[1] + "\n"
     of_tools = cerebrum.run("sha256sum /usr/share/cerebrum/cerebrum.vsix").split()[0]
@@ -330,7 +330,7 @@ def everything_set(machine: Machine) -> str:
     return machine.run(f"sha256sum {files}; stat -c '%n %a %U' {files}")
 
 
-def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine) -> None:
+def test_setup_is_roots_and_again_changes_nothing(cerebrum: Machine):
     """Also where no person answers."""
     nobody = "setpriv --reuid=nobody --clear-groups"
     said = cerebrum.fails(f"{nobody} cerebrum-cm4 setup")
@@ -358,7 +358,7 @@ WRITE_USER = (
 )
 
 
-def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -> None:
+def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine):
     """Each start of the environment's Python writes down its user, and that it gives way to the
     daemon. A link of this user's leads out of its folder.
     """
@@ -379,7 +379,7 @@ def test_root_runs_nothing_that_the_daemons_user_can_change(cerebrum: Machine) -
     assert everything_set(cerebrum) == before
 
 
-def test_where_nothing_can_be_measured_the_smallest_model_is_offered(cerebrum: Machine) -> None:
+def test_where_nothing_can_be_measured_the_smallest_model_is_offered(cerebrum: Machine):
     """If there is no model in the end, the last line says so."""
     before = everything_set(cerebrum)
     too_much = f"echo CEREBRUM_MIN_FREE_MB=1000000 >>{SETTINGS[0]}"
@@ -398,7 +398,7 @@ def test_where_nothing_can_be_measured_the_smallest_model_is_offered(cerebrum: M
 # ------------------------------------------------------------------------------------------ secrets
 
 
-def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
+def test_the_key_is_for_the_daemons_alone(cerebrum: Machine):
     cerebrum.run(NEW_CLIENT)
     modes = cerebrum.run(f"stat -c '%a %U' {KEY} {' '.join(SETTINGS)} {CLIENTS}; rm {CLIENTS}")
     assert modes == "600 root" + "\n600 cerebrum" * 3
@@ -410,7 +410,7 @@ def test_the_key_is_for_the_daemons_alone(cerebrum: Machine) -> None:
     assert cerebrum.run(f"cat {KEY} {KEY}; true").count("\n") == 1
 
 
-def test_the_log_is_for_adm(cerebrum: Machine) -> None:
+def test_the_log_is_for_adm(cerebrum: Machine):
     log = "/var/log/cerebrum/cerebrum.log"
     somebody = "setpriv --reuid=nobody --regid=nogroup"
     modes = cerebrum.run(f"stat -c '%a %U %G' /var/log/cerebrum {log}")
@@ -419,7 +419,7 @@ def test_the_log_is_for_adm(cerebrum: Machine) -> None:
     assert "listening on http://0.0.0.0:7000" in cerebrum.run(f"{somebody} --groups=adm cat {log}")
 
 
-def test_the_backend_has_no_network_and_strangers_do_not_reach_it(cerebrum: Machine) -> None:
+def test_the_backend_has_no_network_and_strangers_do_not_reach_it(cerebrum: Machine):
     interfaces = cerebrum.run(f"cat /proc/{pids(cerebrum)[0]}/net/dev").splitlines()
     assert [line.split(":")[0].strip() for line in interfaces[2:]] == ["lo"]
     cerebrum.run("ip address add 203.0.113.7/32 dev lo")
@@ -435,7 +435,7 @@ FIBONACCI = rf"printf 'def fibonacci(n):\n' | CEREBRUM_URL={PI} cerebrum -n 16 -
 
 
 @pytest.mark.parametrize("signal", ["KILL", "STOP"])
-def test_both_survive_a_kill_and_a_hang(cerebrum: Machine, signal: str) -> None:
+def test_both_survive_a_kill_and_a_hang(cerebrum: Machine, signal: str):
     said = cerebrum.run(FIBONACCI)
     assert "return" in said
     for unit in DAEMONS:
@@ -451,7 +451,7 @@ def test_both_survive_a_kill_and_a_hang(cerebrum: Machine, signal: str) -> None:
 
 
 @pytest.mark.parametrize("unit", DAEMONS)
-def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str) -> None:
+def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str):
     processes = pids(cerebrum)
     reloads = cerebrum.journal(unit).count("] reloaded")
     cerebrum.run(f"systemctl reload {unit}.service")
@@ -466,7 +466,7 @@ def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str) -> None:
 
 
 @pytest.mark.packages
-def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine) -> None:
+def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine):
     stop(cerebrum, "cerebrum-backend")
     cerebrum.run("systemctl restart cerebrum-cm4")  # comes back when READY=1 has been sent
     assert cerebrum.status(f"{PI}/health") == "503"
@@ -482,7 +482,7 @@ def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine
 
 @pytest.mark.packages
 @pytest.mark.parametrize("unit", DAEMONS)
-def test_a_wrong_variable_is_tried_again_until_it_is_mended(cerebrum: Machine, unit: str) -> None:
+def test_a_wrong_variable_is_tried_again_until_it_is_mended(cerebrum: Machine, unit: str):
     """A client that waits meanwhile makes the tries no quicker."""
     env = f"/etc/{unit}/env"
     wrong = r"CEREBRUM_VPS_PORT=seven\nCEREBRUM_CM4_PORT=seven\n"
@@ -496,7 +496,7 @@ def test_a_wrong_variable_is_tried_again_until_it_is_mended(cerebrum: Machine, u
     until(lambda: cerebrum.show(unit, "ActiveState") == "active", f"{unit} comes up by itself")
 
 
-def test_the_limit_of_memory_follows_the_models(cerebrum: Machine) -> None:
+def test_the_limit_of_memory_follows_the_models(cerebrum: Machine):
     """And systemd reads it while the daemon runs."""
     limit = cerebrum.limit()
     processes = pids(cerebrum)
@@ -511,7 +511,7 @@ def test_the_limit_of_memory_follows_the_models(cerebrum: Machine) -> None:
 @pytest.mark.packages
 def test_an_address_is_taken_before_it_is_up_and_a_persons_limit_of_memory_stays(
     cerebrum: Machine,
-) -> None:
+):
     """The former as at boot, before Tailscale is up."""
     drop_in = "/etc/systemd/system/cerebrum-backend.service.d/memory.conf"
     cerebrum.run(f"cp {drop_in} /root; printf '[Service]\\nMemoryMax=5G\\n' >{drop_in}")
@@ -548,7 +548,7 @@ curl -sN {PI}/v1/complete/stream -H 'Content-Type: application/json' -d '{{
     "max_tokens": 20}}' 2>&1 | grep . >/tmp/stream 2>&1 &"""
 
 
-def test_the_upgrade(cerebrum: Machine) -> None:
+def test_the_upgrade(cerebrum: Machine):
     """No connection is refused by the backend, and no stream is lost."""
     before = pids(cerebrum)
     kept = everything_set(cerebrum)
@@ -565,7 +565,7 @@ def test_the_upgrade(cerebrum: Machine) -> None:
 
 def test_an_upgrade_starts_nothing_that_is_stopped_and_fails_with_what_does_not_come_up(
     cerebrum: Machine,
-) -> None:
+):
     stop(cerebrum, "cerebrum-cm4")
     cerebrum.run("apt install --reinstall ./cerebrum-cm4.deb")
     assert cerebrum.show("cerebrum-cm4", "ActiveState") == "inactive"
@@ -594,7 +594,7 @@ with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, "w") as target:
 
 
 @pytest.mark.packages
-def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine) -> None:
+def test_another_llama_cpp_is_built_while_the_old_one_serves(cerebrum: Machine):
     """At first it cannot be built."""
     newer(cerebrum, "1.1.4", "sed -i s/==0.3.36/==0.3.99/ pyproject.toml")
     before = pids(cerebrum)[0]
@@ -628,7 +628,7 @@ BROKEN = {
 
 @pytest.mark.packages
 @pytest.mark.parametrize("changed", BROKEN)
-def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed: str) -> None:
+def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed: str):
     """A library for a CPU with more features dies of SIGILL, and so would one from the wheel that
     pip keeps.
     """
@@ -645,7 +645,7 @@ def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed: str) ->
 
 
 @pytest.mark.packages
-def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
+def test_an_upgrade_keeps_the_speed(cerebrum: Machine):
     """A model that was tuned for another llama.cpp is tuned again. If that fails, later, and
     nothing else fails.
     """
@@ -687,7 +687,7 @@ def test_an_upgrade_keeps_the_speed(cerebrum: Machine) -> None:
     cerebrum.wait_for_the_pi()
 
 
-def test_remove_and_purge(cerebrum: Machine) -> None:
+def test_remove_and_purge(cerebrum: Machine):
     kept = f"{KEY} {' '.join(SETTINGS)} /var/lib/cerebrum /var/log/cerebrum/cerebrum.log"
     before = cerebrum.run(f"stat -c '%n %i' {kept}")
     cerebrum.run("apt remove -y cerebrum-backend cerebrum-cm4 cerebrum-tools")
@@ -707,7 +707,7 @@ def test_remove_and_purge(cerebrum: Machine) -> None:
 
 @pytest.mark.packages
 @pytest.mark.parametrize("suite", [SUITE, OLDER])
-def test_copied_files(suite: str) -> None:
+def test_copied_files(suite: str):
     with booted("copied", suite) as machine:
         machine.run("echo 100.64.0.1 vps >>/etc/hosts; echo 127.0.0.1 pi.local >>/etc/hosts")
         on_the_vps, on_the_pi, ask = blocks("From copied files")
@@ -754,7 +754,7 @@ def older() -> Iterator[Machine]:
 
 
 @pytest.mark.packages
-def test_an_older_debian(older: Machine) -> None:
+def test_an_older_debian(older: Machine):
     """systemd 252 and Python 3.11."""
     test_the_steps(older)
     for unit in DAEMONS:
@@ -779,7 +779,7 @@ CEREBRUM_VPS_URL=http://127.0.0.1:{port}
 @pytest.mark.packages
 @pytest.mark.nightly
 @pytest.mark.skipif(not EMULATOR.exists(), reason="needs qemu-user-binfmt")
-async def test_an_emulated_pi(tmp_path: Path) -> None:
+async def test_an_emulated_pi(tmp_path: Path):
     """An arm64 with the host's network, from copied files: what runs there, not how fast."""
     debian, _ = bootstrapped(PACKAGES_OF_A_PI, OLDER, "--arch=arm64")
     (debian / "complete").write_text(PACKAGES_OF_A_PI)

@@ -79,14 +79,14 @@ def use(port: int, peer: Peer) -> None:
     assert peer.left.wait(PATIENCE)
 
 
-def test_http_client(peer: Peer) -> None:
+def test_http_client(peer: Peer):
     use(peer.port, peer)
 
 
 # --------------------------------------------------------------------------------------------- curl
 
 
-def test_curl(peer: Peer) -> None:
+def test_curl(peer: Peer):
     program = needs("curl")
     url = f"http://127.0.0.1:{peer.port}"
     command = [program, "-sS"]
@@ -139,7 +139,7 @@ http {{
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_behind_nginx(peer: Peer, tmp_path: Path, version: str) -> None:
+def test_behind_nginx(peer: Peer, tmp_path: Path, version: str):
     program = needs("nginx")
     port = free_port()
     config = tmp_path / "nginx.conf"

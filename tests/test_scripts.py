@@ -222,7 +222,7 @@ CRLF = b': keep-alive\r\n\r\ndata: {"token": "\xc3\xa9", "total_tokens": 1}\r\n\
 OTHERS = b'data:{"token": "x"}\n\nevent: other\nid: 1\n\n'
 
 
-def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl) -> None:
+def test_the_filter_prints_the_completion_byte_for_byte(repl: Repl):
     """Past every proxy, which would see the key and the code."""
     repl.env |= dict.fromkeys(["http_proxy", "all_proxy", "HTTPS_PROXY"], "http://127.0.0.1:1")
     repl.answers(completion(*AWKWARD.split("|")), completion(chunk(CRLF), chunk(OTHERS)))
@@ -240,7 +240,7 @@ def announce(folder: Path, *addresses: str) -> None:
     program(folder / "avahi-browse", "\n".join([*lines, "END"]))
 
 
-def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl) -> None:
+def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl):
     found = repl.announced()
     repl.answers(completion("x"))
     assert repl.run(b"x", "-") == (0, "x", "")
@@ -251,7 +251,7 @@ def test_the_pi_is_found_if_it_is_the_only_one(repl: Repl) -> None:
     assert {found, "192.0.2.8:7001;"} < set(err.splitlines()[0].split())
 
 
-def test_a_pi_that_was_found_gets_no_key_unasked(repl: Repl) -> None:
+def test_a_pi_that_was_found_gets_no_key_unasked(repl: Repl):
     found = repl.announced()
     repl.env["CEREBRUM_CM4_API_KEY"] = "se cret"
     refusal = f"the key is not sent to {found}, which Avahi found"
@@ -271,7 +271,7 @@ def test_a_pi_that_was_found_gets_no_key_unasked(repl: Repl) -> None:
     assert keys == ["se cret"] * 2
 
 
-def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
+def test_the_request_with_a_key_that_no_command_line_has(repl: Repl):
     seen = bytearray()
 
     def read_command_lines() -> None:
@@ -293,7 +293,7 @@ def test_the_request_with_a_key_that_no_command_line_has(repl: Repl) -> None:
     assert b"hush hush" not in seen
 
 
-def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl) -> None:
+def test_each_token_is_printed_before_the_next_one_is_made(repl: Repl):
     printed = [threading.Event() for _ in range(3)]
     pieces = list[Any]()
     for number, shown in enumerate(printed):
@@ -324,7 +324,7 @@ FAILURES = [  # what the server answers, what is printed, what is said
 ]
 
 
-def test_a_failed_request_exits_with_1(repl: Repl) -> None:
+def test_a_failed_request_exits_with_1(repl: Repl):
     for steps, printed, said in FAILURES:
         repl.answers(steps)
         message = f"cerebrum_repl.sh: {said.format(url=repl.url)}\n"
@@ -343,7 +343,7 @@ file.py      | unknown argument file.py; see --help
 """
 
 
-def test_a_wrong_argument_exits_with_2(repl: Repl) -> None:
+def test_a_wrong_argument_exits_with_2(repl: Repl):
     for args, said in rows(MISUSES):
         assert repl.run(b"x", *args.split()) == (2, "", f"cerebrum_repl.sh: {said}\n")
 
@@ -351,7 +351,7 @@ def test_a_wrong_argument_exits_with_2(repl: Repl) -> None:
 # ------------------------------------------------------------------------------------- conversation
 
 
-def test_settings_reach_the_request(repl: Repl) -> None:
+def test_settings_reach_the_request(repl: Repl):
     repl.answers(completion("x"), completion("y"))
     typed = ":lang rust\n:model tiny\n:tokens 9\n:temp 0\nfn f\n:model auto\n:temp 1.0\nfn g"
     repl.converse(typed)
@@ -363,7 +363,7 @@ def test_settings_reach_the_request(repl: Repl) -> None:
     assert repl.asked == json.loads(asked)
 
 
-def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(repl: Repl) -> None:
+def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(repl: Repl):
     repl.answers(FAILED_MIDWAY, completion("\n    return ", "1"), completion("x"))
     out, err = repl.converse("a", "    def f():", ":multi", "def f():", "", "    :help", ":done")
     assert out == f"half\n\n    return 1\n{SUMMARY}\nx\n{SUMMARY}\n"
@@ -376,7 +376,7 @@ NO_FILE = "the last result belongs to no file; save it by :save PATH"
 NOT_WHOLE = "the last result is not whole; :save PATH saves it nevertheless"
 
 
-def test_commands_that_ask_nothing(repl: Repl) -> None:
+def test_commands_that_ask_nothing(repl: Repl):
     typed = ":lang go\n:tokens\n:temp\n:last\n:write\n:save\n:do it\n:nonsense\n\n   \n:exit\nnever"
     out, err = repl.converse(typed)
     assert out == "language: go\ntokens: 512\ntemperature: 0.4\n"
@@ -429,7 +429,7 @@ LISTS = [  # commands, what the server answers, what is shown, what is said
 ]
 
 
-def test_what_the_server_lists(repl: Repl) -> None:
+def test_what_the_server_lists(repl: Repl):
     for commands, answered, shown, said in LISTS:
         repl.backend.asked.clear()
         repl.backend.models = repl.backend.stats = answered
@@ -439,7 +439,7 @@ def test_what_the_server_lists(repl: Repl) -> None:
         assert [line for line, _, _ in repl.backend.asked] == [f"GET {path} HTTP/1.1"]
 
 
-def test_last_and_save(repl: Repl) -> None:
+def test_last_and_save(repl: Repl):
     here = repl.folder
     taken = repl.file("taken.py", "mine\n")
     saved = here / "out.py"
@@ -460,7 +460,7 @@ def test_last_and_save(repl: Repl) -> None:
 # -------------------------------------------------------------------------------------------- files
 
 
-def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl: Repl) -> None:
+def test_a_file_is_completed_at_its_end_and_keeps_its_links_mode_and_owner(repl: Repl):
     folder = repl.folder / "folder"
     link = repl.folder / "a link.rs"
     folder.mkdir()
@@ -498,7 +498,7 @@ x.txt   |     0 | python |  512
 """
 
 
-def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl) -> None:
+def test_a_files_name_sets_the_language_and_its_length_the_tokens(repl: Repl):
     table = rows(NAMES)
     repl.answers(*[instructed("a")] * len(table))
     typed = [f":do @{repl.file(name, 'x' * int(size))} it" for name, size, _, _ in table]
@@ -521,7 +521,7 @@ GAPS = r"""
 FILL = "FI\nLL"
 
 
-def test_a_gap_is_filled(repl: Repl) -> None:
+def test_a_gap_is_filled(repl: Repl):
     for line, before, after in rows(GAPS):
         path = repl.file("x.py", before + after)
         repl.answers(completion(FILL))
@@ -543,7 +543,7 @@ INSTRUCTIONS = json.loads(r"""[
     {"prompt": "one\nTWO\n", "instruction": "louder", "language": "go"}]""")
 
 
-def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl) -> None:
+def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl):
     path = repl.file("x.go", "one\ntwo\n")
     changed = [instructed(text) for text in ("def f():\n  y\n", "one\nTWO", "ONE\nTWO\n")]
     repl.answers(completion("\n  x"), *changed)
@@ -572,7 +572,7 @@ UNFIT = [  # an answer that is not written, what is said
 ]
 
 
-def test_half_an_answer_is_not_written(repl: Repl) -> None:
+def test_half_an_answer_is_not_written(repl: Repl):
     path = repl.file("x.py", "one\ntwo\n")
     for steps, said in UNFIT:
         repl.answers(steps)
@@ -589,7 +589,7 @@ NO_TEXT = r"""
 """
 
 
-def test_what_is_no_text_is_left_alone(repl: Repl) -> None:
+def test_what_is_no_text_is_left_alone(repl: Repl):
     for command, text, where in rows(NO_TEXT):
         data = text.encode("latin-1")
         path = repl.file("x.py", data)
@@ -598,7 +598,7 @@ def test_what_is_no_text_is_left_alone(repl: Repl) -> None:
         assert path.read_bytes() == data
 
 
-def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl: Repl) -> None:
+def test_a_file_that_changed_meanwhile_or_may_only_be_read_is_not_replaced(repl: Repl):
     path = repl.file("x.py", "one\n")
     fixed = repl.file("y.py", "x")
     fixed.chmod(0o444)
@@ -640,7 +640,7 @@ def a_and_b(repl: Repl) -> tuple[Path, Path]:
 @pytest.mark.parametrize(("command", "said"), rows(NOTHING_CAME))
 def test_a_command_without_an_answer_leaves_the_last_result(
     repl: Repl, a_and_b: tuple[Path, Path], command: str, said: str
-) -> None:
+):
     a, b = a_and_b
     refused = [error(503, "X", "no")]
     repl.answers(completion("A\n"), *[refused] * (said == "X: no"))
@@ -652,7 +652,7 @@ def test_a_command_without_an_answer_leaves_the_last_result(
 
 def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
     repl: Repl, a_and_b: tuple[Path, Path]
-) -> None:
+):
     a, b = a_and_b
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
     typed = f":file {a}\n:file {b}\n:write\n:last\n:do finish it\n:write"
@@ -680,7 +680,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_loses_no_file_and_a_temporary_directory_no_result_that_it_cannot_hold(
     repl: Repl, small_disk: Path
-) -> None:
+):
     path = write(small_disk / "x.py", "x" * 40_000)
     repl.answers(completion("y" * 40_000), completion(*["y" * 10_000] * 2))
     _, err = repl.converse(f":file {path}", ":write", f":save! {path}")
@@ -699,7 +699,7 @@ def test_a_disk_loses_no_file_and_a_temporary_directory_no_result_that_it_cannot
 
 
 @pytest.mark.parametrize("name", ["-n.go", "a  b %s & \\n é.go", "~.go", "@x.go", "\udcff.go"])
-def test_any_name_of_a_file(repl: Repl, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_any_name_of_a_file(repl: Repl, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.chdir(repl.folder)
     path = write(Path(name), "a\n")
     repl.answers(completion("b\n"), completion("!"), instructed("c\n"))
@@ -725,7 +725,7 @@ a\nb               | A\nB           | A\nB
 """
 
 
-def test_a_changed_file_keeps_its_line_ends(repl: Repl) -> None:
+def test_a_changed_file_keeps_its_line_ends(repl: Repl):
     for old, answered, new in rows(LINE_ENDS):
         before, after = old.encode("latin-1"), new.encode("latin-1")
         path = repl.file("x.py", before)
@@ -747,7 +747,7 @@ PLAIN = "\x1b[m"
 
 def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(
     repl: Repl, a_and_b: tuple[Path, Path]
-) -> None:
+):
     a, b = a_and_b
     asked = threading.Event()
     left = threading.Event()
@@ -768,7 +768,7 @@ def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(
     assert screen.status() == 0
 
 
-def test_ctrl_c_at_a_prompt_drops_what_was_typed(repl: Repl) -> None:
+def test_ctrl_c_at_a_prompt_drops_what_was_typed(repl: Repl):
     repl.answers(completion("yes"))
     screen = repl.terminal()
     screen.expect(PROMPT)
@@ -787,7 +787,7 @@ def test_ctrl_c_at_a_prompt_drops_what_was_typed(repl: Repl) -> None:
     assert repl.prompts() == ["three"]
 
 
-def test_ctrl_c_in_the_filter_ends_it(repl: Repl) -> None:
+def test_ctrl_c_in_the_filter_ends_it(repl: Repl):
     left = threading.Event()
     repl.answers([head(), token("one", 1), token(" two", 2), HANG, left.set])
     screen = repl.terminal("-")
@@ -798,7 +798,7 @@ def test_ctrl_c_in_the_filter_ends_it(repl: Repl) -> None:
     assert screen.status() == -signal.SIGINT
 
 
-def test_the_line_can_be_edited_and_history_lasts(repl: Repl) -> None:
+def test_the_line_can_be_edited_and_history_lasts(repl: Repl):
     """Pasted lines are one prompt, and one entry."""
     repl.answers(*[completion("one."), completion("two.")] * 2)
     screen = repl.terminal()
@@ -829,7 +829,7 @@ PROGRESS = json.loads("""[
     {"stage": "decode", "done": 0, "total": 9}]""")
 
 
-def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl) -> None:
+def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl):
     events = [chunk(event(progress=progress)) for progress in PROGRESS]
     repl.answers(completion(*events, "token"))
     screen = repl.terminal()
@@ -839,7 +839,7 @@ def test_progress_is_shown_and_gone_before_the_first_token(repl: Repl) -> None:
     assert screen.expect("token") == f"\r\x1b[K{MAGENTA}"
 
 
-def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None:
+def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl):
     path = repl.file("x.py", "a = \nb\n\n")
     controls = "a\x1b[2Jb\x07\tc\nd\x9be\0f\x7fg\r\\x1b€\\"
     changed = instructed("a = 1\n\n\n+ c\x1b[2J\n")
@@ -866,7 +866,7 @@ def test_a_model_is_coloured_and_cannot_control_the_terminal(repl: Repl) -> None
     assert screen.expect(PROMPT) == shown
 
 
-def test_a_terminal_without_colours(repl: Repl) -> None:
+def test_a_terminal_without_colours(repl: Repl):
     for without in {"NO_COLOR": "0"}, {"TERM": "dumb"}, {"TERM": ""}:
         repl.answers(completion("b\x1b[31m"))
         screen = repl.terminal(**without)
@@ -926,7 +926,7 @@ CEREBRUM_CM4_API_KEY | old==\n\n                             | K,old==\n
 @pytest.mark.parametrize(("name", "before", "after"), rows(WRITTEN.replace("@", NAME)))
 def test_a_key_is_written_before_the_one_that_is_there(
     tmp_path: Path, name: str, before: str, after: str
-) -> None:
+):
     path = tmp_path / name
     if before != "none":
         write(path, before.encode("latin-1")).chmod(0o644)
@@ -965,9 +965,7 @@ SAID = {
 }
 
 
-def test_what_cannot_be_done_changes_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_done_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clients = "# 32\n" + "".join(f"n{number} key\n" for number in range(32))
     before = {"good": "CEREBRUM_API_KEY=old\n", "TWO": "new, old\n", "keys": clients}
     monkeypatch.chdir(tmp_path)
@@ -982,7 +980,7 @@ def test_what_cannot_be_done_changes_no_file(
 CARRIED = ["k-_1=\n", "k-_1=", "CEREBRUM_CM4_API_KEY=k-_1= , old\r\n", "k-_1=\nnext line"]
 
 
-def test_a_key_is_carried_over(tmp_path: Path) -> None:
+def test_a_key_is_carried_over(tmp_path: Path):
     env = tmp_path / ".env"
     env.symlink_to("real")
     for stdin in CARRIED:
@@ -995,7 +993,7 @@ def test_a_key_is_carried_over(tmp_path: Path) -> None:
         assert mode(real) == mode(credential) == 0o600
 
 
-def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
+def test_a_typed_key_is_not_shown(tmp_path: Path):
     env = tmp_path / ".env"
     with contextlib.closing(Terminal([KEYGEN, "--set", f"{env}"], dict(os.environ))) as screen:
         screen.expect("key (not shown): ")
@@ -1004,7 +1002,7 @@ def test_a_typed_key_is_not_shown(tmp_path: Path) -> None:
     assert env.read_text() == "CEREBRUM_API_KEY=hush-hush\n"
 
 
-def test_a_full_disk_loses_no_key(small_disk: Path) -> None:
+def test_a_full_disk_loses_no_key(small_disk: Path):
     keys = "CEREBRUM_API_KEY=old\nanna key\n"
     path = write(small_disk / ".env", keys)
     fill(small_disk / "rest")
@@ -1022,7 +1020,7 @@ SPY = '{{ echo "CALL {tool} $*"; env; }} >>{log}\nexec {path} "$@"'
 
 def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(
     tmp_path: Path,
-) -> None:
+):
     env = tmp_path / ".env"
     credential = tmp_path / NAME
     clients = tmp_path / "client-keys"
@@ -1045,7 +1043,7 @@ def test_a_key_is_on_no_command_line_and_on_the_disk_before_it_replaces_a_file(
     assert [tool for tool, _ in steps] == order.split()
 
 
-def test_clients_get_keys_and_lose_them(tmp_path: Path) -> None:
+def test_clients_get_keys_and_lose_them(tmp_path: Path):
     """The script with a daemon's settings beside it, and the file that they name behind a link."""
     script = shutil.copy(KEYGEN, tmp_path)
     file = tmp_path / "client-keys"
@@ -1099,9 +1097,7 @@ DNS:*.lan           | {own}
 
 
 @pytest.mark.parametrize(("names", "host"), rows(ADDRESSES))
-def test_the_address_for_a_client_is_one_of_the_certificate(
-    names: str, host: str, tmp_path: Path
-) -> None:
+def test_the_address_for_a_client_is_one_of_the_certificate(names: str, host: str, tmp_path: Path):
     own = f"{os.uname().nodename}.local"
     script = shutil.copy(KEYGEN, tmp_path)
     pem = certificate(tmp_path, "pi", names.format(own=own))["CEREBRUM_CM4_TLS_CERT"]
@@ -1126,7 +1122,7 @@ decode    | KILL | 0
 @pytest.mark.parametrize(("lacks", "signal", "times"), rows(OUTDATED))
 def test_a_venv_of_another_python_or_cpu_is_made_anew(
     lacks: str, signal: str, times: str, tmp_path: Path
-) -> None:
+):
     """Each Python is a script that records its arguments. The new one works."""
     script = shutil.copy(RUN, tmp_path)
     log = tmp_path / "log"
@@ -1157,7 +1153,7 @@ echo listening on http://0.0.0.0:7
 exec sleep 600"""
 
 
-def test_settings_are_those_that_the_daemons_read(tmp_path: Path) -> None:
+def test_settings_are_those_that_the_daemons_read(tmp_path: Path):
     """The daemons are scripts that log what they get."""
     for name in ("run.sh", "cerebrum", "cerebrum_common.py"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -1205,7 +1201,7 @@ def installed(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize(("used_mb", "is_read"), [(3001, False), (3000, True)])
 def test_a_limit_below_what_the_daemon_uses_would_kill_it_and_waits(
     used_mb: int, is_read: bool, tmp_path: Path
-) -> None:
+):
     script = installed("cerebrum-backend", tmp_path)
     limit = tmp_path / "etc/systemd/system/cerebrum-backend.service.d/memory.conf"
     limit.parent.mkdir(parents=True)
@@ -1219,7 +1215,7 @@ def test_a_limit_below_what_the_daemon_uses_would_kill_it_and_waits(
 
 
 @needs_root
-def test_a_build_of_the_package_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+def test_a_build_of_the_package_that_is_killed_leaves_nothing(tmp_path: Path):
     script = installed("cerebrum-backend", tmp_path)
     log = tmp_path / "tree"
     builds = f"mktemp -d >{log}.part; mv {log}.part {log}; exec sleep 600"

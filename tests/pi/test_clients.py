@@ -89,7 +89,7 @@ def client(openai: Any, pi: Pi) -> Any:
     return client_of(openai, pi.url + "/v1")
 
 
-def test_openai(client: Any, pi: Pi) -> None:
+def test_openai(client: Any, pi: Pi):
     whole = client.completions.create(model="", prompt=PREFIX, max_tokens=16, stop="\n\n\n")
     assert (whole.choices[0].text, whole.usage.to_dict()) == (TEXT, COUNTS)
     asked = {"mode": "complete", "prompt": PREFIX, "max_tokens": 16, "stop": ["\n\n\n"]}
@@ -116,7 +116,7 @@ CUT = [[CHUNKED, chunk(token("a", 1))]]  # then the VPS closes the connection
 BROKEN = "VPS backend is unavailable (it ended in the middle of its answer)"
 
 
-def test_openai_raises_our_errors(openai: Any, client: Any, pi: Pi) -> None:
+def test_openai_raises_our_errors(openai: Any, client: Any, pi: Pi):
     wrong = {"model": "", "messages": [{"role": "user", "content": [IMAGE]}]}
     with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\].type: ") as bad:
         client.chat.completions.create(**wrong)
@@ -129,7 +129,7 @@ def test_openai_raises_our_errors(openai: Any, client: Any, pi: Pi) -> None:
     assert (broken.value.code, broken.value.message) == ("VPS_UNAVAILABLE", BROKEN)
 
 
-def test_openai_lists_models_without_a_vps(openai: Any, tmp_path: Path) -> None:
+def test_openai_lists_models_without_a_vps(openai: Any, tmp_path: Path):
     """One plugin of llm waits 0.1 s for the list. Here the VPS accepts and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -139,7 +139,7 @@ def test_openai_lists_models_without_a_vps(openai: Any, tmp_path: Path) -> None:
             assert "qwen_0_5b" in [model.id for model in client.models.list()]
 
 
-def test_ollama(pi: Pi) -> None:
+def test_ollama(pi: Pi):
     ollama = pytest.importorskip("ollama", reason=INSTALL)
     client = ollama.Client(host=pi.url, trust_env=False, timeout=PATIENCE)
     (listed,) = client.list().models
@@ -163,7 +163,7 @@ def test_ollama(pi: Pi) -> None:
         list(client.generate("m", "x", raw=True, stream=True))
 
 
-def test_ollama_and_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ollama_and_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ollama = pytest.importorskip("ollama", reason=INSTALL)
     with start_pi(tmp_path, [WHOLE], CEREBRUM_CM4_API_KEY=KEY) as pi:
         with pytest.raises(ollama.ResponseError, match="API key") as refused:
@@ -174,7 +174,7 @@ def test_ollama_and_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert client.generate("m", PREFIX, raw=True).response == TEXT
 
 
-def test_llm(pi: Pi, tmp_path: Path) -> None:
+def test_llm(pi: Pi, tmp_path: Path):
     """The models `pi` (chats) and `code` (completions)."""
     pytest.importorskip("llm", reason=INSTALL)
     models = [{"model_id": "pi", "model_name": "qwen_0_5b", "api_base": pi.url + "/v1"}]
@@ -216,7 +216,7 @@ console.log(JSON.stringify(said))
 """
 
 
-def test_node_openai(pi: Pi) -> None:
+def test_node_openai(pi: Pi):
     node, npm = needs("node"), needs("npm")
     if not (CACHE / "node_modules/openai").exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_curl(pi: Pi, options: list[str]) -> None:
+def test_curl(pi: Pi, options: list[str]):
     body = json.dumps({"prompt": PREFIX + LINE, "suffix": SUFFIX})
     command = [needs("curl"), "-sS", "--noproxy", "*", *options, "-d", body]
     done = subprocess.run([*command, f"{pi.url}/v1/completions"], **CAPTURED)
@@ -253,7 +253,7 @@ def test_curl(pi: Pi, options: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_plugin_with_weights(weights: Pi, name: str) -> None:
+def test_a_plugin_with_weights(weights: Pi, name: str):
     text = completed(weights, name)
     assert "<|" not in text
     assert text.strip() if name == "codecompanion" else completes_the_sum(text), text

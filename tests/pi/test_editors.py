@@ -275,7 +275,7 @@ async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> Asy
 
 async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
     body = {"prompt": "x"}
     async with pi_with([HANG], max_concurrent=1) as (pi, backend), busy(pi, backend, CHATS, CHAT):
@@ -290,7 +290,7 @@ async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
         assert pi.line == {}
 
 
-async def test_a_stream_that_waits_is_told_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_that_waits_is_told_its_place(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(broadcast, "WAITING_SECONDS", 0.01)
     go = asyncio.Event()
     async with pi_with(gated(go), GOOD, max_concurrent=1) as (pi, backend):
@@ -324,7 +324,7 @@ WAITED = [
 @pytest.mark.parametrize(("path", "body", "seconds", "status"), WAITED)
 async def test_an_error_is_an_event_only_behind_a_place(
     path: str, body: dict[str, Any], seconds: float, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+):
     assert completion.WAIT_SECONDS["infill"] < broadcast.WAITING_SECONDS
     monkeypatch.setattr(broadcast, "WAITING_SECONDS", seconds)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.2)

@@ -56,7 +56,7 @@ MORE = json.loads("""{
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", MORE)
-async def test_a_post_is_answered_as_described(path: str, stream: bool) -> None:
+async def test_a_post_is_answered_as_described(path: str, stream: bool):
     async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
         await check_post(pi, path, stream)
 
@@ -73,7 +73,7 @@ async def check_post(pi: Client, path: str, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])
-async def test_a_get_is_answered_as_described(path: str) -> None:
+async def test_a_get_is_answered_as_described(path: str):
     async with Backend() as backend, pi_for(backend.port) as pi:
         reply = await pi.get(path.replace("{id}", "qwen_7b"))
         (kind,) = OPERATIONS["GET", path]["responses"]["200"]["content"]
@@ -82,7 +82,7 @@ async def test_a_get_is_answered_as_described(path: str) -> None:
 
 @pytest.mark.clients
 @pytest.mark.nightly
-def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(tmp_path: Path):
     """Thousands of requests made from the document, valid and invalid, and each response held
     against it.
 

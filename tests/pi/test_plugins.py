@@ -232,7 +232,7 @@ def completed(pi: Pi, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_plugin(pi: Pi, name: str) -> None:
+def test_a_plugin(pi: Pi, name: str):
     """It gets a whole text, and an error where it looks for one."""
     path, body, wanted = REQUESTS[name]
     assert completed(pi, name) == TEXT
@@ -255,7 +255,7 @@ WRONG = {
 # ---------------------------------------------------------------------- what only some of them read
 
 
-def test_llama_vscode_looks_around(pi: Pi) -> None:
+def test_llama_vscode_looks_around(pi: Pi):
     pi.backend.scripts = [[answer(200, {"tokens": [1, 2, 3]})]]
     assert pi.get("/health").json()["status"] == "healthy"  # it takes "ok" and "healthy" as good
     (listed,) = pi.get("/v1/models").json()["data"]
@@ -274,7 +274,7 @@ def test_llama_vscode_looks_around(pi: Pi) -> None:
     assert pi.backend.completions == [asked]
 
 
-def test_what_ollamas_clients_ask_for_first(pi: Pi) -> None:
+def test_what_ollamas_clients_ask_for_first(pi: Pi):
     assert pi.get("/api/version").json() == {"version": "0.12.0"}
     (listed,) = pi.get("/api/tags").json()["models"]
     assert (listed["name"], listed["model_info"]["cerebrum.context_length"]) == ("qwen_0_5b", 4096)
@@ -299,7 +299,7 @@ REFUSED = [  # a text, the VPS's reason, what the user is told
 ]
 
 
-def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path) -> None:
+def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path):
     """Also in one that the Pi does not know, or that has no name. Only a whole text counts."""
     with editing(tmp_path, pi.url) as editor:
         editor.start()

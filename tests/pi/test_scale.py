@@ -29,7 +29,7 @@ async def metric(engine: Engine, name: str) -> float:
 
 
 @pytest.mark.scale
-async def test_vllm_behind_the_pi(tmp_path: Path) -> None:
+async def test_vllm_behind_the_pi(tmp_path: Path):
     with ExitStack() as stack:
         vllm = scale.vllm(tmp_path / "vllm", KEY, "--max-num-seqs", str(SEQUENCES))
         engine = stack.enter_context(vllm)
