@@ -475,8 +475,12 @@ def settings(
         path = os.environ["PATH"]
         inherited = {"PATH": path, "HOME": f"{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
     folders = {"CEREBRUM_MODELS_DIR": f"{folder}/models", "CEREBRUM_STATE_DIR": f"{folder}/state"}
-    usual = dict(line.split("=") for line in SETTINGS.split())
-    return {**inherited, **usual, **folders, **more}
+    return {**inherited, **variables(SETTINGS), **folders, **more}
+
+
+def variables(text: str) -> dict[str, str]:
+    """NAME=value for each word of a text."""
+    return dict(word.split("=") for word in text.split())
 
 
 def certificate(
@@ -496,8 +500,8 @@ def certificate(
 def disk_of(size: str, folder: Path) -> Iterator[Path]:
     """A disk of this size."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
+    mount = f"mount -t tmpfs -o size={size} tmpfs".split()
+    mounted = subprocess.run([*mount, folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"needs to mount: {mounted.stderr.strip()}")
     try:

@@ -69,14 +69,9 @@ def head(status: int = 200, *more: str, kind: str = "text/event-stream") -> byte
 
 
 CHUNKED = head(200, "Transfer-Encoding: chunked")
-END = {
-    "done": True,
-    "model": "qwen_0_5b",
-    "total_tokens": 2,
-    "inference_time": 0.25,
-    "finish_reason": "stop",
-    "prompt_tokens": 5,
-}
+END = json.loads("""{
+    "done": true, "model": "qwen_0_5b", "total_tokens": 2, "inference_time": 0.25,
+    "finish_reason": "stop", "prompt_tokens": 5}""")
 DONE = event(**END)
 GOOD = (CHUNKED, chunk(token("a", 1)), chunk(token("b", 2)), chunk(DONE), b"0\r\n\r\n")
 
@@ -110,10 +105,9 @@ def error(status: int, code: str, message: str = "says the VPS", **more: Any) ->
     return answer(status, members | more)
 
 
-MODELS: dict[str, Any] = {
-    "models": [{"id": "qwen_0_5b", "loaded": True, "path": "/x", "n_ctx": 4096}]
-}
-HEALTH: dict[str, Any] = {"status": "healthy", "models_loaded": [], "version": "1.0.9"}
+MODELS = json.loads("""{
+    "models": [{"id": "qwen_0_5b", "loaded": true, "path": "/x", "n_ctx": 4096}]}""")
+HEALTH = json.loads('{"status": "healthy", "models_loaded": [], "version": "1.0.9"}')
 
 
 @dataclass

@@ -39,6 +39,7 @@ from harness import (
     read_reply,
     settings,
     until,
+    variables,
 )
 from scripted import CHUNKED, Backend, chunk
 from test_scripts import disk_of, fill
@@ -83,19 +84,20 @@ def with_state(measured: Path, folder: Path) -> Path:
     return folder
 
 
-VPS = {
-    "CEREBRUM_MODELS_DIR": str(WEIGHTS.parent),
-    "CEREBRUM_MAX_CPU_PERCENT": "100",
-    "CEREBRUM_MIN_FREE_MB": "256",
-    "CEREBRUM_N_CTX": "4096",
-    "CEREBRUM_THREADS": "1",  # two threads wait for each other as soon as another program computes
-}
+# Two threads wait for each other as soon as another program computes.
+VPS = f"""
+CEREBRUM_MODELS_DIR={WEIGHTS.parent}
+CEREBRUM_MAX_CPU_PERCENT=100
+CEREBRUM_MIN_FREE_MB=256
+CEREBRUM_N_CTX=4096
+CEREBRUM_THREADS=1
+"""
 
 
 def vpsd(folder: Path, *inside: str, **more: str) -> contextlib.AbstractContextManager[Daemon]:
     """vpsd with the real weights; `inside` is a command that runs it somewhere else."""
     command = [*inside, *command_of("vpsd")]
-    return program("vpsd", command, folder, settings(folder, **{**VPS, **more}))
+    return program("vpsd", command, folder, settings(folder, **variables(VPS) | more))
 
 
 def cm4d(folder: Path, vps: str, **more: str) -> contextlib.AbstractContextManager[Daemon]:
@@ -362,13 +364,13 @@ async def test_the_disk_is_full(disk, tmp_path):
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
 
 
-FAKED = {
-    "FAKETIME_NO_CACHE": "1",
-    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    "NO_FAKE_STAT": "1",
-    "CEREBRUM_LOG_LEVEL": "DEBUG",
-    "CEREBRUM_IDLE_MINUTES": "1",
-}
+FAKED = """
+FAKETIME_NO_CACHE=1
+FAKETIME_DONT_FAKE_MONOTONIC=1
+NO_FAKE_STAT=1
+CEREBRUM_LOG_LEVEL=DEBUG
+CEREBRUM_IDLE_MINUTES=1
+"""
 CLOSED = {"state": "closed", "failures": 0, "opens": 0, "retry_in_s": 0.0}
 
 
@@ -377,7 +379,7 @@ async def test_the_clock_jumps(folder):
     """As when a Pi without a clock of its own hears of the time. Both daemons serve meanwhile."""
     clock = folder / "clock"
     clock.write_text("+0")
-    faked = FAKED | {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock)}
+    faked = variables(f"{FAKED} LD_PRELOAD={FAKETIME} FAKETIME_TIMESTAMP_FILE={clock}")
     real, began = time.time(), time.monotonic()
     with both(folder, pi=faked, **faked) as (vps, pi, client):
         for days in (365, -1):

@@ -7,6 +7,7 @@ as one with a `suffix` and an `instruction`. Of a response it has the media type
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -91,10 +92,9 @@ TEXT_FILES = {
     "/cerebrum.vsix": "application/vsix",
     "/metrics": "text/plain",
 }
-KEYS = {
+KEYS = json.loads("""{
     "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-    "Bearer": {"type": "http", "scheme": "bearer"},
-}
+    "Bearer": {"type": "http", "scheme": "bearer"}}""")
 
 
 NATIVE = object_of(

@@ -6,7 +6,6 @@ A script stands for the VPS, so the text is exact.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -26,8 +25,9 @@ pytestmark = [pytest.mark.clients, pytest.mark.nightly]
 PACKAGES = ("jupyterlab==4.6.6", "notebook-intelligence==6.2.0")
 PLACE = Path("~/.cache/cerebrum/clients").expanduser() / "-".join(PACKAGES)
 SLOWLY = 4 * PATIENCE
-MODEL = {"provider": "ollama", "model": "qwen2.5-coder"}
-NO_MODEL = {"provider": "none", "model": "none"}
+SETTINGS = """{
+    "chat_model": {"provider": "none", "model": "none"},
+    "inline_completion_model": {"provider": "ollama", "model": "qwen2.5-coder"}}"""
 CELLS = ("def add(a, b):\n    return", SUFFIX.strip())
 NOTEBOOK = r"""{
     "cells": [
@@ -58,8 +58,7 @@ def jupyter_lab(program: Path, home: Path, pi: Pi) -> Iterator[str]:
     """JupyterLab with the notebook, as the URL of it."""
     settings = home / ".jupyter/nbi/config.json"
     settings.parent.mkdir(parents=True)
-    chosen = {"chat_model": NO_MODEL, "inline_completion_model": MODEL}
-    settings.write_text(json.dumps(chosen))
+    settings.write_text(SETTINGS)
     (home / "work").mkdir()
     (home / "work/sum.ipynb").write_text(NOTEBOOK)
     port = free_port()

@@ -244,12 +244,9 @@ def test_a_plugin(pi: Pi, name: str):
     assert (response.status_code, response.json()) == (503, {"error": wrong})
 
 
-WRONG = {
-    "message": "too little memory",
-    "type": "unavailable_error",
-    "param": None,
-    "code": "RESOURCE_EXHAUSTED",
-}
+WRONG = json.loads("""{
+    "message": "too little memory", "type": "unavailable_error", "param": null,
+    "code": "RESOURCE_EXHAUSTED"}""")
 
 
 # ---------------------------------------------------------------------- what only some of them read
