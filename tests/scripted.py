@@ -22,7 +22,6 @@ import threading
 from collections.abc import (
     AsyncIterator,
     Awaitable,
-    Callable,
     Coroutine,
     Iterable,
     Iterator,
@@ -30,7 +29,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from harness import KEY, PATIENCE, SHIPPED, Client, Reply, until
 
@@ -140,7 +139,7 @@ class Backend:
         """The fields of each completion."""
         return [json.loads(body) for line, _, body in self.asked if line.startswith("POST ")]
 
-    async def __aenter__(self) -> Backend:
+    async def __aenter__(self) -> Self:
         self._tasks = set[asyncio.Task[Any]]()
         self.waiting = set[asyncio.StreamWriter]()  # connections on which nothing was asked yet
         self.connections = 0
@@ -239,26 +238,26 @@ class Backend:
                 await asyncio.sleep(0)  # let the other side read
 
 
-Threaded = TypeVar("Threaded", bound=contextlib.AbstractAsyncContextManager[Any])
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def in_a_thread(server: Threaded) -> Iterator[Threaded]:
+def in_a_thread(server: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
     """A server for tests that block: its event loop runs in a thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
 
-    def call(function: Callable[..., Coroutine[Any, Any, Any]], *arguments: Any) -> None:
-        asyncio.run_coroutine_threadsafe(function(*arguments), loop).result(PATIENCE)
+    def call(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(PATIENCE)
 
     with contextlib.ExitStack() as stack:
         stack.callback(loop.close)
         thread.start()
         stack.callback(thread.join, PATIENCE)
         stack.callback(loop.call_soon_threadsafe, loop.stop)
-        call(server.__aenter__)
-        stack.callback(call, server.__aexit__)
-        yield server
+        entered = call(server.__aenter__())
+        stack.callback(lambda: call(server.__aexit__(None, None, None)))
+        yield entered
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,8 @@ from harness import KEY, PATIENCE, wait_until
 from scripted import in_a_thread
 from test_wire import serving
 
+from cerebrum.http import Server
+
 HEADERS = {"X-API-Key": KEY, "Content-Type": "application/json"}
 
 
@@ -31,25 +33,14 @@ def needs(tool: str) -> str:
     return found
 
 
-class Peer:
-    """The server of test_wire.py, for a thread."""
-
-    async def __aenter__(self) -> None:
-        self._serving = serving()
-        server, self.port = await self._serving.__aenter__()
-        self.left = server.state.left  # a stream has ended
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._serving.__aexit__(None, None, None)
-
-
 @pytest.fixture
-def peer() -> Iterator[Peer]:
-    with in_a_thread(Peer()) as peer:
+def peer() -> Iterator[tuple[Server, int]]:
+    """The server of test_wire.py, and its port."""
+    with in_a_thread(serving()) as peer:
         yield peer
 
 
-def use(port: int, peer: Peer) -> None:
+def use(port: int, server: Server) -> None:
     """All that a client may do, by http.client: to the server itself, or through a proxy."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
 
@@ -71,24 +62,26 @@ def use(port: int, peer: Peer) -> None:
     assert response.headers.get_all("X-Request-ID") == ["mine"]
     events = post("/v1/complete/stream", '{"count": 500}').read()
     assert events.count(b"\n\n") == 501
-    peer.left.clear()
+    left = server.state.left  # a stream has ended
+    left.clear()
     endless = post("/v1/complete/stream", '{"count": 0}')
     assert endless.readline().startswith(b"data: ")
     endless.close()
     client.close()
-    assert peer.left.wait(PATIENCE)
+    assert left.wait(PATIENCE)
 
 
-def test_http_client(peer: Peer):
-    use(peer.port, peer)
+def test_http_client(peer: tuple[Server, int]):
+    server, port = peer
+    use(port, server)
 
 
 # --------------------------------------------------------------------------------------------- curl
 
 
-def test_curl(peer: Peer):
+def test_curl(peer: tuple[Server, int]):
     program = needs("curl")
-    url = f"http://127.0.0.1:{peer.port}"
+    url = f"http://127.0.0.1:{peer[1]}"
     command = [program, "-sS"]
     for name, value in HEADERS.items():
         command += ["-H", f"{name}: {value}"]
@@ -139,11 +132,12 @@ http {{
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_behind_nginx(peer: Peer, tmp_path: Path, version: str):
+def test_behind_nginx(peer: tuple[Server, int], tmp_path: Path, version: str):
     program = needs("nginx")
+    server, backend = peer
     port = free_port()
     config = tmp_path / "nginx.conf"
-    places = {"folder": tmp_path, "backend": peer.port, "port": port}
+    places = {"folder": tmp_path, "backend": backend, "port": port}
     config.write_text(NGINX.format(version=version, **places))
 
     def listening() -> bool:
@@ -155,6 +149,6 @@ def test_behind_nginx(peer: Peer, tmp_path: Path, version: str):
     with subprocess.Popen([program, "-p", tmp_path, "-c", config]) as process:
         try:
             wait_until(listening, "nginx listens")
-            use(port, peer)
+            use(port, server)
         finally:
             process.terminate()

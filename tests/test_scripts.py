@@ -631,17 +631,14 @@ fn f()        | X: no
 """
 
 
-@pytest.fixture
 def a_and_b(repl: Repl) -> tuple[Path, Path]:
     """A file of Python, and one of Rust."""
     return repl.file("a.py", "a\n"), repl.file("b.rs", "b\n")
 
 
 @pytest.mark.parametrize(("command", "said"), rows(NOTHING_CAME))
-def test_a_command_without_an_answer_leaves_the_last_result(
-    repl: Repl, a_and_b: tuple[Path, Path], command: str, said: str
-):
-    a, b = a_and_b
+def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command: str, said: str):
+    a, b = a_and_b(repl)
     refused = [error(503, "X", "no")]
     repl.answers(completion("A\n"), *[refused] * (said == "X: no"))
     out, err = repl.converse(f":file {a}", command.format(b=b), ":last", ":write", ":lang")
@@ -650,10 +647,8 @@ def test_a_command_without_an_answer_leaves_the_last_result(
     assert texts(a, b) == ["a\nA\n", "b\n"]
 
 
-def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(
-    repl: Repl, a_and_b: tuple[Path, Path]
-):
-    a, b = a_and_b
+def test_half_an_answer_is_the_last_result_and_belongs_to_its_file(repl: Repl):
+    a, b = a_and_b(repl)
     repl.answers(completion("A\n"), BROKEN_OFF, instructed("whole\n"))
     typed = f":file {a}\n:file {b}\n:write\n:last\n:do finish it\n:write"
     out, err = repl.converse(typed)
@@ -745,10 +740,8 @@ RED = "\x1b[31m"
 PLAIN = "\x1b[m"
 
 
-def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(
-    repl: Repl, a_and_b: tuple[Path, Path]
-):
-    a, b = a_and_b
+def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(repl: Repl):
+    a, b = a_and_b(repl)
     asked = threading.Event()
     left = threading.Event()
     repl.answers(completion("A\n"), [head(), asked.set, HANG, left.set])

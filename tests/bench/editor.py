@@ -78,12 +78,8 @@ OPTIONS = {
     "models": f"{MODELS}",
 }
 # What each request of llama.vim has.
-LLAMA_VIM: dict[str, Any] = {
-    "n_predict": 64,
-    "t_max_predict_ms": 1000,
-    "cache_prompt": True,
-    "temperature": 0,
-}
+LLAMA_VIM = json.loads("""{
+    "n_predict": 64, "t_max_predict_ms": 1000, "cache_prompt": true, "temperature": 0}""")
 
 
 class Infill(NamedTuple):
@@ -192,8 +188,8 @@ MIN_REST = 20  # characters of a line behind a cut
 DRAWS = 1000
 SHOWN_SECONDS = 5.0  # a hint that comes later is of no use
 # What our own editors ask for, and llama.vim.
-OURS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1500}
-LLAMAS: dict[str, Any] = {"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1000}
+OURS = json.loads('{"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1500}')
+LLAMAS = json.loads('{"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1000}')
 Place = tuple[str, str, str, str]  # the file's name, and the text before, of and below the line
 NOWHERE: Place = ("a.py", "x", "", "")
 

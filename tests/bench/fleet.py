@@ -1,6 +1,6 @@
 """Replicas of llama-server behind HAProxy, which finds a file's replica by the Pi's header.
 
-    python tests/bench/fleet.py --llama-server BINARY [--editors 40] [--keys 12] [--replicas 4]
+    python tests/bench/fleet.py --llama-server BINARY [--keys 12]
 
 Editors type in files of their own, through the Pi. The model is tiny and random, so what is read
 again costs little, and is counted all the same. All replicas together have as many slots as the one
@@ -40,6 +40,7 @@ from engines import Engine, free_port, started
 from families import Family, make
 from harness import Daemon, daemon, program
 
+EDITORS, REPLICAS = 40, 4
 HEADER = "X-Session-Id"
 CONTEXT = 8192  # tokens of a slot; a token of the tiny model is a byte
 AWAY_SECONDS, AFTER_SECONDS = 8.0, 20.0
@@ -171,7 +172,7 @@ def replica(
     options: Any, folder: Path, model: Path, count: int
 ) -> contextlib.AbstractContextManager[Engine]:
     """One of `count` llama-servers. A hash does not give each of them the same number of files."""
-    slots = math.ceil(1.5 * options.editors / count)
+    slots = math.ceil(1.5 * EDITORS / count)
     given = "--host 127.0.0.1 --offline --alias tiny --no-kv-unified -t 1 --cache-ram 0"
     # It cuts a gap's texts to the size of a batch.
     given += f" -c {CONTEXT * slots} -np {slots} -b {CONTEXT}"
@@ -200,7 +201,7 @@ def balanced(folder: Path, replicas: list[Engine], how: str) -> Iterator[int]:
 @contextlib.contextmanager
 def house(options: Any, model: Path, how: str) -> Iterator[tuple[Daemon, list[Engine]]]:
     """The Pi, and its replicas: one without a balancer if `how` is empty."""
-    count = options.replicas if how else 1
+    count = REPLICAS if how else 1
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         replicas = [
@@ -211,7 +212,7 @@ def house(options: Any, model: Path, how: str) -> Iterator[tuple[Daemon, list[En
         if how:
             port = stack.enter_context(balanced(folder, replicas, how))
         catalog = folder / "models.toml"
-        given = {"port": port, "places": 2 * options.editors, "context": CONTEXT, "header": HEADER}
+        given = {"port": port, "places": 2 * EDITORS, "context": CONTEXT, "header": HEADER}
         catalog.write_text(CATALOG.format(**given))
         pi = stack.enter_context(
             daemon(
@@ -239,7 +240,7 @@ def compare(options: Any, model: Path) -> None:
     for name, how in cases.items():
         with house(options, model, how) as (pi, _):
             url = f"http://127.0.0.1:{pi.port}"
-            typists = [Typist(url, number) for number in range(options.editors)]
+            typists = [Typist(url, number) for number in range(EDITORS)]
             answers = type_all(typists, lambda typist: len(typist.answers) > options.keys)
         print(json.dumps(figures(name, answers)), flush=True)
 
@@ -247,7 +248,7 @@ def compare(options: Any, model: Path) -> None:
 def kill_one(options: Any, model: Path) -> None:
     with house(options, model, f"hdr({HEADER})") as (pi, replicas):
         url = f"http://127.0.0.1:{pi.port}"
-        typists = [Typist(url, number) for number in range(options.editors)]
+        typists = [Typist(url, number) for number in range(EDITORS)]
         marks, ended = dict[str, float](), threading.Event()
 
         def trouble() -> None:
@@ -287,8 +288,7 @@ def seconds_back(after: list[Answer], back: float, enough: float) -> int | None:
 
 
 def main() -> None:
-    parser = servers.parser_of(__doc__, llama_server="", editors=40, keys=12, replicas=4)
-    options = parser.parse_args()
+    options = servers.parser_of(__doc__, llama_server="", keys=12).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make(Path(folder) / "tiny.gguf", Family("qwen2", printable=True))
         compare(options, model)

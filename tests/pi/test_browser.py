@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import random
 import re
 import urllib.parse
@@ -480,8 +481,9 @@ async def test_stages_and_the_time(chrome: Any):
     pieces: list[Any] = [stage("queued", 0, 1) + stage("loading", 40, 100), loading.wait]
     pieces += [stage("prefill", 300, 900), reading.wait]
     pieces += [stage("decode", 0, 512) + chunk(token("a", 12)), writing.wait]
-    told = {"total_tokens": 128, "inference_time": 18.2, "load_time": 9.1, "ttft": 4.0}
-    told |= {"tokens_per_second": 12.1, "prompt_tokens": 900, "cached_tokens": 200}
+    told = json.loads("""{
+        "total_tokens": 128, "inference_time": 18.2, "load_time": 9.1, "ttft": 4.0,
+        "tokens_per_second": 12.1, "prompt_tokens": 900, "cached_tokens": 200}""")
     async with visiting(chrome, completion(*pieces, **told)) as visit:
         await visit.ask(CODE)
         bar = "bar => [bar.value, bar.max]"
