@@ -64,9 +64,11 @@ WHOLE_AGAIN = f"mv {CATALOG}.whole {CATALOG}"
 EMULATOR = Path("/proc/sys/fs/binfmt_misc/qemu-aarch64")
 
 missing = [tool for tool in NEEDED if not shutil.which(tool)]
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="booting a container needs root")
-needs_tools = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
-pytestmark = [pytest.mark.slow, needs_root, needs_tools]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="booting a container needs root"),
+    pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"),
+]
 
 
 def blocks(step: str) -> list[str]:

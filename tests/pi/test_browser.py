@@ -65,6 +65,11 @@ class Visit:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.pi.port}/"
 
+    @property
+    def evaluate(self) -> Any:
+        """Run JavaScript in the page."""
+        return self.page.evaluate
+
     def find(self, selector: str) -> Any:
         return self.page.locator(selector)
 
@@ -167,7 +172,7 @@ class Visit:
         return list(await self.find("#diff > *").all_text_contents())
 
     async def focused(self) -> str:
-        return str(await self.page.evaluate("document.activeElement.id"))
+        return str(await self.evaluate("document.activeElement.id"))
 
     def watch(self) -> None:
         def on_console(message: Any) -> None:  # a resource fails to load by its status, or offline
@@ -216,7 +221,7 @@ async def visiting(
         if not pi.gateway.config.access.needs_key:
             await expect(visit.find("#light.up, #light.down")).to_be_visible()
         yield visit
-        assert await visit.page.evaluate("typeof window.pwned") == "undefined"
+        assert await visit.evaluate("typeof window.pwned") == "undefined"
         assert visit.complaints == []
 
 
@@ -418,7 +423,7 @@ async def test_lines_are_compared(chrome: Any):
     pairs = [*itertools.product(texts, texts), ("a\nb\nc\nd", "a\nc\nx\nd"), large]
     async with visiting(chrome) as visit:
         compare = "pairs => pairs.map(([one, other]) => diffLines(one, other))"
-        answers = await visit.page.evaluate(compare, pairs)
+        answers = await visit.evaluate(compare, pairs)
     for (old, new), compared in zip(pairs, answers, strict=True):
         before = [line for sign, line in compared if sign in " -"]
         after = [line for sign, line in compared if sign in " +"]
@@ -506,7 +511,7 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab_and_then_in_the_browser(c
     """In the browser only if the user wants that, and not one that the Pi refuses."""
     stores = "[sessionStorage.cerebrum, localStorage['cerebrum-key']]"
     async with visiting(chrome, client_keys=(KEY,)) as visit:
-        await visit.page.evaluate("localStorage['cerebrum-key'] = '\"revoked\"'")
+        await visit.evaluate("localStorage['cerebrum-key'] = '\"revoked\"'")
         await visit.page.reload()
         await visit.offers("key")
         await visit.ask(CODE)
@@ -517,7 +522,7 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab_and_then_in_the_browser(c
         await visit.offers("key")
         await visit.enter_key("wrong words")
         await visit.see("#key-error", "That key is wrong. Please try again.")
-        assert await visit.page.evaluate(stores) == [None, "null"]
+        assert await visit.evaluate(stores) == [None, "null"]
         assert visit.backend.completions == []
         await visit.enter_key(KEY)
         await visit.see("#mark", "a + b")  # the request was sent again
@@ -529,8 +534,8 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab_and_then_in_the_browser(c
             await visit.find("#recipes summary").click()
             await visit.see_part("#keep", f"{says} the key")
             await visit.click("keep")
-            assert await visit.page.evaluate(stores) == now
-            await visit.page.evaluate("sessionStorage.clear()")
+            assert await visit.evaluate(stores) == now
+            await visit.evaluate("sessionStorage.clear()")
             await visit.page.reload()
 
 
@@ -592,25 +597,25 @@ async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path:
         await expect(visit.find("#language")).to_have_value("python")
 
 
-# A file, its text as it is changed (None: not at all), the file as it is saved.
-SAVED = (
-    (b"\xef\xbb\xbfa\r\nb\nc\r\n", None, b"\xef\xbb\xbfa\r\nb\nc\r\n"),
-    (b"a\r\nb\nc\r\nd\re", "a\nB\nnew\nc\nd\ne\n", b"a\r\nB\nnew\nc\r\nd\re\r"),
-    (b"a\r\nb", "new\na\nb\nc\n", b"new\r\na\r\nb\r\nc\r\n"),
-    (b"a\nb\r\n", "", b""),
-    (b"", "a\n", b"a\n"),
-)
+# A file, its text as it is changed, the file as it is saved.
+SAVED = r"""
+\xef\xbb\xbfa\r\nb\nc\r\n | unchanged            | \xef\xbb\xbfa\r\nb\nc\r\n
+a\r\nb\nc\r\nd\re          | a\nB\nnew\nc\nd\ne\n | a\r\nB\nnew\nc\r\nd\re\r
+a\r\nb                     | new\na\nb\nc\n       | new\r\na\r\nb\r\nc\r\n
+a\nb\r\n                   |                      |
+                           | a\n                  | a\n
+"""
 
 
 async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any):
     async with visiting(chrome) as visit:
-        for content, text, saved in SAVED:
-            await visit.drop("a.py", content)
+        for content, text, saved in rows(SAVED):
+            await visit.drop("a.py", content.encode("latin-1"))
             await visit.see_part("#outcome", "a.py is open.")
-            if text is not None:
+            if text != "unchanged":
                 await visit.write(text)
             for _ in range(2):
-                assert await visit.saved() == ("a.py", saved)
+                assert await visit.saved() == ("a.py", saved.encode("latin-1"))
             await visit.click("new")
 
 
@@ -649,10 +654,10 @@ async def test_settings_are_sent_and_remembered(chrome: Any):
         chosen = {"language": "go", "model": "qwen_1_5b", "max_tokens": 2048, "temperature": 0}
         assert sent == sent | chosen
         await visit.press("Tab", "Enter", "Tab", holds="func f() {\na + b\n\t")  # Go has tabs
-        assert "func" not in await visit.page.evaluate("Object.values(localStorage).join()")
+        assert "func" not in await visit.evaluate("Object.values(localStorage).join()")
         assert await shown() == ["go", "qwen_1_5b", "2048", "0"]
         gone = '{"language": "cobol", "model": "gpt", "tokens": "x", "temperature": null}'
-        await visit.page.evaluate("gone => localStorage.setItem('cerebrum', gone)", gone)
+        await visit.evaluate("gone => localStorage.setItem('cerebrum', gone)", gone)
         assert await shown() == ["python", "", "512", "0.4"]
 
 
@@ -691,7 +696,7 @@ async def test_a_text_that_was_deleted_or_emptied_comes_back_and_can_be_copied(c
         await visit.click("undo", holds="x = 1")
         await visit.click("copy")
         await visit.see("#outcome", "Copied.")
-        assert await visit.page.evaluate("navigator.clipboard.readText()") == "x = 1"
+        assert await visit.evaluate("navigator.clipboard.readText()") == "x = 1"
 
 
 async def test_every_control_is_reached_by_tab(chrome: Any):
@@ -701,7 +706,7 @@ async def test_every_control_is_reached_by_tab(chrome: Any):
         await visit.instruct("x = 1\n", "use y", offers="take")
         await visit.complete("x = 1\n", "y = 1")
         await visit.find("#editor").focus()
-        await visit.page.evaluate("state.tabLeaves = true")  # Esc would undo the completion
+        await visit.evaluate("state.tabLeaves = true")  # Esc would undo the completion
         reached = [await visit.focused()]
         while reached[-1] != "new" and len(reached) < 40:
             await visit.press("Tab")
@@ -719,12 +724,12 @@ async def check_looks(visit: Visit, screen: dict[str, Any]) -> None:
     """Axe-core has no complaint, nothing is wider than the screen, and a phone's controls are large
     enough to touch.
     """
-    found = await visit.page.evaluate("axe.run()")
+    found = await visit.evaluate("axe.run()")
     assert [
         (rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found["violations"]
     ] == []
     width = screen["viewport"]["width"]
-    assert await visit.page.evaluate("document.documentElement.scrollWidth") == width
+    assert await visit.evaluate("document.documentElement.scrollWidth") == width
     if screen is PHONE:
         controls = await visit.find("button, select, input:not(#key), textarea").all()
         sizes = [
@@ -739,8 +744,8 @@ async def test_what_it_looks_like(chrome: Any, axe: str, scheme: str, screen: di
     scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, A]
     context = screen | {"color_scheme": scheme}
     async with visiting(chrome, *scripts, client_keys=(KEY,), context=context) as visit:
-        await visit.page.evaluate(axe)
-        color = await visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        await visit.evaluate(axe)
+        color = await visit.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (color == "rgb(18, 22, 27)") == (scheme == "dark")
         await expect(visit.find("#key-form")).to_be_visible()
         await check_looks(visit, screen)
@@ -793,7 +798,7 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
     async with visiting(chrome, client_keys=keys, context=CLIPBOARD) as visit:
         editors = visit.find("#recipe-editor")
         for key in keys:
-            await visit.page.evaluate("sessionStorage.clear()")
+            await visit.evaluate("sessionStorage.clear()")
             await visit.page.reload()
             await visit.enter_key(key)
             await visit.is_up()
@@ -804,7 +809,7 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
             await visit.see("#recipe-note", note)
         await visit.click("recipe-copy")
         await visit.see("#recipe-copied", "Copied.")
-        copied = await visit.page.evaluate("navigator.clipboard.readText()")
+        copied = await visit.evaluate("navigator.clipboard.readText()")
         settings = settings_for_editors(visit.url[:-1])
         assert f"{copied}\n" in [re.sub(r"\bKEY\b", KEY, text) for text in settings]
         await editors.select_option("VS Code")
@@ -815,7 +820,7 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
         assert await visit.find("#vscode").get_attribute("href") == link
         await visit.click("key-copy")
         await visit.see("#recipe-copied", "Copied.")
-        assert await visit.page.evaluate("navigator.clipboard.readText()") == KEY
+        assert await visit.evaluate("navigator.clipboard.readText()") == KEY
         assert KEY not in visit.page.url + str(visit.asked) + caplog.text
 
 
@@ -830,12 +835,12 @@ async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any):
         words = "The settings for your editor are below, with your key filled in."
         await visit.see("#hello", f"Hello anna. {words}")
         assert visit.page.url == visit.url
-        assert await visit.page.evaluate(in_tab) == '"annas-key"'
-        await visit.page.evaluate("window.confirm = (words) => { window.question = words }")
+        assert await visit.evaluate(in_tab) == '"annas-key"'
+        await visit.evaluate("window.confirm = (words) => { window.question = words }")
         await visit.page.goto(f"{visit.url}#key=bens-key")
         question = "Use the key of this link instead of the one that this page has?"
         await visit.page.wait_for_function("words => window.question === words", arg=question)
-        assert await visit.page.evaluate(in_tab) == '"annas-key"'
+        assert await visit.evaluate(in_tab) == '"annas-key"'
         await visit.page.goto(f"{visit.url}#key=bens-key  shows ben's settings")
         await visit.see("#error", "The link is damaged. Please copy it again, to its end.")
         await visit.page.reload()
@@ -843,7 +848,7 @@ async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any):
         await visit.see("#hello", f"Hello ben. {words}")
         assert visit.complaints == [question]
         visit.complaints.clear()
-        assert await visit.page.evaluate(in_tab) == '"bens-key"'
+        assert await visit.evaluate(in_tab) == '"bens-key"'
         assert not any("key" in path for path in visit.asked)
         assert "-key" not in caplog.text
 
