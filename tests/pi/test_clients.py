@@ -92,8 +92,7 @@ def client(openai: Any, pi: Pi) -> Any:
 def test_openai(client: Any, pi: Pi):
     whole = client.completions.create(model="", prompt=PREFIX, max_tokens=16, stop="\n\n\n")
     assert (whole.choices[0].text, whole.usage.to_dict()) == (TEXT, COUNTS)
-    asked = {"mode": "complete", "prompt": PREFIX, "max_tokens": 16, "stop": ["\n\n\n"]}
-    assert pi.backend.completions[-1].items() >= asked.items()
+    pi.passed_on(mode="complete", prompt=PREFIX, max_tokens=16, stop=["\n\n\n"])
     streamed = {"prompt": PREFIX + LINE, "stream": True, "stream_options": {"include_usage": True}}
     *chunks, counts = client.completions.create(model="", **streamed)
     assert [chunk.choices[0].text for chunk in chunks] == [*PIECES, ""]
@@ -102,8 +101,7 @@ def test_openai(client: Any, pi: Pi):
     said = {"model": "", "messages": CHAT}
     chat = client.chat.completions.create(**said, max_completion_tokens=50)
     assert chat.choices[0].message.content == TEXT
-    asked = {"messages": CHAT_SENT, "max_tokens": 50, "stop_at": "none"}
-    assert pi.backend.completions[-1].items() >= asked.items()
+    pi.passed_on(messages=CHAT_SENT, max_tokens=50, stop_at="none")
     stream = client.chat.completions.create(**said, stream=True, temperature=0.5)
     deltas = [chunk.choices[0].delta.to_dict() for chunk in stream]
     texts = [{"content": piece} for piece in PIECES]
@@ -148,8 +146,7 @@ def test_ollama(pi: Pi):
     assert shown.modelinfo[f"{shown.details.family}.context_length"] == 4096
     filled = client.generate("qwen_0_5b", PREFIX + LINE, suffix=SUFFIX, options={"num_predict": 9})
     assert (filled.response, filled.done_reason, filled.prompt_eval_count) == (TEXT, "stop", 7)
-    asked = {"mode": "infill", "suffix": SUFFIX, "max_tokens": 9}
-    assert pi.backend.completions[-1].items() >= asked.items()
+    pi.passed_on(mode="infill", suffix=SUFFIX, max_tokens=9)
     parts = client.generate("m", PREFIX, raw=True, stream=True)
     assert [part.response for part in parts] == [*PIECES, ""]
     chat = CHAT_SENT[:3]

@@ -55,6 +55,11 @@ class Pi:
         assert response.text == json.dumps(response.json(), separators=(",", ":"))
         return response.json()
 
+    def passed_on(self, **fields: Any) -> None:
+        """The VPS was last asked with these fields, among others."""
+        sent = self.backend.completions[-1]
+        assert sent == sent | fields
+
     def events(self, path: str, body: Any) -> list[Any]:
         """The members of each event of a stream, and "[DONE]", as plugins read them that look for
         "data: "; or of each line in Ollama's dialect.
