@@ -388,8 +388,7 @@ class GapOfLines(Gap):
         self.indent = scanner.indent
         if scanner.by_lines:
             self.inner = self.indent > self.below and (self.inner or not self.mark)
-        is_less = self.indent < min(self.above, self.below)
-        if self.mark and is_less and not self.elsewhere:
+        if self.mark and not self.elsewhere and self.indent < min(self.above, self.below):
             self.on_leaving(self.mark)
             if self.indent < self.floor:
                 self.doubt = 0.0
@@ -452,9 +451,6 @@ class GapInLine(Gap):
         for char in suffix.partition("\n")[0]:
             ahead.step(char)
             self.rest_level += level_of(ahead, char)
-        # It goes on with a word, closes a bracket or ends a string: no whole line is above it.
-        self.is_joined = suffix[0].isalnum() or suffix.lstrip()[0] in OPENING_OF
-        self.is_joined |= ahead.closer not in ("", "\n")
 
     def _read(self, char: str, begun: bool) -> None:
         self.level += level_of(self.scanner, char)
@@ -481,12 +477,13 @@ class GapInLine(Gap):
         return lines > 0 and self.level <= self.rest_level
 
     def on_line(self) -> None:
+        rest = self.meeting.first
         lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
         if lines == 1 and self.is_suffix(lines):
             self.end_at = written  # surer than any place before
             self.doubt = 0.0
-        elif self.level <= 0 and not self.scanner.closer and not self.is_joined:
-            self.note_end(self.meeting.line_at)
+        elif self.level <= 0 and not self.scanner.closer and rest[0] not in OPENING_OF:
+            self.note_end(self.meeting.line_at)  # else the rest closes what the cursor is in
 
 
 def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:

@@ -835,7 +835,7 @@ def f(a):
 
     return [x + 1 for x in sorted(a) if x > 0 and is_even(x) and not is_prime(x) and
             x not in seen_before(a)]
-‖ for x in a]
+‖for x in a]
 === typescript block: parameters above statements
 function f(
   a?: string,
@@ -845,17 +845,6 @@ function f(
 ⟨called⟩
 ⟨called⟩
 ‖  const kept = read(a);
-=== typescript stop: a rest that begins with a word
-const first = r«ead('a')
-const { third, fourth } = read('something from which nothing of what follows can be known here')
-const { »other, another } = read('b')
-‖other, another } = read('b')
-=== python stop: a rest that ends a string
-agent = Agent(
-    model=Model("a«b"),
-    description="something from which nothing of what follows can be known here, and more",
-    kind="»c_agent",
-‖c_agent",
 === python block: the lost rest of a line
 valu«e = compute()»
 other = compute_more()
