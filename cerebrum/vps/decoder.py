@@ -279,8 +279,8 @@ class Decoder:
         return Work(run, run.prompt[begin:end], int(has_logits))
 
     def _longest_ahead(self, run: Run) -> int:
-        """The longest chunk to read for a run that nobody waits for: while somebody types, no answer
-        waits long for it. In a pause it gets longer, and then the run makes way.
+        """The longest chunk to read for a run that nobody waits for: while somebody types, no
+        answer waits long for it. In a pause it gets longer, and then the run makes way.
         """
         answers = self.draft_model or self
         pause = (time.monotonic() - answers.last_end) / 2
