@@ -262,7 +262,7 @@ class Subscriber:
 
     broadcasts: Broadcasts
     completion: Completion
-    editor: str
+    editor: str  # client, address and user agent: one editor's requests have the same
     has_comments: bool  # the client's dialect: "waiting" and "idle" can be sent
     broadcast: Broadcast | None = None  # that it reads; None: the text is finished
     at: int = 0  # pairs read

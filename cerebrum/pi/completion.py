@@ -215,10 +215,11 @@ class Attempt:
 
 @dataclass(eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` writes the client and the attempts, how to end what it
-    reads ahead, and that somebody waits for a speculative one; `Broadcasts` who waits for it, since
-    when, that it is speculative and how to end it. `Counting` and `Broadcasts` add notes. Times are
-    monotonic seconds.
+    """A request on its way. `Dispatcher` and `Broadcasts` write the client, the dispatcher also
+    the attempts, and that somebody waits for a speculative one; `Broadcasts` who waits for it,
+    since when, and that it is speculative. Whoever runs it sets how to end it: the handler, its
+    broadcast for all who read it, or the dispatcher that reads ahead. `Counting` and `Broadcasts`
+    add notes. Times are monotonic seconds.
     """
 
     request: CompletionRequest
@@ -227,7 +228,8 @@ class Completion:
     end: Callable[[HttpError], object] = lambda _: None
     notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
     client: str = ""  # whose share of the places it takes: one who still reads it
-    clients: list[str] = field(default_factory=list)  # of all requests that have waited for it
+    # Of all requests that have waited for it; empty while it is speculative.
+    clients: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     # When the last client that shares it asked.

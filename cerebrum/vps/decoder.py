@@ -267,7 +267,7 @@ class Decoder:
         # A chunk of low priority must end soon when another request comes.
         pace = self.pace(own=run.low or len(prefilling) < len(runs))
         # An infill is often given up for the next key, and an unfinished micro-batch is lost.
-        is_short = run.hurried or self.model.recurrent or run.job.request.mode == "infill"
+        is_short = run.was_aborted or self.model.recurrent or run.job.request.mode == "infill"
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         if not run.job.max_tokens:
@@ -335,7 +335,7 @@ class Decoder:
                 read = run.prompt[len(slot.tokens) : end]
                 slot.tokens += read
                 self.tally.prompt_tokens += len(read)
-                run.hurried = True
+                run.was_aborted = True
             self._cut(run, len(slot.tokens))  # drops the cells of the failed decode
             if code != ABORTED:
                 self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))

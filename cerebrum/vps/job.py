@@ -129,7 +129,7 @@ class Run:
         self.started = time.monotonic()
         self.first_token = self.last_token = 0.0
         # Its reading was aborted for another request, so it is read in short chunks.
-        self.hurried = False
+        self.was_aborted = False
         self.yields = False  # its decode is aborted for any request that has little time
         self.outbox = list[Event | HttpError]()
 

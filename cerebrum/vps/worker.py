@@ -278,7 +278,9 @@ class Worker(threading.Thread):
         job.deliver([self._farewell])
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job whose client has left; abort a decode that writes for such jobs alone."""
+        """A job's request is over for its client: answered, superseded or left. Abort a decode that
+        writes for such jobs alone.
+        """
         job.cancelled = True
         self.wake()
         self._abort(lambda _run: Way.AT_ONCE)
