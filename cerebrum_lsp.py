@@ -254,6 +254,7 @@ class Document:
 
     uri: str
     language: str
+    version: int
     text: str
     deleted: int = -1  # the line of the latest edit, if that only removed text
     is_changed: bool = False  # since the latest request for ghost text in a JetBrains IDE
@@ -703,7 +704,8 @@ class Completions:
         uri = get(params, "textDocument.uri", str)
         text = get(params, "textDocument.text", str)
         language = get(params, "textDocument.languageId", str)
-        self.documents[uri] = Document(uri, language, text)
+        version = get(params, "textDocument.version", int)
+        self.documents[uri] = Document(uri, language, version, text)
         self.read(params)
 
     def change(self, params: Any) -> None:
@@ -724,6 +726,8 @@ class Completions:
                     if rest.startswith(text):
                         self.pi.count(None, len(text))
                 document.edit(start, end, text)
+        # Some clients have no number for it.
+        document.version = get(params, "textDocument.version", int, document.version)
         document.is_changed = True
         self.documents[document.uri] = document
 
@@ -886,6 +890,7 @@ class Commands:
     client: Client
     documents: Documents
     pi: Pi
+    has_versions: bool = False  # the client takes edits with the version that they are for
 
     def execute(self, params: Any, request_id: Any) -> Any:
         command = get(params, "command", str)
@@ -924,7 +929,11 @@ class Commands:
             changed = LINE_END.sub(line_end, answer["completion"].rstrip("\r\n"))
             changed += selection[len(selection.rstrip("\r\n")) :]
             edits = [{"range": span(start, end), "newText": changed}]
-            params = {"label": "Cerebrum", "edit": {"changes": {document.uri: edits}}}
+            edit: Object = {"changes": {document.uri: edits}}
+            if self.has_versions:
+                versioned = {"uri": document.uri, "version": document.version}
+                edit = {"documentChanges": [{"textDocument": versioned, "edits": edits}]}
+            params = {"label": "Cerebrum", "edit": edit}
             # The editor itself says if it does not apply the change.
             self.client.send(id=request_id, method="workspace/applyEdit", params=params)
 
@@ -1001,6 +1010,8 @@ class Session:
         for fault in self.faults:
             self.client.show(1, fault)
         self.configure(get(params, "initializationOptions", dict, None))
+        versions = "capabilities.workspace.workspaceEdit.documentChanges"
+        self.commands.has_versions = get(params, versions, bool, False)
         client = str(params.get("clientInfo"))
         self.completions.is_jetbrains = JETBRAINS.search(client) is not None
         capabilities = {

@@ -302,6 +302,8 @@ class Gateway:
                 self.files[path] = Response(body, headers=headers_of(body), kind=kind)
             except (OSError, ValueError) as error:
                 log.warning("nothing at %s: %s", path, error)
+        extension = self.files.get("/cerebrum.vsix")
+        self.extension_sha256 = hashlib.sha256(extension.body).hexdigest() if extension else ""
 
     def _use(self, config: Config) -> None:
         self.fleet.replace(config.backends, config.models, config.prefer)
@@ -656,8 +658,7 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     members |= (await stats(gateway, request)).body | gateway.counting.history.describe()
     members |= {"vps_message": fleet.message, "models_loaded": sorted(loaded)}
     members["client"] = request.client if request.client in gateway.config.names else ""
-    extension = gateway.files.get("/cerebrum.vsix")
-    members["extension"] = hashlib.sha256(extension.body).hexdigest() if extension else ""
+    members["extension"] = gateway.extension_sha256
     return Response(members)
 
 

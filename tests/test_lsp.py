@@ -78,6 +78,7 @@ class Editor:
     """A client: sends messages to a server in a process of its own, and sorts what comes back."""
 
     client: Any = None  # its name and its version
+    able: Any = None  # its capabilities
 
     def __init__(self, environment: dict[str, str], setup: str = "pass") -> None:
         """`setup` is run by the server before it starts."""
@@ -143,7 +144,7 @@ class Editor:
 
     def start(self, options: Any = None, text: str | None = None) -> Any:
         options = {"read_ahead": False, **(options or {})}
-        params = {"capabilities": {}, "initializationOptions": options}
+        params = {"capabilities": self.able or {}, "initializationOptions": options}
         found = self.ask("initialize", {**params, "clientInfo": self.client})
         self.tell("initialized", {})
         if text is not None:
@@ -151,7 +152,7 @@ class Editor:
         return found
 
     def open(self, text: str, language: str = "python", uri: str = URI) -> None:
-        document = {"uri": uri, "languageId": language, "text": text}
+        document = {"uri": uri, "languageId": language, "version": 1, "text": text}
         self.tell("textDocument/didOpen", {"textDocument": document})
 
     def type(self, line: int, character: int, text: str, end: int | None = None) -> None:
@@ -159,8 +160,9 @@ class Editor:
         last = character if end is None else end
         self.change({"range": span((line, character), (line, last)), "text": text})
 
-    def change(self, change: Any) -> None:
-        changed = {"textDocument": {"uri": URI}, "contentChanges": [change]}
+    def change(self, change: Any, version: int | None = 2) -> None:
+        document = {"uri": URI, "version": version}
+        changed = {"textDocument": document, "contentChanges": [change]}
         self.tell("textDocument/didChange", changed)
 
     def configure(self, settings: Any) -> None:
@@ -661,7 +663,10 @@ def instructed(text: str) -> dict[str, Any]:
 
 
 def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
-    """Its range may be backwards."""
+    """A client that knows `documentChanges` gets the version that the change is for. Its range may
+    be backwards.
+    """
+    editor.able = {"workspace": {"workspaceEdit": {"documentChanges": True}}}
     editor.start()
     editor.open("let b\na=1\nb=2\n", "javascriptreact")
     pi.says(**instructed("total=1"))
@@ -670,7 +675,8 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
     number = editor.command("cerebrum.instruct", {**SELECTED, "range": backwards})
     asked = editor.called("workspace/applyEdit")
     edits = [{"range": selected, "newText": "total=1\n"}]
-    assert asked["params"]["edit"] == {"changes": {URI: edits}}
+    versioned = [{"textDocument": {"uri": URI, "version": 1}, "edits": edits}]
+    assert asked["params"]["edit"] == {"documentChanges": versioned}
     editor.send(id=asked["id"], result={"applied": True})
     assert editor.answer(number)["result"] is None
     assert pi.hears()[:2] == ("/v1/complete", INSTRUCTED)
@@ -684,7 +690,8 @@ def test_an_instruction_overwrites_no_newer_text(editor: Editor, pi: Pi) -> None
     pi.scripts = [[wait_for(end), answer(200, instructed("total\n"))]]
     number = editor.command("cerebrum.instruct", SELECTED)
     pi.hears()
-    editor.type(0, 0, "y")
+    change = {"range": span((0, 0), (0, 0)), "text": "y"}
+    editor.change(change, None)  # without a number for the version
     assert "error" in editor.answer(editor.request("made/up"))  # so the change has been read
     end.set()
     message = f"the text has changed meanwhile{NOTHING}"
@@ -980,7 +987,7 @@ EDITS = [  # behind an end, or in a character
 
 def test_odd_positions() -> None:
     for start, end, left in EDITS:
-        document = Document(URI, "python", "ab\r\n😀c")
+        document = Document(URI, "python", 0, "ab\r\n😀c")
         document.edit(start, end, "!")
         assert document.text == left
 
@@ -996,7 +1003,7 @@ def test_2000_edits() -> None:
     pieces = ["a", "b ", "\n", "\r\n", "\r", "é", "語", "😀", "x\ny\nz", "\ud800", "\udc00", ""]
     text = ""
     for _ in range(2_000):
-        document = Document(URI, "python", text)
+        document = Document(URI, "python", 0, text)
         start, end = sorted(rng.choices(range(len(text) + 1), k=2))
         end = min(end, start + 40)
         if "\r\n" in (text[start - 1 : start + 1], text[end - 1 : end + 1]):

@@ -148,9 +148,9 @@ def fit_prompt(
     body = passed_fields(attempt) | text.body
     if is_limited:
         body["prompt_ms"] = fields.prompt_ms
-    kept = text.kept
-    weight = text.weight
-    return Fitted(body, attempt.model, name, answer_tokens, n_ctx, kept, weight, request.file)
+    return Fitted(
+        body, attempt.model, name, answer_tokens, n_ctx, text.kept, text.weight, request.file
+    )
 
 
 # -------------------------------------------------------------------------------------- the backend

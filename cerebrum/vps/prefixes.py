@@ -47,8 +47,8 @@ class Parked:
 
 class PrefixStore:
     """Recent sequences whose states are within a budget of bytes. Those of low priority are dropped
-    first, and only for their own kind; of each kind, the least recently used one is.
-    Owned by one worker.
+    first, and only for their own kind; of each kind, the least recently used one is. Owned by one
+    worker.
 
     The sequences of a recurrent model cannot be cut: each serves only prompts that go on with it,
     and its beginnings are entries of their own.
@@ -124,8 +124,7 @@ class PrefixStore:
 
 class Sequences:
     """The sequences of a model: in the slots of its context, running or idle, and parked in the
-    store.
-    Owned by one worker.
+    store. Owned by one worker.
     """
 
     def __init__(self, model: Llama, count: int, budget: int) -> None:

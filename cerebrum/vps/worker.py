@@ -76,7 +76,9 @@ GIVE_WAY_SECONDS = 0.05
 
 
 class Way(IntEnum):
-    """For whom the decode of a run is aborted; for each, it is so for those above, too."""
+    """How readily the decode of a run is aborted. A run of one level is aborted for all that the
+    lower levels name, too.
+    """
 
     STAYS = 0  # for nobody
     FOR_OTHERS = 1  # a job that does not go on with what the run reads
@@ -292,17 +294,17 @@ class Worker(threading.Thread):
         if self.model and not self.model.recurrent:
             self._abort(lambda run: way_for(run, job))
 
-    def _abort(self, way_of: Callable[[Run], Way]) -> None:
-        """Abort a running decode if all its runs make as much way; also one that is for no run yet.
-        `Compute.decode` clears the byte before it asks a last time who has left, so no cancelled
-        job is missed.
+    def _abort(self, needed: Callable[[Run], Way]) -> None:
+        """Abort a running decode if each of its runs makes at least the way that is `needed` of it;
+        also one that is for no run yet. `Compute.decode` clears the byte before it asks a last time
+        who has left, so no cancelled job is missed.
         """
         decoder = self.decoder
         running = decoder.compute.running if decoder else None
         if not decoder or running is None:
             return
         is_long = decoder.compute.is_long
-        if all(makes_way(run, is_long) >= way_of(run) for run in running):
+        if all(makes_way(run, is_long) >= needed(run) for run in running):
             decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
