@@ -89,7 +89,8 @@ class Editor:
         self.process: Any = subprocess.Popen(command, env=environment, **pipes)
         self.numbers = itertools.count(1)
         self.came: Queue[Any] = Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         stream = self.process.stdout
@@ -209,6 +210,7 @@ def editing(folder: Path, url: str, setup: str = "pass", **environment: str) -> 
     finally:
         with editor.process as process:  # closes its pipes, and waits
             process.kill()
+            editor.reader.join(PATIENCE)  # it must not read from a closed pipe
 
 
 @pytest.fixture
