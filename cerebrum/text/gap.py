@@ -257,8 +257,10 @@ class Gap(Stage):
         below = lines_of(suffix.partition("\n")[2] if self.in_line else suffix)
         self.floor = min((indent for indent, _ in below[:MEET_LINES]), default=1)
         self.depth_at_cursor = len(scanner.stack)
-        # Of the literal at the cursor, if the suffix has it too.
-        self.closer_at_cursor = scanner.closer if scanner.closer in suffix else ""
+        # Of the literal at the cursor, if the suffix closes it. Quotes before a word open one.
+        _, closes, behind = suffix.partition(scanner.closer or "\n")
+        is_closed = closes and not behind[:1].isalnum()
+        self.closer_at_cursor = scanner.closer if is_closed else ""
         # The kind of the bracket that the suffix is in, by the first one that it closes or the end
         # of a statement; "" if it has neither.
         self.around = ""
@@ -268,11 +270,18 @@ class Gap(Stage):
             is_known = ahead.unmatched or ahead.last == ";"
             if is_known and not (self.around or ahead.stack):
                 self.around = OPENING_OF.get(char, "{")
-        # How many of these brackets the suffix closes. A prompt may begin within a block: a bracket
-        # that is closed at less indentation was opened above the prompt.
+        # A prompt may begin within a block: a bracket that is closed at less indentation was opened
+        # above the prompt.
         outermost = scanner.stack[0].indent if scanner.stack else 0
-        known = [indent for indent in ahead.unmatched if indent >= outermost]
-        self.closed_below = min(self.depth_at_cursor, len(known))
+        missing = [bracket for bracket in ahead.unmatched if bracket.indent >= outermost]
+        # How many of the brackets at the cursor the suffix closes, from the outermost on.
+        self.closed_below = 0
+        for bracket, partner in zip(scanner.stack, reversed(missing), strict=False):
+            if bracket.kind != partner.kind:
+                break
+            self.closed_below += 1
+        # How many the text has to open, since the suffix closes more than are open at the cursor.
+        self.to_open = max(0, len(missing) - self.depth_at_cursor)
 
     def on_start(self) -> None:
         """A line begins: its first character that is not white space has come."""
@@ -435,8 +444,8 @@ def level_of(scanner: Scanner, char: str) -> int:
 
 class GapInLine(Gap):
     """A gap that ends within a line: the suffix begins with the rest of the cursor's line. It could
-    follow a line that lacks this rest and leaves no bracket open, or replace a rest that the model
-    has written itself.
+    follow a line that lacks this rest and leaves open just the brackets that the suffix closes, or
+    replace a rest that the model has written itself.
     """
 
     in_line = True
@@ -474,7 +483,7 @@ class GapInLine(Gap):
 
     def is_suffix(self, lines: int) -> bool:
         # Else this is the rest of a line within brackets of the text.
-        return lines > 0 and self.level <= self.rest_level
+        return lines > 0 and self.level <= self.to_open + self.rest_level
 
     def on_line(self) -> None:
         rest = self.meeting.first
@@ -482,7 +491,7 @@ class GapInLine(Gap):
         if lines == 1 and self.is_suffix(lines):
             self.end_at = written  # surer than any place before
             self.doubt = 0.0
-        elif self.level <= 0 and not self.scanner.closer and rest[0] not in OPENING_OF:
+        elif self.level == self.to_open and not self.scanner.closer and rest[0] not in OPENING_OF:
             self.note_end(self.meeting.line_at)  # else the rest closes what the cursor is in
 
 

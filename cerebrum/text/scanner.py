@@ -83,8 +83,8 @@ class Scanner:
     def __init__(self, language: Language) -> None:
         self.language = language
         self.stack = list[Bracket]()  # open brackets
-        # Of the closing brackets whose partner is not in the text, the indentation of their lines.
-        self.unmatched = list[int]()
+        # The partners, not in the text, of closing brackets; with the indentation of these.
+        self.unmatched = list[Bracket]()
         self.branches = list[int]()  # brackets open above each #if without its #endif
 
     @property
@@ -248,7 +248,7 @@ class Scanner:
             if self.stack[depth].kind == OPENING_OF[char]:
                 del self.stack[depth:]
                 return True
-        self.unmatched.append(self.indent)
+        self.unmatched.append(Bracket(OPENING_OF[char], self.indent, ""))
         return False
 
     def _end_line(self) -> None:

@@ -835,7 +835,55 @@ def f(a):
 
     return [x + 1 for x in sorted(a) if x > 0 and is_even(x) and not is_prime(x) and
             x not in seen_before(a)]
-‖for x in a]
+‖for x in a
+=== cpp block: the suffix closes braces, and the cursor is in parentheses
+std::string name_of(const std::string& path) {
+    return "";
+  }
+std::string end_of(const std::string& path) {
+  size_t dot = path.rfind('.');
+  if (dot == path.npo«s) {»
+    return "";
+  }
+  return path.substr(dot + 1);
+⟨called⟩
+⟨called⟩
+‖
+    return "";
+  }
+  return path.substr(dot);
+}
+
+std::string begin_of(const std::string& path) {
+=== python block: the suffix has the next docstring
+def f():
+    """Read it.
+
+    Raises«:
+        ValueError: it is empty
+    """
+    read()»
+
+⟨calls⟩
+‖
+def g():
+    """Write it."""
+=== go block: the suffix closes a brace that the text has to open
+func stored(v *Value) *Stored {
+	if v«alue == nil {
+		return »nil
+	}
+	return &Stored{ID: value.ID, At: value.At}
+}
+
+func named(value *Value) string {
+	return value.Name
+}
+‖nil
+	}
+	result := &Stored{ID: value.ID}
+	return result
+}
 === typescript block: parameters above statements
 function f(
   a?: string,
