@@ -417,61 +417,34 @@ LOCAL = "http://127.0.0.1:7000"  # this machine, as long as no url is set
 NO_URL = "; set CEREBRUM_URL, or the client's setting url, to its address: http://pi.local:7000"
 
 
-@dataclass
-class Pi:
-    """The Pi, and whether it is away. The main thread sets `settings`; all threads ask."""
-
-    settings: Settings
-    client: Client
-    # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
-    away_until: float = 0.0
-
-    def ask(self, call: Call, path: str, body: Object) -> Object:
-        """POST the body, and return the answer's JSON. PiError, or Ended."""
-        settings = self.settings
-        url = urllib.parse.urlsplit(settings.url or LOCAL)
-        host = url.hostname or ""
-        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(host, url.port or kind.default_port, timeout=CONNECT_SECONDS)
-        headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
-        if settings.key:
-            headers["Authorization"] = f"Bearer {settings.key}"
-        try:
-            connection.connect()
-            call.socket = connection.sock
-            call.check()  # `end` may have come before there was a socket
-            connection.sock.settimeout(TIMEOUT_SECONDS)
-            connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
-            response = connection.getresponse()
-            content = response.read()
-        # ValueError: a name that cannot be looked up
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            # A connection that never came about is news even if nobody waits for it any more.
-            if call.socket:
-                call.check()
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            hint = "" if settings.url else NO_URL
-            raise PiError(f"the Pi at {host} does not answer ({reason}){hint}") from None
-        finally:
-            connection.close()
-        return read_answer(host, response.status, content)
-
-    def count(self, request_id: Any, characters: int) -> Any:
-        """Have the Pi count what the user accepted."""
-        call = Call(request_id)
-
-        def work() -> None:
-            with contextlib.suppress(PiError):  # only a count
-                self.ask(call, "/v1/accepted", {"characters": characters})
-
-        return self.client.start(call, work)
-
-    def note_failure(self, error: PiError, call: Call) -> None:
-        """The Pi is away. Tell the user, unless she knows and did not ask for a completion now."""
-        is_news = not self.away_until
-        self.away_until = time.monotonic() + AWAY_SECONDS
-        if is_news or not call.is_automatic:
-            self.client.show(2, str(error))
+def ask(settings: Settings, call: Call, path: str, body: Object) -> Object:
+    """POST the body to the Pi, and return the answer's JSON. PiError, or Ended."""
+    url = urllib.parse.urlsplit(settings.url or LOCAL)
+    host = url.hostname or ""
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(host, url.port or kind.default_port, timeout=CONNECT_SECONDS)
+    headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
+    if settings.key:
+        headers["Authorization"] = f"Bearer {settings.key}"
+    try:
+        connection.connect()
+        call.socket = connection.sock
+        call.check()  # `end` may have come before there was a socket
+        connection.sock.settimeout(TIMEOUT_SECONDS)
+        connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
+        response = connection.getresponse()
+        content = response.read()
+    # ValueError: a name that cannot be looked up
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # A connection that never came about is news even if nobody waits for it any more.
+        if call.socket:
+            call.check()
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        hint = "" if settings.url else NO_URL
+        raise PiError(f"the Pi at {host} does not answer ({reason}){hint}") from None
+    finally:
+        connection.close()
+    return read_answer(host, response.status, content)
 
 
 def read_answer(host: str, status: int, content: bytes) -> Object:
@@ -675,30 +648,39 @@ NO_COMPLETION = "expected a completion, got another answer: the url is perhaps n
 TRIGGERS = [*" .,:;=([{<\"'/"]  # of textDocument/completion, beside letters
 
 
-class Documents(dict[str, Document]):
-    """The open documents, by uri."""
-
-    def find(self, params: Any) -> Document:
-        document = self.get(get(params, "textDocument.uri", str))
-        if not document:
-            raise ProtocolError("expected a document that is open")
-        return document
-
-    def close(self, params: Any) -> None:
-        self.pop(get(params, "textDocument.uri", str), None)
-
-
 @dataclass
-class Completions:
-    """Text for a cursor in what the client opens and changes: what is left of a suggestion, or else
-    the Pi's answer.
+class Workspace:
+    """The open documents, and what the client asks for in them: text for a cursor, which is the
+    rest of a suggestion or else the Pi's answer, and changes as instructed. The main thread alone
+    changes the documents and the settings.
     """
 
     client: Client
-    documents: Documents
-    pi: Pi
+    settings: Settings
+    documents: dict[str, Document] = field(default_factory=dict)  # by uri
     suggestions: Suggestions = field(default_factory=Suggestions)
+    # By time.monotonic(): no automatic request before. 0: not away, as far as the user knows.
+    away_until: float = 0.0
     is_jetbrains: bool = False  # the client is LSP4IJ
+    has_versions: bool = False  # the client takes edits with the version that they are for
+
+    def configure(self, given: Any) -> None:
+        """Apply the client's settings; bad ones are shown to the user and change nothing."""
+        try:
+            self.settings = read_settings(given, self.settings)
+        except BadSettings as error:
+            self.client.show(1, str(error))
+        self.suggestions = Suggestions()  # other settings, other suggestions
+        self.away_until = 0.0  # the next request tries
+
+    def change_configuration(self, params: Any) -> None:
+        self.configure(get(params, "settings", dict, None))
+
+    def find(self, params: Any) -> Document:
+        document = self.documents.get(get(params, "textDocument.uri", str))
+        if not document:
+            raise ProtocolError("expected a document that is open")
+        return document
 
     def open(self, params: Any) -> None:
         uri = get(params, "textDocument.uri", str)
@@ -708,8 +690,11 @@ class Completions:
         self.documents[uri] = Document(uri, language, version, text)
         self.read(params)
 
+    def close(self, params: Any) -> None:
+        self.documents.pop(get(params, "textDocument.uri", str), None)
+
     def change(self, params: Any) -> None:
-        document = self.documents.find(params)
+        document = self.find(params)
         # Until all is done: after a bad change the text is unknown.
         del self.documents[document.uri]
         for change in get(params, "contentChanges", list):
@@ -724,7 +709,7 @@ class Completions:
                 if self.is_jetbrains and len(text.strip()) > 1:
                     rest = self.suggestions.rest(document.gap(start)) or ""
                     if rest.startswith(text):
-                        self.pi.count(None, len(text))
+                        self.count(None, len(text))
                 document.edit(start, end, text)
         # Some clients have no number for it.
         document.version = get(params, "textDocument.version", int, document.version)
@@ -735,7 +720,7 @@ class Completions:
         """Have the Pi read where the cursor stays. No message says so, but clients ask for
         highlights there; null leaves those to other servers. A new document has no cursor yet.
         """
-        document = self.documents.find(params)
+        document = self.find(params)
         cursor = position(params, "position") if "position" in params else (0, 0)
         gap = document.gap(cursor)
         self.client.end_calls(lambda old: old.is_waiting and old.lane == READING, {})
@@ -746,19 +731,19 @@ class Completions:
             if self.may_read(gap):
                 self.suggestions.asked = gap
                 body = self.body(gap, is_automatic=True)
-                self.pi.ask(call, "/infill", {**body, "n_predict": 0})
+                ask(self.settings, call, "/infill", {**body, "n_predict": 0})
 
         self.client.start(call, work)
 
     def may_read(self, gap: Gap) -> bool:
-        settings = self.pi.settings
+        settings = self.settings
         is_wanted = settings.read_ahead and settings.suggest != "never"
-        is_away = time.monotonic() < self.pi.away_until
+        is_away = time.monotonic() < self.away_until
         is_read = gap.typed_since(self.suggestions.asked) is not None
         return is_wanted and not (is_away or is_read or self.is_off(gap))
 
     def inline(self, params: Any, request_id: Any) -> Any:
-        document = self.documents.find(params)
+        document = self.find(params)
         cursor = position(params, "position")
         gap = document.gap(cursor)
         is_automatic = get(params, "context.triggerKind", int, 2) != 1
@@ -785,7 +770,7 @@ class Completions:
         it as it is, so it has the document's line ends. Ghost text has none but \\n: Neovim and
         Emacs would leave a \\r in the text.
         """
-        document = self.documents.find(params)
+        document = self.find(params)
         cursor = position(params, "position")
         gap = document.gap(cursor)
         # The cursor may be behind the end of its line, or of the text.
@@ -831,7 +816,7 @@ class Completions:
             rest = self.suggestions.rest(gap)
             if rest is not None:
                 return items(rest)
-            if time.monotonic() < self.pi.away_until:
+            if time.monotonic() < self.away_until:
                 return nothing
 
         def work() -> Any:
@@ -841,12 +826,12 @@ class Completions:
         return self.client.start(call, work)
 
     def is_off(self, gap: Gap) -> bool:
-        settings = self.pi.settings
+        settings = self.settings
         return gap.language in settings.off or settings.excludes(gap.uri)
 
     def body(self, gap: Gap, is_automatic: bool) -> Object:
         """The fields of a request for a gap."""
-        settings = self.pi.settings
+        settings = self.settings
         before, after = clip(gap)
         name = os.path.basename(urllib.parse.unquote(gap.uri))
         return {
@@ -869,42 +854,49 @@ class Completions:
         body = self.body(gap, call.is_automatic)
         began = time.monotonic()
         try:
-            answer = self.pi.ask(call, "/infill", body)
+            answer = ask(self.settings, call, "/infill", body)
             text = answer.get("content")
             if not isinstance(text, str):
                 raise PiError(NO_COMPLETION)
-        except PiError as error:
-            if not isinstance(error, Busy):
-                self.pi.note_failure(error, call)
+        except Busy:
             return ""
-        self.pi.away_until = 0.0
+        except PiError as error:
+            # It is away: the user is told, unless she knows and did not ask for a completion now.
+            is_news = not self.away_until
+            self.away_until = time.monotonic() + AWAY_SECONDS
+            if is_news or not call.is_automatic:
+                self.client.show(2, str(error))
+            return ""
+        self.away_until = 0.0
         if not (answer.get("replaced") or answer.get("preempted")):
             suggestions.add(gap, text, time.monotonic() - began)
         return text
 
-
-@dataclass
-class Commands:
-    """What the client asks for by `workspace/executeCommand`."""
-
-    client: Client
-    documents: Documents
-    pi: Pi
-    has_versions: bool = False  # the client takes edits with the version that they are for
+    # What the client asks for by `workspace/executeCommand`.
 
     def execute(self, params: Any, request_id: Any) -> Any:
         command = get(params, "command", str)
         argument = get(params, "arguments", list)[0]
         if command == ACCEPTED:
-            return self.pi.count(request_id, get(argument, "characters", int))
+            return self.count(request_id, get(argument, "characters", int))
         if command == INSTRUCT:
             return self.instruct(argument, request_id)
         raise ProtocolError(f"expected {ACCEPTED} or {INSTRUCT}, got {command}")
 
+    def count(self, request_id: Any, characters: int) -> Any:
+        """Have the Pi count what the user accepted."""
+        call = Call(request_id)
+
+        def work() -> None:
+            with contextlib.suppress(PiError):  # only a count
+                ask(self.settings, call, "/v1/accepted", {"characters": characters})
+
+        return self.client.start(call, work)
+
     def instruct(self, argument: Any, request_id: Any) -> Any:
         """Change a range of a document as instructed: {"uri", "range", "instruction"}."""
-        document = self.documents.find({"textDocument": argument})
-        if self.pi.settings.excludes(document.uri):
+        document = self.find({"textDocument": argument})
+        if self.settings.excludes(document.uri):
             raise PiError("this text is never sent; the setting exclude has the names of files")
         start, end = positions(argument)
         text = document.text
@@ -920,7 +912,7 @@ class Commands:
         call = Call(request_id)
 
         def work() -> None:
-            answer = self.pi.ask(call, "/v1/complete", body)
+            answer = ask(self.settings, call, "/v1/complete", body)
             if lacking := lacks(answer):
                 raise PiError(f"{lacking}; nothing was changed")
             is_open = self.documents.get(document.uri) is document
@@ -944,30 +936,27 @@ JETBRAINS = re.compile(r"\(build [A-Z]+-\d")  # in the version of a JetBrains ID
 
 
 class Session:
-    """One editor's session: its beginning and end, its settings, and who handles which message."""
+    """One editor's session: its beginning and end, and who handles which message."""
 
     def __init__(self, client: Client, settings: Settings, faults: list[str]) -> None:
         self.client = client
         self.faults = faults
-        self.pi = Pi(settings, client)
-        documents = Documents()
-        self.completions = completions = Completions(client, documents, self.pi)
-        self.commands = Commands(client, documents, self.pi)
+        self.workspace = workspace = Workspace(client, settings)
         self.is_stopping = False
         self.requests = {  # of params and the id
             "initialize": self.initialize,
             "shutdown": self.shutdown,
-            "textDocument/inlineCompletion": completions.inline,
-            "textDocument/completion": completions.menu,
-            "textDocument/documentHighlight": completions.read,
-            "workspace/executeCommand": self.commands.execute,
+            "textDocument/inlineCompletion": workspace.inline,
+            "textDocument/completion": workspace.menu,
+            "textDocument/documentHighlight": workspace.read,
+            "workspace/executeCommand": workspace.execute,
         }
         self.notifications = {
             "$/cancelRequest": self.cancel,
-            "workspace/didChangeConfiguration": self.change_configuration,
-            "textDocument/didOpen": completions.open,
-            "textDocument/didChange": completions.change,
-            "textDocument/didClose": documents.close,
+            "workspace/didChangeConfiguration": workspace.change_configuration,
+            "textDocument/didOpen": workspace.open,
+            "textDocument/didChange": workspace.change,
+            "textDocument/didClose": workspace.close,
         }
 
     def serve(self, stream: BinaryIO) -> int:
@@ -1009,33 +998,22 @@ class Session:
     def initialize(self, params: Any, _request_id: Any) -> Any:
         for fault in self.faults:
             self.client.show(1, fault)
-        self.configure(get(params, "initializationOptions", dict, None))
+        workspace = self.workspace
+        workspace.configure(get(params, "initializationOptions", dict, None))
         versions = "capabilities.workspace.workspaceEdit.documentChanges"
-        self.commands.has_versions = get(params, versions, bool, False)
+        workspace.has_versions = get(params, versions, bool, False)
         client = str(params.get("clientInfo"))
-        self.completions.is_jetbrains = JETBRAINS.search(client) is not None
+        workspace.is_jetbrains = JETBRAINS.search(client) is not None
         capabilities = {
             "textDocumentSync": {"openClose": True, "change": 2},
             "inlineCompletionProvider": {},
             "executeCommandProvider": {"commands": [ACCEPTED, INSTRUCT]},
-            "documentHighlightProvider": self.pi.settings.read_ahead,
+            "documentHighlightProvider": workspace.settings.read_ahead,
         }
-        if self.pi.settings.completion:
+        if workspace.settings.completion:
             capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
         info = {"name": "cerebrum", "version": VERSION}
         return {"capabilities": capabilities, "serverInfo": info}
-
-    def configure(self, given: Any) -> None:
-        """Apply the client's settings; bad ones are shown to the user and change nothing."""
-        try:
-            self.pi.settings = read_settings(given, self.pi.settings)
-        except BadSettings as error:
-            self.client.show(1, str(error))
-        self.completions.suggestions = Suggestions()  # other settings, other suggestions
-        self.pi.away_until = 0.0  # the next request tries
-
-    def change_configuration(self, params: Any) -> None:
-        self.configure(get(params, "settings", dict, None))
 
     def cancel(self, params: Any) -> None:
         self.client.end_calls(lambda call: call.request_id == params["id"], CANCELLED)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from queue import Queue
 from typing import Any, cast
@@ -527,12 +526,12 @@ def test_nobody_hears_that_a_text_could_not_be_read(desk: Desk, pi: Pi) -> None:
     pi.says(503, **AWAY)
     desk.open("x")
     assert desk.rest() == [(0, "")]
-    assert (desk.came.empty(), desk.server.pi.away_until) == (True, 0)
+    assert (desk.came.empty(), desk.server.workspace.away_until) == (True, 0)
     desk.at(0, 1)
     assert desk.rest() == [(128, "x")]
     desk.move(0, 0)
     assert desk.rest() == []  # the Pi is away
-    desk.server.pi.away_until = 0.0
+    desk.server.workspace.away_until = 0.0
     desk.move(0, 0)
     assert desk.rest() == [(0, "")]
 
@@ -761,10 +760,9 @@ def test_a_connection_that_fails_is_news_even_after_a_cancellation() -> None:
     job.end()
     with socket.create_server(("127.0.0.1", 0)) as gone:
         settings = Settings(url=f"http://127.0.0.1:{gone.getsockname()[1]}")
-    pi = cerebrum_lsp.Pi(settings, cerebrum_lsp.Client(BytesIO()))
     message = r"^the Pi at 127.0.0.1 does not answer \(Connection refused\)$"
     with pytest.raises(cerebrum_lsp.PiError, match=message):
-        pi.ask(job, "/infill", {})
+        cerebrum_lsp.ask(settings, job, "/infill", {})
 
 
 REPLIES: list[tuple[int, Any, list[str]]] = [  # a reply, what the user is told
