@@ -191,14 +191,14 @@ def read_file(folder: Path) -> Any:
     return None
 
 
-VARIABLES = {"url": "CEREBRUM_URL", "key": "CEREBRUM_CM4_API_KEY"}
-
-
 def first_settings(environment: Mapping[str, str]) -> tuple[Settings, list[str]]:
     """The settings of the file, which those of the environment override, and the faults of both."""
     home = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     folder = Path(home) / "cerebrum"
-    variables = {name: environment.get(VARIABLES[name]) or None for name in VARIABLES}
+    variables = {
+        "url": environment.get("CEREBRUM_URL") or None,  # empty: not set
+        "key": environment.get("CEREBRUM_CM4_API_KEY") or None,
+    }
     sources: dict[str, Callable[[], Any]] = {
         f"the settings in {folder}": lambda: read_file(folder),
         "the environment": lambda: variables,
@@ -315,7 +315,7 @@ class Suggestions:
         with self.lock:
             old, shown, old_place = self.shown
             typed = gap.typed_since(old) or ""
-            if typed[: len(shown)] != shown[: len(typed)]:  # neither begins with the other
+            if not (typed.startswith(shown) or shown.startswith(typed)):
                 self.typed_over.append(old_place)
             self.shown = gap, text, place
             return self.typed_over.count(place)
@@ -592,8 +592,7 @@ def get(value: Any, path: str, kind: type, *default: Any) -> Any:
     if value is None and default:
         return default[0]
     if type(value) is not kind:
-        message = f"expected {KINDS[kind]} for {path}, got {kind_of(value)}"
-        raise ProtocolError(message)
+        raise ProtocolError(f"expected {KINDS[kind]} for {path}, got {kind_of(value)}")
     return value
 
 
@@ -633,7 +632,7 @@ def positions(holder: Any) -> tuple[Position, Position]:
     return min(ends), max(ends)
 
 
-def span(start: Position, end: Position) -> dict[str, dict[str, int]]:
+def span(start: Position, end: Position) -> Object:
     """A range from one position to another, as LSP writes it."""
     names = ("line", "character")
     return {"start": dict(zip(names, start)), "end": dict(zip(names, end))}
