@@ -102,14 +102,17 @@ def shutting_down() -> HttpError:
 
 # -------------------------------------------------------------------------------------- pure: heads
 
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])" % TOKEN)
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
-HEADER_LINE = re.compile(rb"(%b):[ \t]*+([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) (HTTP/[0-9]\.[0-9])")
+STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+HEADER_LINE = re.compile(rf"({TOKEN}):[ \t]*+([\t\x20-\x7e\x80-\xff]*)")
 FORBIDDEN_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]|(?<!\r)\n")
-ABSOLUTE_FORM = re.compile(r"http://([^/?]+)(.*)", re.IGNORECASE)
-PATH = re.compile(r"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%(?!0|1|7[Ff])[0-9A-Fa-f]{2})*")
-QUERY = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*")
+# Its authority, which only an absolute form has, and its path.
+TARGET = re.compile(
+    r"(?:(?i:http)://([^/?]++)|(?=/))"
+    r"((?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%(?!0|1|7[Ff])[0-9A-Fa-f]{2})*)"
+    r"(?:\?(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/?]|%[0-9A-Fa-f]{2})*)?"
+)
 AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
 REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
@@ -158,7 +161,7 @@ def scan_request(buffer: bytes, scanned: int) -> int | None:
             )
         return None
     if end + 2 > scanned:
-        parse_request_line(buffer[start:end])
+        parse_request_line(buffer[start:end].decode("latin-1"))
     return scan_head(buffer, max(scanned, end))
 
 
@@ -169,14 +172,14 @@ def _refuse_controls(buffer: bytes, scanned: int, stop: int) -> None:
         )
 
 
-def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
+def parse_request_line(line: str) -> tuple[str, str, str, str]:
     """Parse a request line, without its CRLF, into method, decoded path, authority (or "") and
     version.
     """
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise malformed("expected a request line of the form 'METHOD /path HTTP/1.1'")
-    method, target, version = (part.decode("ascii") for part in match.groups())
+    method, target, version = match.groups()
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
     if method not in METHODS:
@@ -191,23 +194,20 @@ def parse_target(target: str) -> tuple[str, str]:
     """Parse a request target into decoded path and authority, "" without an absolute form (RFC 9112
     section 3.2).
     """
-    authority = ""
-    if absolute := ABSOLUTE_FORM.fullmatch(target):
-        authority = host_name(absolute[1])
-        target = "/" + absolute[2]
-    path, _, query = target.partition("?")
-    if not PATH.fullmatch(path) or not QUERY.fullmatch(query):
+    match = TARGET.fullmatch(target)
+    if not match:
         raise malformed(
             "expected a request target that is a path of RFC 3986 characters and %XX escapes, "
             "none of them of a control character"
         )
+    authority, path = match.groups("")
     # People add a slash to URLs; an escaped %2F stays.
     path = "/" + path.lstrip("/").removesuffix("/")
     try:
         path = unquote(path, errors="strict")
     except UnicodeDecodeError:
         raise malformed("expected %XX escapes that are UTF-8") from None
-    return path, authority
+    return path, host_name(authority) if authority else ""
 
 
 def host_name(value: str) -> str:
@@ -220,11 +220,11 @@ def host_name(value: str) -> str:
     return match[1].lower()
 
 
-def parse_head(block: bytes) -> tuple[bytes, dict[str, str]]:
+def parse_head(block: bytes) -> tuple[str, dict[str, str]]:
     """Parse a message head, as `scan_head` finds it, into its first line and a dict of its headers
     by lower-case name. Commas join repeated list headers.
     """
-    first, *lines = block[:-4].split(b"\r\n")
+    first, *lines = block[:-4].decode("latin-1").split("\r\n")
     if len(lines) > MAX_HEADERS:
         raise malformed(
             f"expected at most {MAX_HEADERS} headers, got {len(lines)}", "HEADERS_TOO_LARGE"
@@ -234,8 +234,8 @@ def parse_head(block: bytes) -> tuple[bytes, dict[str, str]]:
         match = HEADER_LINE.fullmatch(line)
         if not match:
             raise malformed("expected header lines of the form 'Name: value'")
-        name = match[1].decode("ascii").lower()
-        value = match[2].rstrip(b" \t").decode("latin-1")
+        name = match[1].lower()
+        value = match[2].rstrip(" \t")
         if name in headers and name in SINGLE_HEADERS:
             raise malformed(f"expected at most one {name} header, got several")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -283,12 +283,12 @@ def parse_request(block: bytes) -> Head:
 
 # ------------------------------------------------------------------------------------- pure: bodies
 
-TEXT = rb"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"  # of a quoted string, without escapes
-EXTENSION = rb';%b(?:=(?:%b|"%b"))?' % (TOKEN, TOKEN, TEXT)
-EXTENSION_BEGUN = rb';(?:%b(?:=(?:%b|"%b"?)?)?)?' % (TOKEN, TOKEN, TEXT)
-CHUNK_SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,16})((?:%b)*)\r\n" % EXTENSION)
+TEXT = r"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"  # of a quoted string, without escapes
+EXTENSION = rf';{TOKEN}(?:=(?:{TOKEN}|"{TEXT}"))?'
+EXTENSION_BEGUN = rf';(?:{TOKEN}(?:=(?:{TOKEN}|"{TEXT}"?)?)?)?'
+CHUNK_SIZE = re.compile(rf"\r\n([0-9A-Fa-f]{{1,16}})((?:{EXTENSION})*)\r\n".encode())
 CHUNK_SIZE_BEGUN = re.compile(
-    rb"(?:\r(?:\n(?:[0-9A-Fa-f]{1,16}(?:%b)*(?:\r|%b)?)?)?)?" % (EXTENSION, EXTENSION_BEGUN)
+    rf"(?:\r(?:\n(?:[0-9A-Fa-f]{{1,16}}(?:{EXTENSION})*(?:\r|{EXTENSION_BEGUN})?)?)?)?".encode()
 )
 
 

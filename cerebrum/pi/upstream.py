@@ -219,7 +219,7 @@ def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder, str]:
         given = headers.get("content-type", media).partition(";")[0]
         if given.strip(" \t").lower() != media:
             raise BackendFailure("its answer is not of the type that was asked for")
-    body = BodyDecoder(*parse_framing(first[:8].decode(), headers))
+    body = BodyDecoder(*parse_framing(first[:8], headers))
     return status, body, headers.get("retry-after", "")
 
 
