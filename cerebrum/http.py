@@ -834,8 +834,11 @@ class Server:
             while await self._serve_one(connection):
                 pass
             await connection.close()
-        except (ClientGone, asyncio.CancelledError):
-            pass
+        except (ClientGone, asyncio.CancelledError) as end:
+            exchange = connection.exchange
+            if exchange and exchange.head:
+                # 503: the daemon stops, and the client does not read the error.
+                exchange.log(499 if isinstance(end, ClientGone) else 503)
         except Exception as exception:
             internal_error(exception)
         finally:
@@ -870,13 +873,9 @@ class Server:
         except ClientGone:
             if connection.idle:  # the last answer may still be on its way
                 return False
-            if exchange.head:
-                exchange.log(499)
             raise
-        except asyncio.CancelledError:
-            if exchange.head:  # the daemon stops, and the client does not read the error
-                exchange.log(503)
-            raise
+        except Exception as exception:
+            await exchange.fail(internal_error(exception))
         # A flood of pipelined requests must not keep the event loop to itself.
         await asyncio.sleep(0)
         return exchange.keep and not self.stopping
@@ -960,7 +959,7 @@ class Server:
             await asyncio.gather(task, gone, return_exceptions=True)
 
     async def _call(self, exchange: Exchange, route: Route, request: Request) -> None:
-        """Call the handler and send what it returns. Any exception becomes an answer here."""
+        """Call the handler and send what it returns. HttpError also if `Exchange.end` ended it."""
         exchange.task = asyncio.current_task()
         try:
             # The key may have been revoked while the body came.
@@ -973,16 +972,10 @@ class Server:
                 await exchange.send(response)
             else:
                 await exchange.stream(response)
-        except ClientGone:
-            raise
         except asyncio.CancelledError:
             if exchange.verdict is None:
                 raise
-            await exchange.fail(exchange.verdict)
-        except HttpError as error:
-            await exchange.fail(error)
-        except Exception as exception:
-            await exchange.fail(internal_error(exception))
+            raise exchange.verdict from None
 
 
 def set_options(listening: socket.socket) -> None:
