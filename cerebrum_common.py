@@ -250,20 +250,11 @@ def match(methods: Mapping[str, Route], method: str) -> Route:
     """The one of a path's routes that answers this method. HttpError 405 names the methods that it
     has.
     """
-    route = methods.get("GET" if method == "HEAD" else method)
-    if route:
+    if route := methods.get(method):
         return route
-    allow = allowed(methods)
+    allow = ", ".join(sorted(methods))
     message = f"expected one of {allow}, got {method}"
     raise HttpError("METHOD_NOT_ALLOWED", message, headers=(("Allow", allow),))
-
-
-def allowed(methods: Iterable[str]) -> str:
-    """The value of the header Allow for routes of these methods."""
-    names = {"OPTIONS", *methods}
-    if "GET" in names:
-        names.add("HEAD")
-    return ", ".join(sorted(names))
 
 
 # ------------------------------------------------------------------------------------------- models

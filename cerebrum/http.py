@@ -747,6 +747,11 @@ class Server:
         self.routes: dict[str, dict[str, Route]] = {}
         for route in routes:
             self.routes.setdefault(route.path, {})[route.method] = route
+        for path, methods in self.routes.items():
+            if "GET" in methods:
+                methods["HEAD"] = methods["GET"]
+            handler = functools.partial(answer_options, methods)
+            methods["OPTIONS"] = Route("OPTIONS", path, handler)
         # Requests by path of the route and status. Each path has a 200 count from the start: the
         # first is an increase.
         self.answered = Counter({(path, 200): 0 for path in self.routes})
@@ -941,9 +946,6 @@ class Server:
         if not methods:
             got = json.dumps(head.path[:100])
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {got}")
-        if head.method == "OPTIONS":
-            handler = functools.partial(answer_options, common.allowed(methods))
-            return Route("OPTIONS", head.path, handler), ""
         return common.match(methods, head.method), parameter
 
     async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
@@ -995,8 +997,9 @@ def set_options(listening: socket.socket) -> None:
         twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PROBE_SECONDS)
 
 
-async def answer_options(allow: str, _state: Any, request: Request) -> Response:
-    """The handler of OPTIONS on a path that allows these methods."""
+async def answer_options(methods: Collection[str], _state: Any, request: Request) -> Response:
+    """The handler of OPTIONS on a path that has these methods."""
+    allow = ", ".join(sorted(methods))
     headers = [("Allow", allow)]
     if request.head.is_preflight:
         headers += [
