@@ -246,7 +246,7 @@ def routes_of(routes: Routes, path: str) -> tuple[Mapping[str, Route], str]:
     return routes.get(f"{parent}/{{id}}", {}), last
 
 
-def match(methods: Mapping[str, Route], method: str) -> Route:
+def route_of(methods: Mapping[str, Route], method: str) -> Route:
     """The one of a path's routes that answers this method. HttpError 405 names the methods that it
     has.
     """

@@ -40,18 +40,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
 
-import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.settings import Client
 from cerebrum_common import (
+    LINES,
+    REASONS,
     Head,
     HttpError,
     Request,
     Response,
     Route,
+    error_body,
     internal_error,
+    json_line,
     log,
     request_id_var,
+    route_of,
+    routes_of,
+    sse_event,
 )
 
 # ------------------------------------------------------------------------------------------- limits
@@ -116,18 +122,11 @@ TARGET = re.compile(
 AUTHORITY = re.compile(r"([A-Za-z0-9\-._~]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::([0-9]{0,5}))?")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,20}")  # 64 bits; anything longer is an attack
 REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
-METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"}
-SINGLE_HEADERS = {
-    "host",
-    "content-length",
-    "content-type",
-    "content-encoding",
-    "transfer-encoding",
-    "x-api-key",
-    "authorization",
-    "origin",
-    "expect",
-}
+METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT, TRACE"
+SINGLE_HEADERS = (
+    "authorization content-encoding content-length content-type expect host origin"
+    " transfer-encoding x-api-key"
+)
 
 
 def scan_head(
@@ -182,9 +181,8 @@ def parse_request_line(line: str) -> tuple[str, str, str, str]:
     method, target, version = match.groups()
     if version not in ("HTTP/1.1", "HTTP/1.0"):
         raise malformed(f"expected HTTP/1.1 or HTTP/1.0, got {version}", "VERSION_NOT_SUPPORTED")
-    if method not in METHODS:
-        expected = ", ".join(sorted(METHODS))
-        raise malformed(f"expected one of {expected}, got {describe(method)}", "NOT_IMPLEMENTED")
+    if method not in METHODS.split(", "):
+        raise malformed(f"expected one of {METHODS}, got {describe(method)}", "NOT_IMPLEMENTED")
     if target == "*" and method == "OPTIONS":
         target = "/health"  # which every daemon has
     return method, *parse_target(target), version
@@ -236,7 +234,7 @@ def parse_head(block: bytes) -> tuple[str, dict[str, str]]:
             raise malformed("expected header lines of the form 'Name: value'")
         name = match[1].lower()
         value = match[2].rstrip(" \t")
-        if name in headers and name in SINGLE_HEADERS:
+        if name in headers and name in SINGLE_HEADERS.split():
             raise malformed(f"expected at most one {name} header, got several")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return first, headers
@@ -647,7 +645,7 @@ class Exchange:
         """
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        body: Mapping[str, Any] = common.error_body(error)
+        body: Mapping[str, Any] = error_body(error)
         route = self.route
         if route and route.foreign_error:
             body = route.foreign_error(error)
@@ -655,8 +653,8 @@ class Exchange:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        in_lines = route and route.streams == common.LINES
-        event = common.json_line(body) if in_lines else common.sse_event(body)
+        in_lines = route and route.streams == LINES
+        event = json_line(body) if in_lines else sse_event(body)
         await self.connection.write(self.frame(event))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
@@ -703,7 +701,7 @@ class Exchange:
         if not self.keep:
             headers.append(("Connection", "close"))
         lines = [f"{name}: {value}" for name, value in headers]
-        start = [f"HTTP/1.1 {status} {common.REASONS[status]}", *lines, "\r\n"]
+        start = [f"HTTP/1.1 {status} {REASONS[status]}", *lines, "\r\n"]
         return "\r\n".join(start).encode("latin-1")
 
     def log(self, status: int) -> None:
@@ -721,16 +719,8 @@ class Exchange:
         level = logging.DEBUG if is_quiet else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
         seconds = time.perf_counter() - self.started
-        log.log(
-            level,
-            "%s %d %.2fs%s%s",
-            what,
-            status,
-            seconds,
-            notes,
-            self.reason,
-            extra={"is_request": True},
-        )
+        text = f"{what} {status} {seconds:.2f}s{notes}{self.reason}"
+        log.log(level, text, extra={"is_request": True})
 
 
 # ---------------------------------------------------------------------------------- connection loop
@@ -772,7 +762,7 @@ class Server:
         if that fails.
         """
         self.tls = tls
-        self.access = replace(self.access, scheme="https" if tls else "http")
+        self.use(self.access)
         sslproto.SSLProtocol.max_size = READ_BYTES  # asyncio would take 256 KiB for each connection
         addresses: list[dict[str, Any]] = [{"sock": given} for given in sockets]
         for address in addresses or [{"host": host, "port": port}]:
@@ -796,7 +786,7 @@ class Server:
         """Apply new access. The running requests that it does not allow end, such as those with a
         revoked key.
         """
-        self.access = access = replace(access, scheme=self.access.scheme)
+        self.access = access = replace(access, scheme="https" if self.tls else "http")
         for connection in self.connections.values():
             exchange = connection.exchange
             if not exchange or not exchange.head:
@@ -938,7 +928,7 @@ class Server:
         """The route and its path parameter. The key is checked first, on the same path: a stranger
         learns nothing.
         """
-        methods, parameter = common.routes_of(self.routes, head.path)
+        methods, parameter = routes_of(self.routes, head.path)
         exchange.route = next(iter(methods.values()), None)
         exchange.public = any(route.open for route in methods.values())
         if client := self.access.check(head, exchange.public):
@@ -946,7 +936,7 @@ class Server:
         if not methods:
             got = json.dumps(head.path[:100])
             raise HttpError("NOT_FOUND", f"expected a path of this API, got {got}")
-        return common.match(methods, head.method), parameter
+        return route_of(methods, head.method), parameter
 
     async def _watch(self, exchange: Exchange, route: Route, request: Request) -> None:
         """Call the handler, and cancel it when its client leaves."""
