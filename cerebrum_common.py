@@ -118,11 +118,14 @@ def error_body(error: HttpError) -> dict[str, Any]:
 # --------------------------------------------------------------------------- requests and responses
 
 
+CHUNKED = -1  # the length of a body that comes in chunks
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """A parsed request head. `path` is decoded once, for routing and authentication alike. `length`
-    is the body's in bytes, 0 if chunks will tell it, None if nothing does. `host` is the name in
-    the Host header, "" in HTTP/1.0 without that header. `authority` is the name in a target of
+    is the body's in bytes, CHUNKED if chunks will tell it, None if nothing does. `host` is the name
+    in the Host header, "" in HTTP/1.0 without that header. `authority` is the name in a target of
     absolute form.
     """
 
@@ -133,13 +136,12 @@ class Head:
     host: str
     authority: str
     length: int | None
-    chunked: bool
     request_id: str
     keep_alive: bool
 
     @property
     def has_body(self) -> bool:
-        return self.chunked or bool(self.length)
+        return bool(self.length)
 
     @property
     def expects(self) -> bool:

@@ -43,6 +43,7 @@ from urllib.parse import unquote
 from cerebrum.fields import describe
 from cerebrum.settings import Client
 from cerebrum_common import (
+    CHUNKED,
     LINES,
     REASONS,
     Head,
@@ -240,9 +241,9 @@ def parse_head(block: bytes) -> tuple[str, dict[str, str]]:
     return first, headers
 
 
-def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None, bool]:
-    """The framing of the body: its length, None if nothing says it, 0 if chunks will; and whether
-    it is chunked. RFC 9112 section 6; any ambiguity is refused.
+def parse_framing(version: str, headers: Mapping[str, str]) -> int | None:
+    """The length of the body: CHUNKED if chunks will say it, None if nothing does. RFC 9112 section
+    6; any ambiguity is refused.
     """
     length = headers.get("content-length")
     coding = headers.get("transfer-encoding")
@@ -251,13 +252,13 @@ def parse_framing(version: str, headers: Mapping[str, str]) -> tuple[int | None,
             f"expected one Content-Length of 1 to 20 decimal digits, got {describe(length)}"
         )
     if coding is None:
-        return (None if length is None else int(length)), False
+        return None if length is None else int(length)
     if length is not None or version == "HTTP/1.0":
         raise malformed("expected no Transfer-Encoding beside a Content-Length or in HTTP/1.0")
     if coding.lower() != "chunked":
         # RFC 9112 section 6.3 asks for a 400 unless `chunked` comes last; it may be one then, too.
         raise malformed(f"expected the Transfer-Encoding 'chunked' alone, got {describe(coding)}")
-    return 0, True
+    return CHUNKED
 
 
 def parse_request(block: bytes) -> Head:
@@ -269,14 +270,12 @@ def parse_request(block: bytes) -> Head:
         host = host_name(headers["host"])
     elif version == "HTTP/1.1":
         raise malformed("expected a Host header, got none")
-    length, chunked = parse_framing(version, headers)
+    length = parse_framing(version, headers)
     wanted = headers.get("x-request-id", "")
     request_id = wanted if REQUEST_ID.fullmatch(wanted) else str(uuid.uuid4())
     options = re.split(r"[, \t]+", headers.get("connection", "").lower())
     keep_alive = version == "HTTP/1.1" and "close" not in options
-    return Head(
-        method, path, version, headers, host, authority, length, chunked, request_id, keep_alive
-    )
+    return Head(method, path, version, headers, host, authority, length, request_id, keep_alive)
 
 
 # ------------------------------------------------------------------------------------- pure: bodies
@@ -298,16 +297,17 @@ class BodyDecoder:
     payload before it still counts, however the bytes were split.
     """
 
-    def __init__(self, length: int | None, chunked: bool, budget: int = sys.maxsize) -> None:
-        """`length` and `chunked` are those of `parse_framing`."""
-        self.done = length == 0 and not chunked
+    def __init__(self, length: int | None, budget: int = sys.maxsize) -> None:
+        """`length` is that of `parse_framing`."""
+        chunked = length == CHUNKED
+        self.done = length == 0
         self.may_end = length is None  # at any byte, with the connection
         self.fault: HttpError | None = None
         # The bytes after the body; before its end an incomplete size line or trailer section. Both
         # begin with the CRLF of what is before them, so the first size line gets one too.
         self.rest = b"\r\n" if chunked else b""
         # Payload bytes until the next `_step`, which parses the element after them.
-        self._left = sys.maxsize if length is None else length
+        self._left = sys.maxsize if length is None else max(0, length)
         self._step = BodyDecoder._size if chunked else BodyDecoder._end
         self._budget = budget
 
@@ -530,7 +530,7 @@ class Connection:
         """Pass the body to `sink` piece by piece as it arrives, or drop it; ClientGone if the
         connection ends early.
         """
-        decoder = BodyDecoder(head.length or 0, head.chunked, MAX_BODY_BYTES)
+        decoder = BodyDecoder(head.length or 0, MAX_BODY_BYTES)
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while not decoder.done:

@@ -219,7 +219,7 @@ def parse_answer(block: bytes, media: str) -> tuple[int, BodyDecoder, str]:
         given = headers.get("content-type", media).partition(";")[0]
         if given.strip(" \t").lower() != media:
             raise BackendFailure("its answer is not of the type that was asked for")
-    body = BodyDecoder(*parse_framing(first[:8], headers))
+    body = BodyDecoder(parse_framing(first[:8], headers))
     return status, body, headers.get("retry-after", "")
 
 
@@ -361,7 +361,7 @@ class Answer:
         self.retry_after = ""
         self.reader = reader
         self._again = again
-        self.body = BodyDecoder(None, False)  # until the head has come
+        self.body = BodyDecoder(None)  # until the head has come
 
     def cut(self) -> None:
         """End the answer here: reading returns what has come, and then fails."""
