@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 VERSION = "1.1.0"  # of all files that are copied together; pyproject.toml has the same
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -121,8 +121,7 @@ def error_body(error: HttpError) -> dict[str, Any]:
 CHUNKED = -1  # the length of a body that comes in chunks
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(NamedTuple):
     """A parsed request head. `path` is decoded once, for routing and authentication alike. `length`
     is the body's in bytes, CHUNKED if chunks will tell it, None if nothing does. `host` is the name
     in the Host header, "" in HTTP/1.0 without that header. `authority` is the name in a target of
@@ -202,8 +201,7 @@ LINES = "application/x-ndjson"
 SSE_COMMENT = b": keep-alive\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A request as a handler gets it. `parameter` is the last path segment of a route that ends in
     `{id}`, `address` the client's address, `client` the name of its key or else its address.
     `end(error)` cancels the handler from outside and answers with the error instead. `notes` are
@@ -220,8 +218,7 @@ class Request:
     answered: Mapping[tuple[str, int], int]
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """One line of a daemon's API table."""
 
     method: str

@@ -14,8 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cerebrum_common import HttpError
 
@@ -132,8 +131,7 @@ def printable(text: str) -> str:
 NOUNS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings),
     range and default. The range counts the characters of a string and the items of a list. A
     string, or each item of a list, is one of the `choices` and matches the `pattern` as a whole. A

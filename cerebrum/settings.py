@@ -12,10 +12,9 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cerebrum.fields import Field, Fields, JsonObject, describe, read_fields
 from cerebrum_common import FIM_LAYOUTS, HttpError, Model, log
@@ -55,8 +54,7 @@ MAX_CLIENTS = 32
 SETTING = re.compile(r"""(?:#.*|(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*)\2)?""")
 
 
-@dataclass(frozen=True, slots=True)
-class Client:
+class Client(NamedTuple):
     """A person with a key. A guest (`places` above 0) has so many places at most, and only what the
     others leave.
     """
@@ -65,8 +63,7 @@ class Client:
     places: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
+class Environment(NamedTuple):
     """The variables of the environment, a `.env` file and credentials. A bad value raises
     ConfigError with the variable's name.
     """
@@ -234,8 +231,7 @@ def _read_env(path: Path, strict: bool) -> dict[str, str]:
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class Catalog:
+class Catalog(NamedTuple):
     """The contents of models.toml: the models in order of preference, the ids that each mode puts
     before that order, and the backends' tables, which only the Pi reads and checks.
     """
