@@ -178,14 +178,12 @@ def read_file(folder: Path) -> Any:
     neither.
     """
     toml = folder / "lsp.toml"
-    plain = folder / "lsp.json"
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, FileNotFoundError):
         import tomllib  # novm: since Python 3.11
 
-        if toml.exists():
-            return tomllib.loads(toml.read_text("utf-8"))
-    if plain.exists():
-        return json.loads(plain.read_text("utf-8"))
+        return tomllib.loads(toml.read_text("utf-8"))
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((folder / "lsp.json").read_text("utf-8"))
     if toml.exists():
         raise BadSettings("expected lsp.json, as this Python cannot read lsp.toml; 3.11 can")
     return None
@@ -663,17 +661,15 @@ class Workspace:
     is_jetbrains: bool = False  # the client is LSP4IJ
     has_versions: bool = False  # the client takes edits with the version that they are for
 
-    def configure(self, given: Any) -> None:
+    def configure(self, params: Any, path: str = "settings") -> None:
         """Apply the client's settings; bad ones are shown to the user and change nothing."""
+        given = get(params, path, dict, None)
         try:
             self.settings = read_settings(given, self.settings)
         except BadSettings as error:
             self.client.show(1, str(error))
         self.suggestions = Suggestions()  # other settings, other suggestions
         self.away_until = 0.0  # the next request tries
-
-    def change_configuration(self, params: Any) -> None:
-        self.configure(get(params, "settings", dict, None))
 
     def find(self, params: Any) -> Document:
         document = self.documents.get(get(params, "textDocument.uri", str))
@@ -782,8 +778,7 @@ class Workspace:
             text = word + rest
             label = text.strip().partition("\n")[0]
             block = f"```{document.language}\n{text}\n```"
-            new_text = LINE_END.sub(document.line_end(), text)
-            edit = {"range": span(start, end), "newText": new_text}
+            edit = {"range": span(start, end), "newText": LINE_END.sub(document.line_end(), text)}
             entry = {
                 "label": label,
                 "detail": "Cerebrum",
@@ -952,7 +947,7 @@ class Session:
         }
         self.notifications = {
             "$/cancelRequest": self.cancel,
-            "workspace/didChangeConfiguration": workspace.change_configuration,
+            "workspace/didChangeConfiguration": workspace.configure,
             "textDocument/didOpen": workspace.open,
             "textDocument/didChange": workspace.change,
             "textDocument/didClose": workspace.close,
@@ -998,11 +993,10 @@ class Session:
         for fault in self.faults:
             self.client.show(1, fault)
         workspace = self.workspace
-        workspace.configure(get(params, "initializationOptions", dict, None))
+        workspace.configure(params, "initializationOptions")
         versions = "capabilities.workspace.workspaceEdit.documentChanges"
         workspace.has_versions = get(params, versions, bool, False)
-        client = str(params.get("clientInfo"))
-        workspace.is_jetbrains = JETBRAINS.search(client) is not None
+        workspace.is_jetbrains = bool(JETBRAINS.search(str(params.get("clientInfo"))))
         capabilities = {
             "textDocumentSync": {"openClose": True, "change": 2},
             "inlineCompletionProvider": {},
@@ -1011,8 +1005,10 @@ class Session:
         }
         if workspace.settings.completion:
             capabilities["completionProvider"] = {"triggerCharacters": TRIGGERS}
-        info = {"name": "cerebrum", "version": VERSION}
-        return {"capabilities": capabilities, "serverInfo": info}
+        return {
+            "capabilities": capabilities,
+            "serverInfo": {"name": "cerebrum", "version": VERSION},
+        }
 
     def cancel(self, params: Any) -> None:
         self.client.end_calls(lambda call: call.request_id == params["id"], CANCELLED)

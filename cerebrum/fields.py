@@ -164,8 +164,9 @@ class Field(NamedTuple):
         return f"{noun} {begin} {self.low:g} to {self.high:g}{unit}"
 
     def accepts(self, value: Any) -> bool:
-        kinds = (int, float) if self.json_type is float else self.json_type
-        if not isinstance(value, kinds) or isinstance(value, bool) != (self.json_type is bool):
+        # By the exact type: true and false are integers, too.
+        kinds = (int, float) if self.json_type is float else (self.json_type,)
+        if type(value) not in kinds:
             return False
         size: Any = len(value) if isinstance(value, str | list) else value
         inside = self.low < size if self.above_low else self.low <= size

@@ -257,9 +257,9 @@ MODEL = {
     "fim": Field(list, 3, 3, []),
     "fim_layout": Field(str, default="psm", choices=FIM_LAYOUTS),
 }
-SIZES = ("layers", "width", "heads", "kv_heads", "head", "feed_forward", "vocabulary")
+SIZES = "layers width heads kv_heads head feed_forward vocabulary"
 SHAPE = {
-    **dict.fromkeys(SIZES, Field(int, 1, 999_999, required=True)),
+    **dict.fromkeys(SIZES.split(), Field(int, 1, 999_999, required=True)),
     **dict.fromkeys(("experts", "used"), Field(int, 0, 999_999, 0)),
 }
 
