@@ -229,8 +229,8 @@ class Route(NamedTuple):
     # Takes a JSON body, which other routes drop. The handler may run long: it is cancelled when its
     # client leaves.
     json: bool = False
-    # Writes errors in the form of another API; the JSON body may then have any Content-Type.
-    foreign_error: Callable[[HttpError], Mapping[str, Any]] | None = None
+    # Writes errors in the form of this API; for another one, a JSON body may have any Content-Type.
+    write_error: Callable[[HttpError], Mapping[str, Any]] = error_body
     streams: str = EVENTS  # the media type of a stream
 
 

@@ -779,8 +779,8 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 
 
 # Routes of other APIs.
-foreign = functools.partial(Route, foreign_error=dialects.write_error)
-ollama = functools.partial(Route, foreign_error=dialects.write_ollama_error, streams=LINES)
+foreign = functools.partial(Route, write_error=dialects.write_error)
+ollama = functools.partial(Route, write_error=dialects.write_ollama_error, streams=LINES)
 
 
 def dialect_routes(

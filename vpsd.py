@@ -33,7 +33,6 @@ if sys.version_info < (3, 11):  # noqa: UP036
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import importlib.util
 import math
 import os
@@ -905,7 +904,7 @@ async def serve(environ: Environment, config: Config) -> int:
         with contextlib.suppress(ConfigError):
             readable = read_environment(os.environ, HERE, strict=False)
             if keys := readable.keys("CEREBRUM_API_KEY"):
-                server.use(dataclasses.replace(server.access, keys=keys))
+                server.use(server.access._replace(keys=keys))
         known = read_environment(os.environ, HERE)
         new = load_config(known)
         check_keys(new)

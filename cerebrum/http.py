@@ -36,8 +36,8 @@ import uuid
 from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from cerebrum.fields import describe
@@ -374,8 +374,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     """Who may ask: the holders of one of `keys` or of `clients` (neither: anyone), who call us by
     an IP address or one of `hosts`, and in a browser come from one of `origins`.
     """
@@ -645,15 +644,13 @@ class Exchange:
         """
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        body: Mapping[str, Any] = error_body(error)
-        route = self.route
-        if route and route.foreign_error:
-            body = route.foreign_error(error)
+        write = self.route.write_error if self.route else error_body
+        body = write(error)
         if self.frame is None:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        in_lines = route and route.streams == LINES
+        in_lines = self.route and self.route.streams == LINES
         event = json_line(body) if in_lines else sse_event(body)
         await self.connection.write(self.frame(event))
         self.log(error.status)
@@ -786,7 +783,7 @@ class Server:
         """Apply new access. The running requests that it does not allow end, such as those with a
         revoked key.
         """
-        self.access = access = replace(access, scheme="https" if self.tls else "http")
+        self.access = access = access._replace(scheme="https" if self.tls else "http")
         for connection in self.connections.values():
             exchange = connection.exchange
             if not exchange or not exchange.head:
@@ -1029,7 +1026,7 @@ def check_body(head: Head, route: Route) -> None:
     if head.length is None:
         raise HttpError("LENGTH_REQUIRED", "expected a Content-Length or chunks, got neither")
     kind = head.headers.get("content-type", "")
-    if not route.foreign_error and not JSON_TYPE.fullmatch(kind):
+    if route.write_error is error_body and not JSON_TYPE.fullmatch(kind):
         got = describe(kind) if kind else "none"
         message = f"expected the Content-Type application/json, got {got}"
         raise HttpError("UNSUPPORTED_MEDIA_TYPE", message)
