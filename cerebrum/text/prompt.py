@@ -466,8 +466,8 @@ def prepare_chat(messages: Sequence[Message], room: int) -> Prepared:
     sent = [*system, *turns[start:-1], last]
     characters = sum(len(message["content"]) for message in sent)
     given = sum(len(message["content"]) for message in messages)
-    parts = ["all"] if characters == given else ["system"] * len(system) + ["latest"]
-    kept = {"characters": characters, "of": given, "parts": parts}
+    is_cut = characters != given
+    kept = kept_of(characters, given, system=is_cut and first, latest=is_cut)
     if len(sent) < len(messages):
         kept["messages"] = [len(sent), len(messages)]
     body = {"mode": "complete", "stop_at": "none", "messages": sent}
