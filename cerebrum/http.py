@@ -37,7 +37,7 @@ from asyncio import sslproto
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
 from cerebrum.fields import describe
@@ -594,6 +594,10 @@ class Connection:
                     await self.writer.wait_closed()
 
 
+# Of a request whose path is unknown, or not read yet. Nobody calls its handler.
+OTHER = Route("", "other", cast(Any, None))
+
+
 @dataclass(eq=False)
 class Exchange:
     """One request and its answer: the head, the route, whether the connection is kept, and the line
@@ -605,7 +609,7 @@ class Exchange:
     head: Head | None = None  # None: not read yet, or malformed
     keep: bool = False
     public: bool = True  # needs no key, or the need is not known yet
-    route: Route | None = None  # some route of the requested path; None until matched
+    route: Route = OTHER  # some route of the requested path
     # Encodes an event for sending; None until a stream begins.
     frame: Callable[[bytes], bytes] | None = None
     task: asyncio.Task[None] | None = None  # calls the handler and sends its answer
@@ -644,14 +648,12 @@ class Exchange:
         """
         self.keep &= not error.close
         self.reason = f" {error.code}: {error.message}"
-        write = self.route.write_error if self.route else error_body
-        body = write(error)
+        body = self.route.write_error(error)
         if self.frame is None:
             await self.send(Response(body, error.status, headers=error.headers))
             return
         self.keep = False
-        in_lines = self.route and self.route.streams == LINES
-        event = json_line(body) if in_lines else sse_event(body)
+        event = json_line(body) if self.route.streams == LINES else sse_event(body)
         await self.connection.write(self.frame(event))
         self.log(error.status)
         if self.head and "origin" in self.head.headers:
@@ -663,7 +665,6 @@ class Exchange:
         the generator has started, so its `finally` always releases the generator's resources.
         """
         assert response.events is not None
-        assert self.route is not None
         chunked = self.head is not None and self.head.version == "HTTP/1.1"
         connection = self.connection
         render = response.render
@@ -709,10 +710,9 @@ class Exchange:
         if self.ended:
             return
         self.ended = True
-        path = self.route.path if self.route else "other"
-        self.server.answered[path, status] += 1
+        self.server.answered[self.route.path, status] += 1
         what = f"{self.head.method} {self.head.path}" if self.head else "- -"
-        is_quiet = self.route and self.route.quiet and status < 400
+        is_quiet = self.route.quiet and status < 400
         level = logging.DEBUG if is_quiet else logging.INFO
         notes = "".join(f" {name}={value}" for name, value in self.notes.items())
         seconds = time.perf_counter() - self.started
@@ -926,7 +926,7 @@ class Server:
         learns nothing.
         """
         methods, parameter = routes_of(self.routes, head.path)
-        exchange.route = next(iter(methods.values()), None)
+        exchange.route = next(iter(methods.values()), OTHER)
         exchange.public = any(route.open for route in methods.values())
         if client := self.access.check(head, exchange.public):
             exchange.notes["client"] = client
