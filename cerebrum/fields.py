@@ -14,7 +14,8 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from cerebrum_common import HttpError
 
@@ -131,7 +132,8 @@ def printable(text: str) -> str:
 NOUNS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
-class Field(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Field:
     """One member of a request: its JSON type (`str`, `int`, `float`, `bool` or `list` of strings),
     range and default. The range counts the characters of a string and the items of a list. A
     string, or each item of a list, is one of the `choices` and matches the `pattern` as a whole. A
