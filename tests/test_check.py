@@ -169,7 +169,7 @@ vpsd|MIN_FREE_MB|3338|ok memory tiny 262 3,072 2 662 CEREBRUM_MIN_FREE_MB
 
 
 @pytest.mark.parametrize("fault", FAULTS.strip().splitlines())
-def test_a_fault(vps: Daemon, tmp_path: Path, check: Check, fault: str) -> None:
+def test_a_fault(vps: Daemon, tmp_path, check: Check, fault):
     house, bad = tmp_path / "house", tmp_path / "bad"
     house.write_text("anna annas-key\n")
     bad.write_text(f"anna {KEY} many\n")

@@ -243,7 +243,7 @@ for line in BAD_LINES.format(**SAID).strip().splitlines():
     BAD.append((text, said if said.startswith("m: ") else f"model 1: {said}"))
 
 
-def test_bad_models(tmp_path: Path) -> None:
+def test_bad_models(tmp_path: Path):
     path = tmp_path / "models.toml"
     for text, says in BAD:
         if text is not None:

@@ -337,9 +337,7 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", HEALTH, upload(1000, "length")[:-1]])
-async def test_one_connection_too_many_closes_the_oldest_idle_one(
-    begun: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_connection_too_many_closes_the_oldest_idle_one(begun, monkeypatch) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
         busy, silent, third = [await stack.enter_async_context(connect(port)) for _ in range(3)]
@@ -357,9 +355,7 @@ async def test_one_connection_too_many_closes_the_oldest_idle_one(
 
 
 @pytest.mark.parametrize("begun", [b"", SLOW])
-async def test_the_address_with_most_connections_makes_room(
-    begun: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_address_with_most_connections_makes_room(begun, monkeypatch) -> None:
     monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
     async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
         other, writer = await asyncio.open_connection(

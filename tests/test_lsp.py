@@ -240,7 +240,7 @@ INFILL = {
 }
 
 
-def test_ghost_text(editor: Editor, pi: Pi) -> None:
+def test_ghost_text(editor: Editor, pi: Pi):
     assert editor.start()["capabilities"] == ABLE
     editor.open("def add(é, 😀):\r\n    return \r\n")
     shown = {"characters": 5}
@@ -251,7 +251,7 @@ def test_ghost_text(editor: Editor, pi: Pi) -> None:
     assert pi.key() is None
 
 
-def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> None:
+def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi):
     """Who asks gets what the Pi has, instead of the one that is known."""
     editor.start(text="x = ")
     assert editor.ghost(0, 4) == "a + b"
@@ -267,7 +267,7 @@ def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi) -> N
 
 
 @pytest.mark.parametrize("why", ["replaced", "preempted"])
-def test_a_text_that_gave_way_is_not_kept(editor: Editor, pi: Pi, why: str) -> None:
+def test_a_text_that_gave_way_is_not_kept(editor: Editor, pi: Pi, why):
     editor.start(text="x = ")
     pi.says(content="", **{why: True})
     assert editor.ghost(0, 4, AUTOMATIC) == ""
@@ -275,9 +275,7 @@ def test_a_text_that_gave_way_is_not_kept(editor: Editor, pi: Pi, why: str) -> N
     assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
 
 
-def test_other_settings_forget_what_is_known_also_what_is_on_its_way(
-    editor: Editor, pi: Pi
-) -> None:
+def test_other_settings_forget_what_is_known_also_what_is_on_its_way(editor: Editor, pi: Pi):
     editor.start(text="x = ")
     assert editor.ghost(0, 4) == "a + b"
     go = threading.Event()
@@ -294,9 +292,7 @@ def test_other_settings_forget_what_is_known_also_what_is_on_its_way(
     assert editor.ghost(0, 4, AUTOMATIC) == "new"
 
 
-def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(
-    editor: Editor, pi: Pi
-) -> None:
+def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(editor: Editor, pi: Pi):
     editor.start(text="x = ")
     older, newer = editor.at(0, 3, AUTOMATIC), editor.at(0, 2, AUTOMATIC)
     assert editor.answer(older)["result"] == {"items": []}
@@ -305,7 +301,7 @@ def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(
     assert not cerebrum_lsp.Call(1).is_waiting
 
 
-def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi) -> None:
+def test_a_completion_for_a_client_without_ghost_text(editor: Editor, pi: Pi):
     found = editor.start({"completion": True}, text="é.va")
     assert "." in found["capabilities"]["completionProvider"]["triggerCharacters"]
     pi.says(content="lue\n")
@@ -343,7 +339,7 @@ QUIET: list[tuple[int, int, str, int, str]] = [
 ]
 
 
-def test_what_is_not_shown_unasked(editor: Editor, pi: Pi) -> None:
+def test_what_is_not_shown_unasked(editor: Editor, pi: Pi):
     editor.start(text="\nx = ")
     for number, (first, last, text, character, shown) in enumerate(QUIET):
         editor.type(0, first, text, last)
@@ -391,7 +387,7 @@ SECRETS = [
 ]
 
 
-def test_an_excluded_text_is_never_sent(editor: Editor, pi: Pi) -> None:
+def test_an_excluded_text_is_never_sent(editor: Editor, pi: Pi):
     editor.start({"completion": True}, text="x = ")
     message = "this text is never sent; the setting exclude has the names of files"
     for uri in SECRETS:
@@ -477,7 +473,7 @@ def ide(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(pi, monkeypatch, IDE, read_ahead=False)
 
 
-def test_the_newest_place_is_read_and_once(desk: Desk) -> None:
+def test_the_newest_place_is_read_and_once(desk: Desk):
     for uri in ("file:///a", "file:///b", URI):
         desk.open("x = 1\ny = 2\n", uri=uri)
     assert desk.able == {**ABLE, "documentHighlightProvider": True}
@@ -512,9 +508,7 @@ NOT_READ: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("settings", "uri"), NOT_READ, ids=str)
-def test_what_is_never_read(
-    pi: Pi, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], uri: str
-) -> None:
+def test_what_is_never_read(pi: Pi, monkeypatch, settings, uri):
     desk = Desk(pi, monkeypatch, **settings)
     desk.open("x", uri=uri)
     assert desk.rest() == []
@@ -522,7 +516,7 @@ def test_what_is_never_read(
     assert desk.rest() == []
 
 
-def test_nobody_hears_that_a_text_could_not_be_read(desk: Desk, pi: Pi) -> None:
+def test_nobody_hears_that_a_text_could_not_be_read(desk: Desk, pi: Pi):
     pi.says(503, **AWAY)
     desk.open("x")
     assert desk.rest() == [(0, "")]
@@ -551,9 +545,7 @@ CLIENTS: list[tuple[Any, bool]] = [
 
 
 @pytest.mark.parametrize(("client", "is_known"), CLIENTS, ids=range(len(CLIENTS)))
-def test_a_jetbrains_ide_is_known_by_its_build(
-    pi: Pi, monkeypatch: pytest.MonkeyPatch, client: Any, is_known: bool
-) -> None:
+def test_a_jetbrains_ide_is_known_by_its_build(pi: Pi, monkeypatch, client, is_known):
     desk = Desk(pi, monkeypatch, client, read_ahead=False)
     desk.open("")
     assert desk.ghost(0, 0, AUTOMATIC) == "a + b"
@@ -563,7 +555,7 @@ def test_a_jetbrains_ide_is_known_by_its_build(
     assert desk.asked() == [{"characters": 5}] * is_known
 
 
-def test_where_nothing_has_changed_the_user_of_a_jetbrains_ide_asks(ide: Desk, pi: Pi) -> None:
+def test_where_nothing_has_changed_the_user_of_a_jetbrains_ide_asks(ide: Desk, pi: Pi):
     ide.open("x = 1\ny = ")
     pi.scripts = [[HANG]]
     for changed, suggest, pause in ((False, "always", 0.0), (True, "normal", 0.001)) * 2:
@@ -592,7 +584,7 @@ INSERTED = [  # where `  a + bc` is shown, and how many characters count as acce
 ]
 
 
-def test_what_a_jetbrains_ide_inserts_in_one_piece_is_accepted(ide: Desk, pi: Pi) -> None:
+def test_what_a_jetbrains_ide_inserts_in_one_piece_is_accepted(ide: Desk, pi: Pi):
     pi.says(content="  a + bc")
     for texts, counted in INSERTED:
         ide.open("")
@@ -609,7 +601,7 @@ def test_what_a_jetbrains_ide_inserts_in_one_piece_is_accepted(ide: Desk, pi: Pi
 # --------------------------------------------------------------------------------------- cancelling
 
 
-def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
+def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi):
     editor.start(text="x = ")
     number = editor.at(0, 4, AUTOMATIC)
     editor.tell("$/cancelRequest", {"id": number})  # while it waits
@@ -637,7 +629,7 @@ def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi) -> None:
 # ----------------------------------------------------------------------------------------- commands
 
 
-def test_an_accepted_text_is_counted_or_that_is_no_news(editor: Editor, pi: Pi) -> None:
+def test_an_accepted_text_is_counted_or_that_is_no_news(editor: Editor, pi: Pi):
     editor.start()
     for status in (200, 404):
         pi.says(status, accepted=1)
@@ -663,7 +655,7 @@ def instructed(text: str) -> dict[str, Any]:
     return {"completion": text, "finish_reason": "stop", "kept": {"parts": ["all"]}}
 
 
-def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
+def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi):
     """A client that knows `documentChanges` gets the version that the change is for. Its range may
     be backwards.
     """
@@ -684,7 +676,7 @@ def test_an_instruction_changes_the_selection(editor: Editor, pi: Pi) -> None:
     assert editor.came.empty()
 
 
-def test_an_instruction_overwrites_no_newer_text(editor: Editor, pi: Pi) -> None:
+def test_an_instruction_overwrites_no_newer_text(editor: Editor, pi: Pi):
     """Nor any text with less: see tests/pi/test_plugins.py."""
     editor.start(text="x\na\nb\n")
     end = threading.Event()
@@ -724,7 +716,7 @@ LINE_ENDS = [  # a text, the selection, the answer, what replaces the selection
 ]
 
 
-def test_a_changed_selection_keeps_its_line_ends(editor: Editor, pi: Pi) -> None:
+def test_a_changed_selection_keeps_its_line_ends(editor: Editor, pi: Pi):
     editor.start()
     for text, start, end, said, changed in LINE_ENDS:
         editor.open(text)
@@ -740,7 +732,7 @@ def test_a_changed_selection_keeps_its_line_ends(editor: Editor, pi: Pi) -> None
 AWAY = {"error": {"message": "no backend"}}
 
 
-def test_away_is_told_once_and_again_if_the_user_asks(editor: Editor, pi: Pi) -> None:
+def test_away_is_told_once_and_again_if_the_user_asks(editor: Editor, pi: Pi):
     editor.start(text="x = ")
     pi.says(503, **AWAY)
     message = {"type": 2, "message": "Cerebrum: the Pi answers 503: no backend"}
@@ -781,9 +773,7 @@ REPLIES: list[tuple[int, Any, list[str]]] = [  # a reply, what the user is told
 ]
 
 
-def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(
-    pi: Pi, tmp_path: Path
-) -> None:
+def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(pi: Pi, tmp_path):
     with editing(tmp_path, pi.url, CEREBRUM_CM4_API_KEY="secret") as editor:
         editor.start({"key": ["secret"]}, "x = ")
         for status, reply, told in REPLIES:
@@ -816,7 +806,7 @@ BAD_PARAMS: list[tuple[Any, Any, str]] = [
 UNKNOWN = ["workspace/didChangeWatchedFiles", "$/setTrace", "textDocument/didSave", "made/up"]
 
 
-def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor, pi: Pi) -> None:
+def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor, pi: Pi):
     editor.start()
     for data, code in RAW:
         editor.write(data)
@@ -841,7 +831,7 @@ def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor,
     assert editor.stop() == 0
 
 
-def test_a_server_whose_editor_has_gone_ends(editor: Editor) -> None:
+def test_a_server_whose_editor_has_gone_ends(editor: Editor):
     editor.start()
     editor.process.stdin.close()
     assert editor.process.wait(PATIENCE) == 1
@@ -860,7 +850,7 @@ def configured(folder: Path, name: str, text: str) -> Path:
 NOT_A_NUMBER = "expected a whole number for tokens, got text"
 
 
-def test_settings_come_from_the_client(editor: Editor, pi: Pi) -> None:
+def test_settings_come_from_the_client(editor: Editor, pi: Pi):
     editor.start({"tokens": 9, "suggest": "seldom", "key": "1"}, "x = ")
     assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
     assert (pi.body()["n_predict"], pi.body()["suggest"]) == (9, "seldom")
@@ -882,9 +872,7 @@ def test_a_key_goes_only_to_the_url_that_it_came_with() -> None:
         assert read_settings({"url": url, "key": None}, before).key == "secret"
 
 
-def test_without_a_url_this_machine_is_asked_and_a_failure_says_how_to_set_one(
-    pi: Pi, tmp_path: Path
-) -> None:
+def test_without_a_url_this_machine_is_asked_and_a_failure_says_how_to_set_one(pi: Pi, tmp_path):
     """And a bad file of settings is told of."""
     assert cerebrum_lsp.LOCAL == "http://127.0.0.1:7000"
     with editing(tmp_path, "", f"cerebrum_lsp.LOCAL = {pi.url!r}") as editor:
@@ -902,7 +890,7 @@ def test_without_a_url_this_machine_is_asked_and_a_failure_says_how_to_set_one(
         assert hint.startswith("set CEREBRUM_URL")
 
 
-def test_https(tmp_path: Path) -> None:
+def test_https(tmp_path: Path):
     """The Pi's certificate must be signed by somebody whom this machine trusts."""
     files = [*certificate(tmp_path, "pi").values()]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -942,9 +930,7 @@ def test_no_settings_and_bad_ones() -> None:
         assert (given, str(raised.value)) == (given, message)
 
 
-def test_settings_of_a_file_and_of_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_of_a_file_and_of_the_environment(tmp_path, monkeypatch) -> None:
     folder = configured(tmp_path, "lsp.toml", "tokens = ")
     environment = {"XDG_CONFIG_HOME": str(tmp_path)}
     here = f"the settings in {folder}: expected "

@@ -340,7 +340,7 @@ async def test_the_pi_counts_what_it_does():
         assert names_of(text, stats) == OF_PI.split("\n")[1:-1]
 
 
-async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_breaker_that_opens_is_seen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 60.0)
     async with Backend([[RESET]]) as backend, pi_for(backend.port) as pi:
         assert [(await pi.complete()).status for _ in range(4)] == [503] * 4

@@ -436,7 +436,7 @@ FIBONACCI = rf"printf 'def fibonacci(n):\n' | CEREBRUM_URL={PI} cerebrum -n 16 -
 
 
 @pytest.mark.parametrize("signal", ["KILL", "STOP"])
-def test_both_survive_a_kill_and_a_hang(cerebrum: Machine, signal: str):
+def test_both_survive_a_kill_and_a_hang(cerebrum: Machine, signal):
     said = cerebrum.run(FIBONACCI)
     assert "return" in said
     for unit in DAEMONS:
@@ -452,7 +452,7 @@ def test_both_survive_a_kill_and_a_hang(cerebrum: Machine, signal: str):
 
 
 @pytest.mark.parametrize("unit", DAEMONS)
-def test_a_reload_keeps_the_process(cerebrum: Machine, unit: str):
+def test_a_reload_keeps_the_process(cerebrum: Machine, unit):
     processes = pids(cerebrum)
     reloads = cerebrum.journal(unit).count("] reloaded")
     cerebrum.run(f"systemctl reload {unit}.service")
@@ -483,7 +483,7 @@ def test_the_pi_alone_and_a_connection_that_starts_the_backend(cerebrum: Machine
 
 @pytest.mark.packages
 @pytest.mark.parametrize("unit", DAEMONS)
-def test_a_wrong_variable_is_tried_again_until_it_is_mended(cerebrum: Machine, unit: str):
+def test_a_wrong_variable_is_tried_again_until_it_is_mended(cerebrum: Machine, unit):
     """A client that waits meanwhile makes the tries no quicker."""
     env = f"/etc/{unit}/env"
     wrong = r"CEREBRUM_VPS_PORT=seven\nCEREBRUM_CM4_PORT=seven\n"
@@ -629,7 +629,7 @@ BROKEN = {
 
 @pytest.mark.packages
 @pytest.mark.parametrize("changed", BROKEN)
-def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed: str):
+def test_llama_cpp_is_built_anew_for_another(cerebrum: Machine, changed):
     """A library for a CPU with more features dies of SIGILL, and so would one from the wheel that
     pip keeps.
     """

@@ -12,7 +12,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,7 +131,7 @@ http {{
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_behind_nginx(peer: tuple[Server, int], tmp_path: Path, version: str):
+def test_behind_nginx(peer: tuple[Server, int], tmp_path, version):
     program = needs("nginx")
     server, backend = peer
     port = free_port()

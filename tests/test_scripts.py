@@ -637,7 +637,7 @@ def a_and_b(repl: Repl) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(("command", "said"), rows(NOTHING_CAME))
-def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command: str, said: str):
+def test_a_command_without_an_answer_leaves_the_last_result(repl: Repl, command, said):
     a, b = a_and_b(repl)
     refused = [error(503, "X", "no")]
     repl.answers(completion("A\n"), *[refused] * (said == "X: no"))
@@ -694,7 +694,7 @@ def test_a_disk_loses_no_file_and_a_temporary_directory_no_result_that_it_cannot
 
 
 @pytest.mark.parametrize("name", ["-n.go", "a  b %s & \\n é.go", "~.go", "@x.go", "\udcff.go"])
-def test_any_name_of_a_file(repl: Repl, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_any_name_of_a_file(repl: Repl, monkeypatch, name):
     monkeypatch.chdir(repl.folder)
     path = write(Path(name), "a\n")
     repl.answers(completion("b\n"), completion("!"), instructed("c\n"))
@@ -917,9 +917,7 @@ CEREBRUM_CM4_API_KEY | old==\n\n                             | K,old==\n
 
 
 @pytest.mark.parametrize(("name", "before", "after"), rows(WRITTEN.replace("@", NAME)))
-def test_a_key_is_written_before_the_one_that_is_there(
-    tmp_path: Path, name: str, before: str, after: str
-):
+def test_a_key_is_written_before_the_one_that_is_there(tmp_path, name, before, after) -> None:
     path = tmp_path / name
     if before != "none":
         write(path, before.encode("latin-1")).chmod(0o644)
@@ -958,7 +956,7 @@ SAID = {
 }
 
 
-def test_what_cannot_be_done_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_done_changes_no_file(tmp_path, monkeypatch) -> None:
     clients = "# 32\n" + "".join(f"n{number} key\n" for number in range(32))
     before = {"good": "CEREBRUM_API_KEY=old\n", "TWO": "new, old\n", "keys": clients}
     monkeypatch.chdir(tmp_path)
@@ -1090,7 +1088,7 @@ DNS:*.lan           | {own}
 
 
 @pytest.mark.parametrize(("names", "host"), rows(ADDRESSES))
-def test_the_address_for_a_client_is_one_of_the_certificate(names: str, host: str, tmp_path: Path):
+def test_the_address_for_a_client_is_one_of_the_certificate(names, host, tmp_path) -> None:
     own = f"{os.uname().nodename}.local"
     script = shutil.copy(KEYGEN, tmp_path)
     pem = certificate(tmp_path, "pi", names.format(own=own))["CEREBRUM_CM4_TLS_CERT"]
@@ -1113,9 +1111,7 @@ decode    | KILL | 0
 
 
 @pytest.mark.parametrize(("lacks", "signal", "times"), rows(OUTDATED))
-def test_a_venv_of_another_python_or_cpu_is_made_anew(
-    lacks: str, signal: str, times: str, tmp_path: Path
-):
+def test_a_venv_of_another_python_or_cpu_is_made_anew(lacks, signal, times, tmp_path) -> None:
     """Each Python is a script that records its arguments. The new one works."""
     script = shutil.copy(RUN, tmp_path)
     log = tmp_path / "log"
@@ -1193,8 +1189,8 @@ def installed(name: str, folder: Path) -> Path:
 @needs_root
 @pytest.mark.parametrize(("used_mb", "is_read"), [(3001, False), (3000, True)])
 def test_a_limit_below_what_the_daemon_uses_would_kill_it_and_waits(
-    used_mb: int, is_read: bool, tmp_path: Path
-):
+    used_mb, is_read, tmp_path
+) -> None:
     script = installed("cerebrum-backend", tmp_path)
     limit = tmp_path / "etc/systemd/system/cerebrum-backend.service.d/memory.conf"
     limit.parent.mkdir(parents=True)

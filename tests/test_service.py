@@ -88,7 +88,7 @@ def test_outside_text_stays_on_its_line(tmp_path, capsys, text):
         assert line.isprintable()
 
 
-def test_notify_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_notify_nobody(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
     notify("STOPPING=1")
 
@@ -226,9 +226,7 @@ async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path, monkeypa
     assert (tmp_path / "reload").read_text().endswith(": /\\udc80")
 
 
-async def test_a_daemon_whose_probing_fails_ends_with_an_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+async def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch, tmp_path) -> None:
     async def fail(*_):
         raise OSError(5, "of /proc")
 
@@ -239,8 +237,8 @@ async def test_a_daemon_whose_probing_fails_ends_with_an_error(
 
 @pytest.mark.parametrize(("daemon", "has"), [(cm4d, Fleet), (vpsd, vpsd.Engine)])
 async def test_a_daemon_tells_its_watchdog_what_hangs(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, daemon, has
-):
+    monkeypatch, caplog, tmp_path, daemon, has
+) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "20000")
     monkeypatch.setattr(has, "stuck", lambda *_: "it hangs")
     environ = Environment(settings(tmp_path))

@@ -73,7 +73,7 @@ IMPORTS = {str(file): imported((ROOT / file).read_text(), name_of(file.parent)) 
 
 
 @pytest.mark.parametrize("file", IMPORTS)
-def test_imports_point_down(file: str) -> None:
+def test_imports_point_down(file: str):
     folder = Path(file).parent
     folders = {".".join(name.split(".")[:2]) for name in IMPORTS[file]} - {"cerebrum_common"}
     if len(folder.parts) > 1:
@@ -189,7 +189,7 @@ def faults(file: Path) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_statements_are_short(name: str) -> None:
+def test_statements_are_short(name: str):
     files, limits = LIMITS[name]
     _, found = figures(files)
     assert [figure for figure, limit in zip(found, limits, strict=True) if figure > limit] == []
@@ -200,7 +200,7 @@ def test_the_product_is_small() -> None:
 
 
 @pytest.mark.parametrize("file", [*FILES, *TESTS], ids=str)
-def test_a_statement_says_one_thing(file: Path) -> None:
+def test_a_statement_says_one_thing(file: Path):
     assert list(faults(file)) == []
 
 

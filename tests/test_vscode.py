@@ -48,7 +48,7 @@ OLDEST = PACKAGE["engines"]["vscode"].removeprefix("^")
 SHA256 = "3519d0f41361dd4b4af8cc2d949d36e26def813c73f022e349e303989b78671f"
 
 
-def test_a_version_gives_the_same_file_everywhere(tmp_path: Path) -> None:
+def test_a_version_gives_the_same_file_everywhere(tmp_path: Path):
     for name in (*files.PARTS, "extension.js~"):
         (tmp_path / name).write_text("{}")
     package = {"name": "n", "version": "1", "publisher": "p", "engines": {"vscode": "^1"}}
@@ -75,7 +75,7 @@ def test_the_file_has_all_that_vs_code_wants() -> None:
     assert all(asset.get("Path") in names for asset in manifest.iter(f"{schema}Asset"))
 
 
-def test_a_damaged_folder_is_no_extension(tmp_path: Path) -> None:
+def test_a_damaged_folder_is_no_extension(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         files.pack(tmp_path)
     for damaged in ("{", "[]", '{"name": 1}'):
@@ -96,7 +96,7 @@ async def test_the_pi_hands_them_out_without_a_key() -> None:
         assert activity["extension"] == hashlib.sha256(packed).hexdigest()
 
 
-def test_the_template_for_jetbrains_ides(tmp_path: Path) -> None:
+def test_the_template_for_jetbrains_ides(tmp_path: Path):
     """LSP4IJ, by its source, imports files of these names. In a command it expands the home folder,
     and double quotes keep spaces.
     """
@@ -142,7 +142,7 @@ def installed(versions: Mapping[str, str]) -> Path:
 
 
 @pytest.mark.clients
-def test_its_rules(tmp_path: Path) -> None:
+def test_its_rules(tmp_path: Path):
     """By the node of the oldest VS Code that it supports."""
     node = installed({"node": "22"}) / "node/bin/node"
     trusted = certificate(tmp_path, "trusted", "IP:127.0.0.2")
@@ -305,7 +305,7 @@ def is_listening(port: int) -> bool:
 @pytest.mark.clients
 @pytest.mark.nightly
 @pytest.mark.parametrize("version", VERSIONS)
-def test_in_the_real_one(version: str, tmp_path: Path) -> None:
+def test_in_the_real_one(version, tmp_path) -> None:
     place = install(version)
     project = tmp_path / "project"
     make_project(project)

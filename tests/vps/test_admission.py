@@ -135,7 +135,7 @@ def test_a_busy_machine() -> None:
         assert caught.value.message == message
 
 
-def test_cpu_meter_counts_others_without_ourselves(patch: Any) -> None:
+def test_cpu_meter_counts_others_without_ourselves(patch: Any):
     times = namedtuple("times", "user nice system idle iowait irq softirq steal guest guest_nice")
     second = times(50.0, 5.0, 20.0, 20.0, 4.0, 0.0, 0.0, 1.0, 50.0, 0.0)
     nothing = times(*[0.0] * 10)  # no time has passed, or the system counts none
@@ -174,7 +174,7 @@ MODELS_FILE     | /no   | /no: [Errno 2] No such file or directory: '/no'
 
 
 @pytest.mark.parametrize("row", WRONG.strip().splitlines())
-def test_config_names_the_wrong_variable(row: str) -> None:
+def test_config_names_the_wrong_variable(row: str):
     name, value, message = map(str.strip, row.split("|"))
     with pytest.raises(ConfigError) as caught:
         config(**{f"CEREBRUM_{name}": value})
@@ -183,7 +183,7 @@ def test_config_names_the_wrong_variable(row: str) -> None:
 
 def test_a_user_without_a_home_needs_a_folder_for_the_state(
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
     message = r"^CEREBRUM_STATE_DIR: expected a path, got '~/.*there is no such home$"
@@ -196,7 +196,7 @@ UNKNOWN = f"vpsd fetch: expected one of {', '.join(FILES)}, got 'x'"
 NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./generate_api_key.sh"
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path):
     copy_program("vpsd", tmp_path)  # because a .env may lie beside the original
     options: Any = {"capture_output": True, "text": True, "timeout": PATIENCE}
     options["env"] = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}

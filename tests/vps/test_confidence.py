@@ -60,7 +60,7 @@ PROMPT = "def fibonacci(n):\n    "
 def test_the_confidence_is_that_of_a_plain_loop(
     real: Vps,  # noqa: F811
     real_reference: Reference,  # noqa: F811
-) -> None:
+):
     """With drafts, too: the second answer drafts the first, which the plain loop does not."""
     pieces, _ = real_reference.greedy(real_reference.tokenize(PROMPT), 40)
     sure = real_reference.sure

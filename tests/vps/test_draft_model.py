@@ -98,7 +98,7 @@ FOLLOWED: list[tuple[str, list[int], list[int], int, bool]] = [
 
 
 @pytest.mark.parametrize("case", FOLLOWED, ids=lambda case: case[0])
-def test_a_sequence_is_followed(case: tuple[str, list[int], list[int], int, bool]) -> None:
+def test_a_sequence_is_followed(case: tuple[str, list[int], list[int], int, bool]):
     what, had, tokens, kept, is_read = case
     cells: Any = Cells(what != TORN)
     nothing: Any = None
@@ -163,15 +163,15 @@ PAIRS = [
 )
 @pytest.mark.parametrize(("target", "draft", "share"), PAIRS)
 def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
-    target: str,
-    draft: str,
-    share: float | None,
-    seed: int,
-    rounds: int,
+    target,
+    draft,
+    share,
+    seed,
+    rounds,
     models: Path,
-    tmp_path: Path,
-    patch: Any,
-) -> None:
+    tmp_path,
+    patch,
+):
     if target == "padded":  # it soon writes an id of its own: nothing is left for later
         patch(decoder, "AHEAD_TOKENS", 512)
     loader = pair_of(models, target, draft, replace(EXACT, state_dir=tmp_path))
@@ -185,9 +185,7 @@ def test_the_text_is_that_of_a_greedy_loop_without_a_draft_model(
 
 
 @pytest.mark.usefixtures("eager")
-def test_sampled_and_healed_texts_are_those_of_the_model_alone(
-    models: Path, tmp_path: Path, patch: Any
-) -> None:
+def test_sampled_and_healed_texts_are_those_of_the_model_alone(models: Path, tmp_path, patch):
     """A first token that is healed is not foreseen, even where the draft model could write it."""
     patch(Drafter, "draft", lambda *_: [])  # no drafts of text
     patch(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
@@ -222,7 +220,7 @@ REFUSED = {
 }
 
 
-def test_which_models_may_be_a_pair(models: Path) -> None:
+def test_which_models_may_be_a_pair(models: Path):
     def check(target: str, draft: str) -> None:
         check_pair(models / f"{target}.gguf", models / f"{draft}.gguf")
 
@@ -234,8 +232,8 @@ def test_which_models_may_be_a_pair(models: Path) -> None:
 
 
 def test_a_draft_model_that_cannot_be_loaded_is_left_out_with_a_line_in_the_log(
-    models: Path, tmp_path: Path, caplog: Any
-) -> None:
+    models: Path, tmp_path, caplog
+):
     loader = pair_of(models, "dense", "damaged", replace(EXACT, state_dir=tmp_path))
     with running(worker_of(loader)) as worker:
         assert (worker.draft, worker.decoder.draft_model) == (None, None)
@@ -312,9 +310,7 @@ def clock(pair: Worker, patch: Any) -> Clock:
         (0.99, 16),
     ],
 )
-def test_it_writes_as_far_as_that_is_worth_its_time(
-    sure: float, most: int, pair: Worker, clock: Clock
-) -> None:
+def test_it_writes_as_far_as_that_is_worth_its_time(sure, most, pair: Worker, clock: Clock):
     clock.sure = sure
     for prompt in ("a", "k", "u", "e", "o"):
         text, done = ask(pair, prompt, max_tokens=24).outcome()
@@ -328,7 +324,7 @@ def test_it_writes_as_far_as_that_is_worth_its_time(
         assert tally.draft_tokens == 0
 
 
-def test_it_costs_little_where_it_does_not_pay(pair: Worker, clock: Clock, patch: Any) -> None:
+def test_it_costs_little_where_it_does_not_pay(pair: Worker, clock: Clock, patch):
     """When its drafts have been wrong, it is tried again now and then, and soon used once they are
     right.
     """
@@ -354,7 +350,7 @@ def test_it_costs_little_where_it_does_not_pay(pair: Worker, clock: Clock, patch
     assert max(clock.sizes("target")) == 16
 
 
-def test_no_other_stream_waits_longer_than_for_a_chunk(pair: Worker, clock: Clock) -> None:
+def test_no_other_stream_waits_longer_than_for_a_chunk(pair: Worker, clock: Clock):
     for _ in range(8):
         both = [ask(pair, prompt, max_tokens=25) for prompt in ("a", "k" * 100)]
         assert [asked.outcome()[1]["total_tokens"] for asked in both] == [25, 25]
@@ -364,7 +360,7 @@ def test_no_other_stream_waits_longer_than_for_a_chunk(pair: Worker, clock: Cloc
     assert INTEL[16] < longest < schedule.longest_delay(INTEL[1]) + costs.further
 
 
-def test_a_client_may_leave_while_it_writes(pair: Worker, clock: Clock) -> None:
+def test_a_client_may_leave_while_it_writes(pair: Worker, clock: Clock):
     """Nobody's draft is checked, and the next request gets its text."""
     ask(pair, "a", max_tokens=24).outcome()
     left = list[int]()
@@ -399,7 +395,7 @@ class Held:
         self.go_on.set()
 
 
-def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, clock: Clock) -> None:
+def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, clock: Clock):
     """It goes on when a request of another model has aborted it."""
     draft = pair.decoder.draft_model
     held = Held(clock)
@@ -414,7 +410,7 @@ def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, cloc
     assert draft.sequences.slots[0].tokens == list(b"xy" * 100)[:-1]  # the last is read again
 
 
-def test_while_nobody_waits_a_failure_is_not_repeated(pair: Worker, patch: Any) -> None:
+def test_while_nobody_waits_a_failure_is_not_repeated(pair: Worker, patch):
     patch(vps_worker, "STORE_SECONDS", 0.01)
     tried = list[int]()
 
@@ -428,7 +424,7 @@ def test_while_nobody_waits_a_failure_is_not_repeated(pair: Worker, patch: Any) 
     assert tried == [1]
 
 
-def test_what_it_reads_for_later_drafts_is_kept(pair: Worker, clock: Clock, patch: Any) -> None:
+def test_what_it_reads_for_later_drafts_is_kept(pair: Worker, clock: Clock, patch):
     """A prompt of which it has nothing, while its completion is being written; whoever comes."""
     patch(pair.decoder.draft_model, "read_idle", lambda _: False)
     held = Held(clock)
@@ -502,7 +498,7 @@ def unlike(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda case: case[0])
-def test_what_is_loaded_of_a_pair(case: Any, tmp_path: Path, patch: Any) -> None:
+def test_what_is_loaded_of_a_pair(case, tmp_path, patch) -> None:
     what, free, timed, loaded, note = case
     large = replace(SEVEN, early=what != "too little gain")
 

@@ -63,7 +63,7 @@ def told(asked: Ask) -> tuple[list[str], str, int, bool]:
 NEAR, NEARER = 1143, 503  # tokens of this text that are near the cursor
 
 
-def test_it_answers_until_the_large_model_has_read_the_window(pair: Worker, clock: Clock) -> None:
+def test_it_answers_until_the_large_model_has_read_the_window(pair: Worker, clock: Clock):
     """Nothing changes in the text when the large model takes over."""
     assert told(hint(pair)) == ([ONE], "bcde", NEAR, True)
     assert told(hint(pair, f"{LINES}ab")) == ([ONE], "cde", NEAR + 1, True)
@@ -74,12 +74,12 @@ def test_it_answers_until_the_large_model_has_read_the_window(pair: Worker, cloc
     assert told(hint(pair, f"{LINES}abc")) == ([], "de", len(LINES) + 3, False)
 
 
-def test_it_reads_all_of_a_window_if_there_is_time(pair: Worker) -> None:
+def test_it_reads_all_of_a_window_if_there_is_time(pair: Worker):
     pair.decoder.draft_model.costs = Costs({1: 1e-5, 16: 1e-4})
     assert told(hint(pair)) == ([ONE], "bcde", len(LINES) + 1, True)
 
 
-def test_two_clients_at_one_place_read_it_once(pair: Worker, clock: Clock) -> None:
+def test_two_clients_at_one_place_read_it_once(pair: Worker, clock: Clock):
     held = Held(clock)
     one = hint(pair)
     with held:
@@ -88,7 +88,7 @@ def test_two_clients_at_one_place_read_it_once(pair: Worker, clock: Clock) -> No
     assert sum(size for size in clock.sizes("draft") if size > 2) == NEAR
 
 
-def test_two_files_do_not_displace_each_other(pair: Worker, clock: Clock) -> None:
+def test_two_files_do_not_displace_each_other(pair: Worker, clock: Clock):
     others = LINES.replace("x", "other")
     for prompt in (LINES, others, LINES, others):
         assert told(hint(pair, f"{prompt}a"))[0] == [ONE]
@@ -97,7 +97,7 @@ def test_two_files_do_not_displace_each_other(pair: Worker, clock: Clock) -> Non
     assert max(size for _, size, _ in clock.log[keys[1] :]) == 1
 
 
-def test_drafts_begin_with_what_an_answer_has_read(pair: Worker, clock: Clock) -> None:
+def test_drafts_begin_with_what_an_answer_has_read(pair: Worker, clock: Clock):
     pair.decoder.draft_model.costs = Costs({1: 1e-5, 16: 1e-4})
     assert told(hint(pair))[0] == [ONE]
     before = len(clock.log)
@@ -122,14 +122,12 @@ ASKED: list[tuple[dict[str, Any], list[str], str]] = [
 
 
 @pytest.mark.parametrize(("more", "writers", "text"), ASKED, ids=str)
-def test_whose_answer_a_request_gets(
-    more: dict[str, Any], writers: list[str], text: str, pair: Worker
-) -> None:
+def test_whose_answer_a_request_gets(more, writers, text, pair: Worker):
     assert told(hint(pair, **more))[:2] == (writers, text)
     assert not Ask("x", **HINT | {"temperature": 0.1}).job.is_hint
 
 
-def test_a_guest_waits_while_others_need_the_cpu(pair: Worker) -> None:
+def test_a_guest_waits_while_others_need_the_cpu(pair: Worker):
     pair.baton.note(None, 0.1)
     asked = hint(pair, priority="low")
     wait_until(lambda: bool(pair.decoder.draft_model.runs), "it has a slot")
@@ -182,14 +180,14 @@ PREPARED: list[tuple[str, Callable[[Worker], None], list[str], str, int]] = [
 
 
 @pytest.mark.parametrize("case", PREPARED, ids=lambda case: case[0])
-def test_the_large_model_answers_instead(case: Any, pair: Worker) -> None:
+def test_the_large_model_answers_instead(case, pair: Worker):
     _, prepare, writers, text, read = case
     prepare(pair)
     assert told(hint(pair)) == (writers, text, read, True)
     assert pair.decoder.draft_model.runs == []
 
 
-def test_a_text_that_has_begun_ends_with_an_error(pair: Worker) -> None:
+def test_a_text_that_has_begun_ends_with_an_error(pair: Worker):
     fails_at(20)(pair)
     asked = hint(pair)
     text, error = asked.outcome()
@@ -198,9 +196,7 @@ def test_a_text_that_has_begun_ends_with_an_error(pair: Worker) -> None:
 
 
 @pytest.mark.parametrize("missing", ["broken", "not loaded", "switched off"])
-def test_without_it_the_large_model_reads_what_is_near(
-    missing: str, loader: Loader, loads: Loads
-) -> None:
+def test_without_it_the_large_model_reads_what_is_near(missing, loader: Loader, loads: Loads):
     small = loader.draft
     assert small
     if missing == "broken":
@@ -214,7 +210,7 @@ def test_without_it_the_large_model_reads_what_is_near(
         assert told(hint(worker, prompt_ms=0)) == ([], "bcde", len(LINES) + 1, False)
 
 
-def test_a_client_may_leave_while_it_reads(pair: Worker, clock: Clock) -> None:
+def test_a_client_may_leave_while_it_reads(pair: Worker, clock: Clock):
     """What was read until then stays."""
     held = Held(clock)
     asked = hint(pair)
@@ -225,7 +221,7 @@ def test_a_client_may_leave_while_it_reads(pair: Worker, clock: Clock) -> None:
     assert pair.decoder.draft_model.runs == []
 
 
-def test_it_reads_on_when_another_request_has_aborted_it(pair: Worker, clock: Clock) -> None:
+def test_it_reads_on_when_another_request_has_aborted_it(pair: Worker, clock: Clock):
     held = Held(clock)
     asked = hint(pair, priority="low")
     with held:
@@ -235,7 +231,7 @@ def test_it_reads_on_when_another_request_has_aborted_it(pair: Worker, clock: Cl
     assert sum(size for size in sizes if size > 1) == NEAR + sizes[0] - 20  # as scripted
 
 
-def test_unloading_answers_what_it_reads(pair: Worker, clock: Clock) -> None:
+def test_unloading_answers_what_it_reads(pair: Worker, clock: Clock):
     held = Held(clock)
     asked = hint(pair)
     with held:
@@ -243,7 +239,7 @@ def test_unloading_answers_what_it_reads(pair: Worker, clock: Clock) -> None:
     assert asked.error() == "SHUTTING_DOWN"
 
 
-def test_what_it_reads_is_not_saved(loader: Loader) -> None:
+def test_what_it_reads_is_not_saved(loader: Loader):
     for _ in range(2):
         with running(worker_of(loader)) as worker:
             assert told(hint(worker))[:2] == ([ONE], "bcde")
@@ -254,7 +250,7 @@ def test_what_it_reads_is_not_saved(loader: Loader) -> None:
 # -------------------------------------------------------------------------- reading and answering
 
 
-def test_the_large_model_reads_in_pieces_that_no_key_waits_for(pair: Worker, clock: Clock) -> None:
+def test_the_large_model_reads_in_pieces_that_no_key_waits_for(pair: Worker, clock: Clock):
     """The longer nobody asks, the longer the pieces are."""
     pieces = {0.0: 3, 0.4: 3, 1.0: 9, 8.0: AHEAD_TOKENS}
     draft_model = pair.decoder.draft_model
@@ -270,9 +266,7 @@ def test_the_large_model_reads_in_pieces_that_no_key_waits_for(pair: Worker, clo
 
 
 @pytest.mark.parametrize(("seconds", "is_kept"), [(0.1, True), (10.0, False)])
-def test_a_key_aborts_only_a_long_piece(
-    seconds: float, is_kept: bool, pair: Worker, clock: Clock
-) -> None:
+def test_a_key_aborts_only_a_long_piece(seconds, is_kept, pair: Worker, clock: Clock):
     draft_model: Any = pair.decoder.draft_model
     draft_model.last_end = time.monotonic() - seconds
     held = Held(clock)
@@ -290,9 +284,7 @@ def test_a_key_aborts_only_a_long_piece(
 # ------------------------------------------------------------------------------------ real tokens
 
 
-def test_the_text_is_what_the_small_model_writes_alone(
-    models: Path, tmp_path: Path, patch: Any
-) -> None:
+def test_the_text_is_what_the_small_model_writes_alone(models: Path, tmp_path, patch):
     """Also in healed tokens, with its ends and probabilities."""
     patch(llama, "HEAL_CANDIDATES", 64)  # of 269 tokens
     settings = replace(EXACT, state_dir=tmp_path, cache_mb=0)

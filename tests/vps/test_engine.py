@@ -99,9 +99,7 @@ def test_costs_learn_the_real_time_of_chunks() -> None:
         (2, [False, *[True] * 9, *[False] * 113, True, *[False] * 113, True], 11),
     ],
 )
-def test_drafts_are_made_while_they_pay_and_tried_again(
-    tokens: int, begun: list[bool], tried: int
-) -> None:
+def test_drafts_are_made_while_they_pay_and_tried_again(tokens, begun, tried) -> None:
     """A decode with a draft takes three times as long."""
     gain, made = Gain(), list[bool]()
     case, other = (2, 7), (2, drafts.MODEL)
@@ -261,7 +259,7 @@ as short, then it repeats             | 1 2             | 3 1 2 3    | 1 2 3
 
 
 @pytest.mark.parametrize("case", COPIED.strip().splitlines())
-def test_a_draft_is_a_copy_of_what_came_last_and_ends_where_it_is_wrong(case: str) -> None:
+def test_a_draft_is_a_copy_of_what_came_last_and_ends_where_it_is_wrong(case: str):
     _, source, written, expected = case.split("|")
     drafter = Drafter(tokens_of(source))
     for token in tokens_of(written):
@@ -319,7 +317,7 @@ STORES = {
 
 
 @pytest.mark.parametrize("case", STORES)
-def test_what_a_store_keeps(case: str) -> None:
+def test_what_a_store_keeps(case: str):
     store = PrefixStore(300, False)
     for row in STORES[case].split("|"):
         step, left = map(str.strip, row.split("→"))
@@ -390,7 +388,7 @@ def test_parked_with_any_byte_changed_or_missing_is_refused() -> None:
                 decode_parked(damaged, "key")
 
 
-def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path) -> None:
+def test_parked_files_are_read_in_order_and_bad_ones_removed(tmp_path: Path):
     folder = tmp_path / "kv"
     entries = [Parked([number], b"state %d" % number) for number in range(12)]
     save_parked(folder, "key", entries, bool)
@@ -482,7 +480,7 @@ FITTED = """
 
 
 @pytest.mark.parametrize("row", FITTED.strip().splitlines())
-def test_the_longest_context_that_fits(row: str) -> None:
+def test_the_longest_context_that_fits(row: str):
     def need(_: Path, forms: Sequence[llama.Settings]) -> list[Parts]:
         assert forms
         return [
@@ -528,7 +526,7 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
 # ------------------------------------------------------------------------------------ files of ours
 
 
-def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path, patch: Any) -> None:
+def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path, patch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -544,7 +542,7 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path: Path, patch: Any
     assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("file", b"two")]
 
 
-def test_the_costs_of_a_model_are_measured_when_it_is_warm(patch: Any) -> None:
+def test_the_costs_of_a_model_are_measured_when_it_is_warm(patch: Any):
     sizes = list[int]()
 
     def decode(_model: Any, _slot: Any, tokens: list[int], outputs: int) -> float:
@@ -561,7 +559,7 @@ def test_the_costs_of_a_model_are_measured_when_it_is_warm(patch: Any) -> None:
         schedule.measure_costs(model, Baton(), lambda: len(sizes) == 13)
 
 
-def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path) -> None:
+def test_digest_is_checked_once_for_an_unchanged_file(tmp_path: Path):
     path, data = tmp_path / "m.gguf", random.Random(5).randbytes(300_000)
     path.write_bytes(data)
     right = hashlib.sha256(data).hexdigest()
@@ -739,7 +737,7 @@ def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
     return asked
 
 
-def test_drafts_follow_the_seconds_that_they_took(worker: Worker, patch: Any) -> None:
+def test_drafts_follow_the_seconds_that_they_took(worker: Worker, patch):
     """What is drafted here is never right, and a decode takes a second for each token."""
     model, decoder = worker.model, worker.decoder
     now, sizes = [0.0], list[int]()
@@ -772,8 +770,8 @@ LOADED: list[tuple[str, str, Any, str]] = [
 
 @pytest.mark.parametrize(("broken", "source", "loaded", "warning"), LOADED)
 def test_a_tuned_file_is_loaded_if_it_can_be(
-    tmp_path: Path, loads: Loads, caplog: Any, broken: str, source: str, loaded: Any, warning: str
-) -> None:
+    tmp_path, loads: Loads, caplog, broken, source, loaded, warning
+):
     for name in ("m.gguf", "tuned"):
         (tmp_path / name).write_bytes(b"weights")
     loads.broken[broken] = llama.ModelError("llama.cpp cannot load this file")
@@ -795,7 +793,7 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
 
 
 @pytest.mark.usefixtures("loads")
-def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, patch: Any) -> None:
+def test_caches_are_kept_apart_by_file_and_settings(tmp_path, patch) -> None:
     settings, keys = llama.Settings(state_dir=tmp_path / "state"), set()
 
     def load(name: str, **other: Any) -> None:
@@ -813,7 +811,7 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, patch: Any) 
     assert len(keys) == 5
 
 
-def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch: Any) -> None:
+def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch):
     real = vps_job.Sampler
 
     def sampler(request: GenerationRequest) -> vps_job.Sampler:
@@ -840,9 +838,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch: 
     assert [slot.run for slot in worker.decoder.slots] == [None, None]
 
 
-def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
-    worker: Worker, patch: Any
-) -> None:
+def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(worker: Worker, patch):
     """An idle worker may rest for ever, and one that decodes has a multiple of what the decode
     costs.
     """
@@ -870,7 +866,7 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
 
 def test_a_prompt_of_low_priority_that_goes_on_with_another_leaves_it_in_memory(
     worker: Worker,
-) -> None:
+):
     decoder: Any = worker.decoder
     ask(worker, "abc" * 20, max_tokens=0).outcome()
     (other,) = [slot.tokens[:] for slot in worker.decoder.slots if slot.tokens]
@@ -881,7 +877,7 @@ def test_a_prompt_of_low_priority_that_goes_on_with_another_leaves_it_in_memory(
     assert [slot.low for slot in worker.decoder.slots if len(slot.tokens) == 48] == [False]
 
 
-def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
+def test_saved_prompts_are_dropped_on_request(worker: Worker):
     decoder: Any = worker.decoder
     decoder.sequences.store = store = PrefixStore(1000, False)
     for token in (1, 2, 3):
@@ -892,7 +888,7 @@ def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("fails", ["decode", "save", "close"])
-def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails: str) -> None:
+def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails):
     model: Any = worker.model
     model.hold.clear()
     running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
@@ -910,7 +906,7 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails
     assert (model.closed, worker.stopping) == (True, True)
 
 
-def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
+def test_any_fault_of_a_load_is_reported(tmp_path, loads: Loads):
     loads.broken["m.gguf"] = FileNotFoundError(2, "No such file", "/secret/path")
     worker = worker_of(Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
@@ -922,7 +918,7 @@ def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
 
 def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generating(
     worker: Worker,
-) -> None:
+):
     decoder: Any = worker.decoder
     other, slot = object(), worker.decoder.slots[0]
     normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
@@ -970,7 +966,7 @@ def arrive(worker: Worker, prompt: str, **more: Any) -> Ask:
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own: bool) -> None:
+def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own):
     """What was read of it stays, and from then on its chunks are short."""
     decoder: Any = worker.decoder
     decoder.costs = Costs({1: 0.05, 16: 0.8})
@@ -995,7 +991,7 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own: boo
     assert decoder.tally.prompt_tokens == 1001
 
 
-def test_a_decode_is_aborted_if_all_its_runs_make_way(worker: Worker) -> None:
+def test_a_decode_is_aborted_if_all_its_runs_make_way(worker: Worker):
     decoder: Any = worker.decoder
     for runs, flag in (["prompt low", "prompt left"], b"\1"), (["prompt low", "text"], b"\0"):
         decoder.model.abort_flag[0] = b"\0"
@@ -1015,9 +1011,7 @@ SIZES = {
 
 @ONE_SEQUENCE
 @pytest.mark.parametrize("recurrent", SIZES)
-def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
-    worker: Worker, recurrent: bool
-) -> None:
+def test_a_prompt_of_low_priority_gives_up_the_only_sequence(worker: Worker, recurrent):
     """Nothing is read twice. Jobs of low priority keep their order, behind all others."""
     decoder: Any = worker.decoder
     decoder.model.recurrent = decoder.sequences.store.recurrent = recurrent
@@ -1052,7 +1046,7 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(
 @ONE_SEQUENCE
 def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_kept(
     worker: Worker,
-) -> None:
+):
     low, asked = Ask("l" * 150, max_tokens=1, priority="low"), list[Ask]()
     arrivals = {"l1": lambda: asked.append(arrive(worker, "x" * 17))}
     log = script(worker, arrivals | {"x1": lambda: worker.cancel(low.job)})
@@ -1069,8 +1063,8 @@ def test_a_prompt_that_gave_way_is_dropped_with_its_client_and_what_was_read_is_
     [("l" * 151, 0, 64), ("l" * 151, 500, 20), ("x" * 17, 0, 20)],
 )
 def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
-    worker: Worker, next_prompt: str, prompt_ms: int, cached: int
-) -> None:
+    worker: Worker, next_prompt, prompt_ms, cached
+):
     """Its reading is cancelled when the next request comes, and its place is the only one."""
     ahead = Ask("l" * 150, max_tokens=0)
 
@@ -1088,9 +1082,7 @@ def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
 
 @ONE_SEQUENCE
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(
-    worker: Worker, lost: bool
-) -> None:
+def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(worker: Worker, lost):
     """Even while it is read again because its recurrent state was lost."""
     model: Any = worker.model
     model.recurrent = lost
@@ -1108,7 +1100,7 @@ def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails: bool) -> None:
+def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails):
     """The other one stands still. If the first cannot be saved, the normal job fails, and both go
     on.
     """
@@ -1212,7 +1204,7 @@ SECRETS = "the key of anna ", "the word of ben "
 
 @pytest.mark.parametrize("kind", ["unified", "separate", "recurrent"])
 def test_each_gets_the_text_after_the_own_prompt_whatever_was_kept_of_others(
-    kind: str, tmp_path: Path, patch: Any, caplog: Any
+    kind, tmp_path, patch, caplog
 ) -> None:
     """Two people whose prompts begin alike, with sequences that are running, parked, stored when
     the worker rests, saved and loaded again, and drafts from the sequences of both.
@@ -1246,7 +1238,7 @@ def test_each_gets_the_text_after_the_own_prompt_whatever_was_kept_of_others(
     assert not any(secret[:8] in caplog.text for secret in SECRETS)
 
 
-async def test_texts_to_tokenize_take_no_threads_from_prompts(worker: Worker, patch: Any) -> None:
+async def test_texts_to_tokenize_take_no_threads_from_prompts(worker: Worker, patch):
     """Not even if their clients leave, which ends no thread that tokenizes already."""
     engine = vpsd.Engine(config(CEREBRUM_MIN_FREE_MB="0"))
     gate, begun = threading.Event(), list[str]()

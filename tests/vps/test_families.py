@@ -79,9 +79,7 @@ EXACT = replace(ONE, n_ctx=512, sequences=3, micro_batch=64, flash_attention=Fal
 
 @pytest.mark.parametrize(("seed", "rounds"), ROUNDS)
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_the_text_is_that_of_a_greedy_loop(
-    family: str, seed: int, rounds: int, models: Path, tmp_path: Path
-) -> None:
+def test_the_text_is_that_of_a_greedy_loop(family, seed, rounds, models: Path, tmp_path):
     path = models / f"{family}.gguf"
     loader = Loader("tiny", path, replace(EXACT, state_dir=tmp_path))
     check_against_a_greedy_loop(loader, rounds, random.Random(f"{family} {seed}"))
@@ -132,8 +130,8 @@ def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random
 
 
 def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved(
-    models: Path, tmp_path: Path
-) -> None:
+    models: Path, tmp_path
+):
     settings = Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path)
     read = []
     with running(worker_of(Loader("tiny", models / "dense.gguf", settings))) as worker:
@@ -173,7 +171,7 @@ ENDS = [
 ]
 
 
-def test_marks_that_end_a_completion(models: Path) -> None:
+def test_marks_that_end_a_completion(models: Path):
     for family, ends, goes_on in ENDS:
         tokens = families.vocabulary(families.MARKED[family])[0]
         with opened(models / f"{family}.gguf") as model:
@@ -196,7 +194,7 @@ GAPS: list[tuple[str, tuple[str, ...], str, str]] = [
 GAP = GenerationRequest(ABOVE, suffix=BELOW)
 
 
-def test_a_gap_by_family(models: Path) -> None:
+def test_a_gap_by_family(models: Path):
     for family, fim, layout, text in GAPS:
         with opened(models / f"{family}.gguf", fim=fim, layout=layout) as model:
             tokens, heal, before = model.vocabulary.encode(GAP)
@@ -204,7 +202,7 @@ def test_a_gap_by_family(models: Path) -> None:
             assert named(model, tokens[:before]).endswith(ABOVE)
 
 
-def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path) -> None:
+def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path):
     cases = ("longrope", 2, False), ("longrope", 1, True), ("dense", 2, True)
     for family, sequences, unified in cases:
         settings = replace(ONE, n_ctx=512, sequences=sequences)
@@ -212,7 +210,7 @@ def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(model
             assert model.unified is unified
 
 
-def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
+def test_a_copied_sequence_is_apart_from_its_source(models: Path):
     """Whatever its source holds before the next decode."""
     slots = [Slot(number) for number in range(3)]
     with opened(models / "longrope.gguf", replace(ONE, n_ctx=512, sequences=3)) as model:
@@ -232,9 +230,7 @@ def test_a_copied_sequence_is_apart_from_its_source(models: Path) -> None:
 
 
 @pytest.mark.parametrize(("trained", "n_ctx"), [(300, 300), (1, 256)])
-def test_a_context_is_as_long_as_the_model_was_trained_for(
-    tmp_path: Path, trained: int, n_ctx: int
-) -> None:
+def test_a_context_is_as_long_as_the_model_was_trained_for(tmp_path, trained, n_ctx) -> None:
     """But not too short: in a decode of more tokens than a context has, llama.cpp ends the
     process.
     """
@@ -244,7 +240,7 @@ def test_a_context_is_as_long_as_the_model_was_trained_for(
         assert model.decode([(Slot(0), [1, 2, 3], 1)]) == 0
 
 
-def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves_later(models: Path) -> None:
+def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves_later(models: Path):
     prompt = [*range(40, 80)]
     with opened(models / "dense.gguf", replace(ONE, n_ctx=256, sequences=2)) as model:
         sequences = Sequences(model, 2, 1 << 20)
@@ -264,13 +260,13 @@ def test_a_state_that_is_rejected_is_dropped_and_the_next_best_serves_later(mode
         assert (slot.tokens, guide, model.computed(slot)) == (prompt[:20], read, 20)
 
 
-def test_an_abort_ends_a_decode(models: Path) -> None:
+def test_an_abort_ends_a_decode(models: Path):
     with opened(models / "dense.gguf") as model:
         model.abort()
         assert model.decode([(Slot(0), [1, 2, 3], 1)]) == ABORTED
 
 
-def test_a_gap_without_marks(models: Path) -> None:
+def test_a_gap_without_marks(models: Path):
     with (
         opened(models / "base.gguf") as model,
         pytest.raises(HttpError, match=r"^suffix: expected ") as refused,
@@ -279,7 +275,7 @@ def test_a_gap_without_marks(models: Path) -> None:
     assert refused.value.code == "INVALID_REQUEST"
 
 
-def test_other_files(models: Path) -> None:
+def test_other_files(models: Path):
     for family, mark in [("qwen", "<|file_sep|>"), ("starcoder", "<file_sep>")]:
         request = GenerationRequest("y = ", filename="b.py", extra=[("a.py", "x = 1")])
         with opened(models / f"{family}.gguf") as model:
@@ -287,7 +283,7 @@ def test_other_files(models: Path) -> None:
             assert named(model, tokens) == f"{mark}a.py\nx = 1\n{mark}b.py\ny = "
 
 
-def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path) -> None:
+def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path):
     text = "<|file_sep|>original/a.py\nx<|file_sep|>updated/a.py\n"
     mark = families.vocabulary(families.MARKED["qwen"])[0].index("<|file_sep|>")
     with opened(models / "qwen.gguf") as model:
@@ -315,7 +311,7 @@ CHATS = [
 ]
 
 
-def test_a_chat_by_family(models: Path) -> None:
+def test_a_chat_by_family(models: Path):
     for family, messages, text in CHATS:
         with opened(models / f"{family}.gguf") as model:
             tokens = model.vocabulary.encode(GenerationRequest(messages=messages))[0]
@@ -353,7 +349,7 @@ for path in sys.argv[1:]:
 """
 
 
-def test_no_text_overflows_the_stack(tmp_path: Path) -> None:
+def test_no_text_overflows_the_stack(tmp_path: Path):
     """Of each pre-tokenizer that runs std::regex in another way."""
     names = ["default", "deepseek-llm", "falcon", "exaone-moe"]
     for name in names:
@@ -385,7 +381,7 @@ def test_only_hostile_texts_are_cut() -> None:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_memory_by_family(family: str, models: Path, tmp_path: Path) -> None:
+def test_memory_by_family(family, models: Path, tmp_path):
     """The sizes of what llama.cpp really allocates, from its log, are those that it reports without
     allocating.
     """
@@ -407,7 +403,7 @@ def test_memory_by_family(family: str, models: Path, tmp_path: Path) -> None:
     assert 0 < allocated_mb("compute") == pytest.approx(compute_mb, abs=0.02)
 
 
-def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
+def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path):
     published, tied = models / "dense.gguf", tmp_path / "tied.gguf"
     forms = [Settings(state_dir=tmp_path)]
     assert needed(published, forms)[0]["weights"] == published.stat().st_size
@@ -419,9 +415,7 @@ def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path: Path) -> None:
     assert needed(tied, forms)[0]["weights"] == tied.stat().st_size + embedding
 
 
-def test_a_header_is_read_in_another_process_first(
-    models: Path, tmp_path: Path, patch: Any
-) -> None:
+def test_a_header_is_read_in_another_process_first(models: Path, tmp_path, patch):
     """llama.cpp ends the process at some. One that it has read is read here from then on."""
     forms, odd = [Settings(state_dir=tmp_path)], tmp_path / "odd.gguf"
     (tmp_path / "verified").mkdir()  # as the daemon makes it
@@ -441,8 +435,8 @@ def test_a_header_is_read_in_another_process_first(
 
 
 def test_a_folder_of_notes_that_cannot_be_read_says_nothing_of_the_file(
-    models: Path, tmp_path: Path, patch: Any
-) -> None:
+    models: Path, tmp_path, patch
+):
     path, stat = models / "dense.gguf", os.stat
 
     def unreadable(name: Any, *given: Any, **more: Any) -> Any:
@@ -455,15 +449,13 @@ def test_a_folder_of_notes_that_cannot_be_read_says_nothing_of_the_file(
     check_digest(path, hashlib.sha256(path.read_bytes()).hexdigest(), tmp_path, lambda: False)
 
 
-def test_a_file_that_cannot_be_opened_starts_no_process(tmp_path: Path, patch: Any) -> None:
+def test_a_file_that_cannot_be_opened_starts_no_process(tmp_path, patch) -> None:
     patch(memory.subprocess, "run", None)
     with pytest.raises(IsADirectoryError):
         needed(tmp_path, [Settings(state_dir=tmp_path)])
 
 
-def test_a_file_whose_weights_are_missing_starts_one_process(
-    models: Path, tmp_path: Path, patch: Any
-) -> None:
+def test_a_file_whose_weights_are_missing_starts_one_process(models: Path, tmp_path, patch):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes((models / "dense.gguf").read_bytes()[:-5000])
     for _ in range(2):
@@ -472,7 +464,7 @@ def test_a_file_whose_weights_are_missing_starts_one_process(
         patch(memory.subprocess, "run", None)
 
 
-def test_a_tiny_temperature_is_greedy(models: Path, tmp_path: Path) -> None:
+def test_a_tiny_temperature_is_greedy(models: Path, tmp_path):
     with opened(models / "dense.gguf", Settings(threads=1, n_ctx=512, state_dir=tmp_path)) as model:
         slot = Slot(0)
         assert model.decode([(slot, [1, 2, 3], 1)]) == 0
@@ -487,9 +479,7 @@ def test_a_tiny_temperature_is_greedy(models: Path, tmp_path: Path) -> None:
     ("architecture", "kind"),
     [("llada", "a diffusion model"), ("gemma-embedding", "an encoder")],
 )
-def test_what_completes_no_text_is_refused_by_its_header(
-    architecture: str, kind: str, tmp_path: Path
-) -> None:
+def test_what_completes_no_text_is_refused_by_its_header(architecture, kind, tmp_path) -> None:
     """At a prompt of more than a micro-batch, llama.cpp would end the daemon."""
     values = {"attention.sliding_window": 192}
     path = families.make(tmp_path / "odd.gguf", families.Family(architecture, values))
@@ -514,7 +504,7 @@ STATUSES = {
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_only_llama_cpp_can_refuse_a_header(status: int, tmp_path: Path, patch: Any) -> None:
+def test_only_llama_cpp_can_refuse_a_header(status, tmp_path, patch) -> None:
     """A process that was killed, or a fault of ours, says nothing about the file."""
     ended = SimpleNamespace(returncode=status)
     patch(memory.subprocess, "run", lambda *_, **__: ended)
@@ -527,8 +517,8 @@ def test_only_llama_cpp_can_refuse_a_header(status: int, tmp_path: Path, patch: 
 
 
 def test_a_check_holds_no_lock_needs_no_file_of_the_system_and_can_be_ended(
-    models: Path, tmp_path: Path, patch: Any
-) -> None:
+    models: Path, tmp_path, patch
+):
     held = []
     patch(memory, "accepts", lambda *_: held.append(memory._asking.locked()))
     needed(models / "dense.gguf", [Settings(state_dir=tmp_path)])
