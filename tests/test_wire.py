@@ -21,6 +21,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import pytest
@@ -84,23 +85,27 @@ def half(data: bytes) -> bytes:
 
 N, SIZE = len(BODY), f"{len(BODY):x}"
 GOOD_CHUNKS = f"{SIZE}\r\n".encode() + BODY + b"\r\n0\r\n\r\n"
-DEEP = b"[" * 63 + b"]" * 63  # one more level is the object around it
-HELLO = bytes.fromhex("16030100ba010000b6030345") + bytes(range(20)) * 4
+MEMBER = BODY[:-1].decode() + ', "a": '  # its value and "}" are to follow
+DEEP = "[" * 63 + "]" * 63  # one more level is the object around it
+HELLO = bytes.fromhex("16030100ba010000b6030345") + bytes(range(20)) * 4  # of TLS
+EMPTY = ""
 UPGRADE = "Connection: Upgrade\r\nUpgrade: "
 SOCKET = "websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13"
 TE = "Transfer-Encoding: chunked"
 CL5 = "Content-Length: 5"
 EXPECT = "Expect: 100-continue"
 # The values of a row stand where these have %b.
-FORMS: dict[str, bytes] = {
+FORMS = {
     "raw": b"%b",
     "line": lines("%b", "Host: localhost"),
     "version": get(version="%b"),
     "method": get(method="%b"),
     "path": get("%b"),
+    "HEAD": get("%b", method="HEAD"),
+    "OPTIONS": get("%b", method="OPTIONS"),
     "Host": lines("GET /health HTTP/1.1", "Host: %b"),
     "header": get("/health", "%b"),
-    "no key": lines("%b HTTP/1.1", "Host: localhost"),
+    "keyless": lines("%b HTTP/1.1", "Host: localhost"),
     "key": lines("GET /v1/models HTTP/1.1", "Host: localhost", "%b"),
     "length": send("Content-Length: %b", body=b"x" * 5),
     "good": send("Content-Length:%b", body=BODY),
@@ -121,411 +126,460 @@ def each(form: str, status: int, keep: bool, *values: Text) -> list[Row]:
     """A row for each of the values."""
     rows = list[Row]()
     for value in values:
-        raw = FORMS[form] % encoded(value)
+        data = encoded(value)
+        raw = sized(data) if form == "JSON" else FORMS[form] % data
         rows.append((f"{form} {value!r}"[:60], raw, status, keep))
     return rows
 
 
-def bodies(status: int, *values: bytes) -> list[Row]:
-    return [(f"JSON {value!r}"[:60], sized(value), status, K) for value in values]
+def table(text: str) -> list[Row]:
+    """Blocks of rows: a form, a status, and K or C; then a value a line, behind four spaces, with
+    Python's escapes and $NAMES of constants.
+    """
+    rows = list[Row]()
+    names = globals() | {"BODY": BODY.decode(), "GET": get().decode(), "OPEN": get()[:-2].decode()}
+    for block in text.strip().split("\n\n"):
+        heading, *values = block.splitlines()
+        form, status, keep = heading.split()
+        for value in values:
+            unescaped = value[4:].encode().decode("unicode_escape")
+            data = Template(unescaped).substitute(names).encode("latin-1")
+            rows += each(form, int(status), keep == "K", data)
+    return rows
 
 
-def members(status: int, *values: bytes) -> list[Row]:
-    return bodies(status, *(BODY[:-1] + b', "a": ' + value + b"}" for value in values))
+ROWS = [
+    # request lines
+    *table(r"""
 
+raw 200 C
+    GET /health HTTP/1.0\r\n\r\n
+    GET /health HTTP/1.0\r\nHost: localhost\r\nX-API-Key: $KEY\r\n\r\n
+    GET /health HTTP/1.0\r\nHost: localhost\r\nX-API-Key: $KEY\r\nConnection: keep-alive\r\n\r\n
 
-REQUEST_LINES = [
-    *each(
-        "raw",
-        200,
-        C,
-        get(version="HTTP/1.0"),
-        "GET /health HTTP/1.0\r\n\r\n",
-        get("/health", "Connection: keep-alive", version="HTTP/1.0"),
-    ),
-    *each(
-        "line",
-        400,
-        C,
-        "GET  /health HTTP/1.1",
-        "GET\t/health HTTP/1.1",
-        "GET / HTTP/1.1 ",
-        " GET / HTTP/1.1",
-        "GET /health",
-        "GET /health ",
-        "GET HTTP/1.1",
-        "GET /a b HTTP/1.1",
-        "  ",
-        "a GET / HTTP/1.1",
-        b"GET /\xc3\xa4 HTTP/1.1",
-        b"GET /\xc0\xaf HTTP/1.1",
-        b"GET /\0a HTTP/1.1",
-    ),
-    *each(
-        "version",
-        400,
-        C,
-        "http/1.1",
-        "HTTP/1.11",
-        "HTTP/01.01",
-        "HTTP/1",
-        "HTTP/1.1.1",
-        "HTTP 1.1",
-        "HTTP/ 1.1",
-    ),
-    *each("version", 505, C, "HTTP/3.0", "HTTP/0.9", "HTTP/1.2", "HTTP/9.9"),
-    *each("method", 501, C, "BREW", "get", "CONNECT", "GE!T"),
-    *each("method", 400, C, "GE(T", "GÉT"),
-    *each("method", 405, K, "DELETE", "TRACE", "POST", "PUT"),
-    *each("line", 501, C, "CONNECT example.com:443 HTTP/1.1"),
-    *each("raw", 505, C, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-    *each("raw", 400, C, "GET /health\r\n", "EHLO localhost\r\n", HELLO, b"\0"),  # at once
-    *each("raw", 200, K, b"\r\n" + get()),
-    *each(
-        "raw",
-        400,
-        C,
-        b"\r\n\r\n" + get(),
-        b"\n" + get(),
-        b"\r" + get(),
-        get().replace(b"\r\n", b"\n"),
-    ),
+raw 200 K
+    \r\n$GET
+
+raw 400 C
+    GET /health\r\n
+    EHLO localhost\r\n
+    \0
+    \r\n\r\n$GET
+    \n$GET
+    \r$GET
+    GET /health HTTP/1.1\nHost: localhost\nX-API-Key: $KEY\n\n
+
+raw 505 C
+    PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n
+
+line 400 C
+    GET  /health HTTP/1.1
+    GET\t/health HTTP/1.1
+    GET / HTTP/1.1\x20
+     GET / HTTP/1.1
+    GET /health
+    GET /health\x20
+    GET HTTP/1.1
+    GET /a b HTTP/1.1
+    \x20\x20
+    a GET / HTTP/1.1
+    GET /\xc3\xa4 HTTP/1.1
+    GET /\xc0\xaf HTTP/1.1
+    GET /\0a HTTP/1.1
+
+line 501 C
+    CONNECT example.com:443 HTTP/1.1
+
+version 400 C
+    http/1.1
+    HTTP/1.11
+    HTTP/01.01
+    HTTP/1
+    HTTP/1.1.1
+    HTTP 1.1
+    HTTP/ 1.1
+
+version 505 C
+    HTTP/3.0
+    HTTP/0.9
+    HTTP/1.2
+    HTTP/9.9
+
+method 501 C
+    BREW
+    get
+    CONNECT
+    GE!T
+
+method 400 C
+    GE(T
+    G\xc3\x89T
+
+method 405 K
+    DELETE
+    TRACE
+    POST
+    PUT
+
+header 200 C
+    Connection: close
+    Connection: foo , CLOSE
+    Connection: foo\r\nConnection: close
+"""),
+    *each("raw", 400, C, HELLO),
     ("8,000 bytes of path", get("/" + "a" * 7999), 404, K),
     ("8,192 bytes of request line", get("/health?" + "a" * 8169), 200, K),
     ("8,193 bytes of request line", get("/health?" + "a" * 8170), 414, C),
     *each("raw", 414, C, "G" * 8192, "A" * 100_000 + " / HTTP/1.1\r\n"),
-    *each(
-        "header",
-        200,
-        C,
-        "Connection: close",
-        "Connection: foo , CLOSE",
-        "Connection: foo\r\nConnection: close",
-    ),
-]
-TARGETS = [
-    *each(
-        "path",
-        200,
-        K,
-        "/health",
-        "http://h/health",
-        "HTTP://LOCALHOST:7000/health?a=b",
-        "http://localhost//health",
-        "/",
-        "http://localhost?a",
-        "/he%61lth",
-        "//health",
-        "///health/",
-        "/health?a=%20b&c=/?:@",
-    ),
-    *each(
-        "path",
-        400,
-        C,
-        "*",
-        "foo",
-        "?a",
-        "/a#b",
-        "/a\\b",
-        '/"',
-        "/{x}",
-        "/a|b",
-        "//[::1]/",
-        "*x",
-        "localhost:80",
-        "http://u@localhost/health",
-        "http:///health",
-        "https://localhost/health",
-        "/health?%zz",
-        "/%00",
-        "/%zz",
-        "/%",
-        "/%1",
-        "/%0d%0aA:%20b",
-        "/%7f",
-        "/%ff",
-        "/%c0%af",
-    ),
-    *each(
-        "path",
-        404,
-        K,
-        "/nothing",
-        "/../x",
-        "/%2e%2e",
-        "/%2E%2E/health",
-        "//x",
-        "/%2Fhealth",
-        "//localhost/health",
-        "/health/..",
-        "/./health",
-        "/health/x",
-        "/HEALTH",
-        "/health%2F",
-        "/health;a",
-        "/he%2561lth",
-    ),
-    *each("path", 421, K, "http://evil.example/health"),
-    *each("path", 405, K, "@POST"),
-    *each("raw", 400, C, "GET http://localhost/health HTTP/1.1\r\n\r\n"),
-    ("HEAD", get(method="HEAD"), 200, K),
-    ("HEAD of nothing", get("/nothing", method="HEAD"), 404, K),
-    ("HEAD where a POST belongs", get("@POST", method="HEAD"), 405, K),
-    *each("raw", 204, K, get("*", method="OPTIONS"), get("/health", method="OPTIONS")),
-]
-HEADERS = [
-    *each(
-        "raw",
-        400,
-        C,
-        "GET /health HTTP/1.1\r\n\r\n",
-        "GET /health HTTP/1.1\r\n \r\nHost: localhost\r\n\r\n",
-        get().replace(b"\r\n", b"\n", 1),
-        get().replace(b"\r\n", b"\r", 1),
-        get()[:-2] + b"\n",
-        get()[:-2] + b"\rx",
-    ),
-    *each(
-        "Host",
-        400,
-        C,
-        "a b",
-        "a#b",
-        "a@b",
-        "a/b",
-        "",
-        "u:p@localhost",
-        "localhost:x",
-        "localhost:99999",
-        "a, b",
-        "localhost:-1",
-        "[::1",
-        b"\xe4",
-        "localhost:1:2",
-        "local%68ost",
-        "a\\b",
-        "[::1%25lo]",
-        ":80",
-        "::1",
-        "[::1]x",
-        "localhost:000080",
-        "h:+1",
-        "h\r\nHost: h",
-        "localhost\r\nhost: b",
-    ),
-    *each(
-        "Host",
-        200,
-        K,
-        "LOCALHOST:80",
-        "[1:2:3:4:5:6:7:8]",
-        "127.0.0.1:",
-        "[::1]:65535",
-        "\tlocalhost",
-        socket.gethostname(),
-        f"{socket.gethostname()}.LOCAL",
-        "[fe80::1]:80",
-        "10.1.2.3",
-    ),
-    *each(
-        "Host", 421, K, "evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "127.1", "h"
-    ),
-    *each(
-        "header",
-        400,
-        C,
-        "A : b",
-        ": b",
-        "abc",
-        "Transfer-Encoding : chunked",
-        " A: b",
-        " ",
-        "\tA: b",
-        b"A\0B: c",
-        "A(B: c",
-        "A/B: c",
-        'A"B: c',
-        "A[]: b",
-        b"A\xe4B: c",
-        b"A\x7fB: c",
-        "A\tB: c",
-        b"A: b\rc",
-        b"A: b\nc",
-        b"A: b\0c",
-        b"A: b\x07c",
-        b"A: b\x0bc",
-        b"A: b\x7fc",
-        b"A: b\r",
-        "A: b\r\n c",
-        "A: b\r\n\tc",
-        f"Transfer-Encoding:\r\n chunked\r\n{CL5}",
-        *(f"{name}: a\r\n{name.lower()}: a" for name in ("Content-Type", "Origin", "Expect")),
-        "x-api-key: a",
-    ),
-    *each(
-        "header",
-        200,
-        K,
-        b"A: \xe4\xff",
-        "A:\r\nB: \t ",
-        "Transfer_Encoding: chunked\r\nContent_Length: 5",
-        EXPECT,
-        f"{UPGRADE}h2c",
-        UPGRADE + SOCKET,
-        f"Upgrade: {SOCKET}",
-        f"{UPGRADE}{SOCKET}99",
-        "Range: bytes=a-b",
-        f"Range: bytes={'0-,' * 1000}0-",
-        "Accept: a/b",
-    ),
+    # targets
+    *table(r"""
+
+path 200 K
+    /health
+    http://h/health
+    HTTP://LOCALHOST:7000/health?a=b
+    http://localhost//health
+    /
+    http://localhost?a
+    /he%61lth
+    //health
+    ///health/
+    /health?a=%20b&c=/?:@
+
+path 400 C
+    *
+    foo
+    ?a
+    /a#b
+    /a\\b
+    /"
+    /{x}
+    /a|b
+    //[::1]/
+    *x
+    localhost:80
+    http://u@localhost/health
+    http:///health
+    https://localhost/health
+    /health?%zz
+    /%00
+    /%zz
+    /%
+    /%1
+    /%0d%0aA:%20b
+    /%7f
+    /%ff
+    /%c0%af
+
+path 404 K
+    /nothing
+    /../x
+    /%2e%2e
+    /%2E%2E/health
+    //x
+    /%2Fhealth
+    //localhost/health
+    /health/..
+    /./health
+    /health/x
+    /HEALTH
+    /health%2F
+    /health;a
+    /he%2561lth
+
+path 405 K
+    @POST
+
+path 421 K
+    http://evil.example/health
+
+HEAD 200 K
+    /health
+
+HEAD 404 K
+    /nothing
+
+HEAD 405 K
+    @POST
+
+OPTIONS 204 K
+    *
+    /health
+
+raw 400 C
+    GET http://localhost/health HTTP/1.1\r\n\r\n
+"""),
+    # headers
+    *table(r"""
+
+raw 400 C
+    GET /health HTTP/1.1\r\n\r\n
+    GET /health HTTP/1.1\r\n \r\nHost: localhost\r\n\r\n
+    GET /health HTTP/1.1\nHost: localhost\r\nX-API-Key: $KEY\r\n\r\n
+    GET /health HTTP/1.1\rHost: localhost\r\nX-API-Key: $KEY\r\n\r\n
+    $OPEN\n
+    $OPEN\rx
+
+Host 200 K
+    LOCALHOST:80
+    [1:2:3:4:5:6:7:8]
+    127.0.0.1:
+    [::1]:65535
+    \tlocalhost
+    [fe80::1]:80
+    10.1.2.3
+
+Host 400 C
+    a b
+    a#b
+    a@b
+    a/b
+    $EMPTY
+    u:p@localhost
+    localhost:x
+    localhost:99999
+    a, b
+    localhost:-1
+    [::1
+    \xe4
+    localhost:1:2
+    local%68ost
+    a\\b
+    [::1%25lo]
+    :80
+    ::1
+    [::1]x
+    localhost:000080
+    h:+1
+    h\r\nHost: h
+    localhost\r\nhost: b
+
+Host 421 K
+    evil.example
+    localhost.evil.example
+    127.0.0.1.nip.io
+    127.1
+    h
+
+header 200 K
+    A: \xe4\xff
+    A:\r\nB: \t\x20
+    Transfer_Encoding: chunked\r\nContent_Length: 5
+    $EXPECT
+    ${UPGRADE}h2c
+    $UPGRADE$SOCKET
+    Upgrade: $SOCKET
+    $UPGRADE${SOCKET}99
+    Range: bytes=a-b
+    Accept: a/b
+
+header 400 C
+    A : b
+    : b
+    abc
+    Transfer-Encoding : chunked
+     A: b
+    \x20
+    \tA: b
+    A\0B: c
+    A(B: c
+    A/B: c
+    A"B: c
+    A[]: b
+    A\xe4B: c
+    A\x7fB: c
+    A\tB: c
+    A: b\rc
+    A: b\nc
+    A: b\0c
+    A: b\x07c
+    A: b\x0bc
+    A: b\x7fc
+    A: b\r
+    A: b\r\n c
+    A: b\r\n\tc
+    Transfer-Encoding:\r\n chunked\r\n$CL5
+    Content-Type: a\r\ncontent-type: a
+    Origin: a\r\norigin: a
+    Expect: a\r\nexpect: a
+    x-api-key: a
+
+header 417 C
+    Expect: 200-ok
+
+with 200 K
+    $EXPECT
+    EXPECT: 100-CONTINUE
+    Range: bytes=0-1
+    $UPGRADE$SOCKET
+
+with 417 C
+    Expect: 200-ok
+"""),
+    *each("Host", 200, K, socket.gethostname(), f"{socket.gethostname()}.LOCAL"),
+    *each("header", 200, K, f"Range: bytes={'0-,' * 1000}0-"),
     ("32,768 bytes", get("/health", "A: " + "a" * (32_768 - len(get()) - 5)), 200, K),
     ("32,769 bytes", get("/health", "A: " + "a" * (32_769 - len(get()) - 5)), 431, C),
     ("a head that never ends", get()[:-2] + b"A: b\r\n" * 10_000, 431, C),
     ("100 headers", get("/health", *(f"A{i}: b" for i in range(98))), 200, K),
     ("101 headers", get("/health", *(f"A{i}: b" for i in range(99))), 431, C),
-    *each(
-        "with",
-        200,
-        K,
-        EXPECT,
-        EXPECT.upper(),
-        "Range: bytes=0-1",
-        UPGRADE + SOCKET,
-    ),
     ("Expect with chunks", chunked(GOOD_CHUNKS, EXPECT), 200, K),
     ("Expect and bad JSON", sized(b"{", EXPECT), 400, K),
     ("Expect without the key", without(sized(BODY, EXPECT), "X-API-Key"), 401, C),
     ("Expect of too much", send("Content-Length: 1048577", EXPECT), 413, C),
     ("Expect in HTTP/1.0", sized(BODY, EXPECT, version="HTTP/1.0"), 200, C),
-    *each("with", 417, C, "Expect: 200-ok"),
-    *each("header", 417, C, "Expect: 200-ok"),
     *each("raw", 200, C, get("/health", UPGRADE + SOCKET, version="HTTP/1.0")),
-]
-BODIES = [
+    # bodies
+    *table(r"""
+
+good 200 K
+    $N
+     000$N
+      $N
+    \t$N
+     $N \t
+
+length 400 C
+    +5
+    -0
+    -5
+    0x5
+    0o5
+    5_0
+    5 5
+    $EMPTY
+    \xb2
+    \xd9\xa5
+    5.0
+    1e1
+    abc
+    5, 5
+    5,5
+    5, 6
+    5;
+    "5"
+    999999999999999999999
+    -999999999999999999999999999999
+
+length 413 C
+    1048577
+    18446744073709551616
+    99999999999999999999
+
+both 400 C
+    $CL5\r\n$CL5
+    $CL5\r\ncontent-length: 6
+    $CL5\r\nContent-Length : 6
+    $CL5\r\n$TE
+    $TE\r\n$CL5
+    $TE\r\n$TE
+    $CL5\r\nTRANSFER-ENCODING: CHUNKED\x20
+    Content-Length: +5\r\n$TE
+    Content-Length: x\r\n$TE
+    $CL5\r\n$TE\r\n$TE
+    $CL5\r\nTransfer-Encoding:\r\n chunked
+    $CL5\r\nTransfer-Encoding: , chunked
+
+header 400 C
+    $TE\r\n$CL5
+
+coding 200 K
+    chunked
+    CHUNKED
+    \tchunked\x20
+
+coding 400 C
+    gzip, chunked
+    chunked, chunked
+    , chunked
+    gzip
+    chunked, gzip
+    identity
+    xchunked
+    chunked;a=b
+    "chunked"
+    $EMPTY
+    chunked,
+    \x0bchunked
+    \x0cchunked
+    chunked\0
+
+size 200 K
+    0000000000$SIZE
+
+size 400 C
+    0x$SIZE
+    -$SIZE
+    +$SIZE
+     $SIZE
+    $SIZE\x20
+    $SIZE\t
+    $SIZE,
+    $EMPTY
+    g
+    000000000000000$SIZE
+    ffffffffffffffff0
+
+extension 200 K
+    a="b; c";d;e=f
+
+extension 400 C
+    $EMPTY
+    a[=b
+    a="b
+    a=
+    \0a
+    a\rx
+    \n
+
+chunks 200 K
+    $SIZE\r\n$BODY\r\n0\r\n\r\n
+    $SIZE\r\n$BODY\r\n000\r\n\r\n
+
+raw 200 K
+    $OPEN$CL5\r\n\r\n12345
+    $OPEN$TE\r\n\r\n$SIZE\r\n$BODY\r\n0\r\n\r\n
+    $OPEN$TE\r\n\r\n0\r\n\r\n
+
+chunks 400 C
+    $SIZE\n$BODY\r\n0\r\n\r\n
+    $SIZE\r$BODY\r\n0\r\n\r\n
+    $SIZE\r\n$BODY}\r\n0\r\n\r\n
+    $SIZE\r\n${BODY}0\r\n\r\n
+    $SIZE\r\n$BODY\n0\r\n\r\n
+    $SIZE\r\n$BODY\r0\r\n\r\n
+    x
+    1\r\nab
+    1\r\na\n
+    \n
+    1;\0
+    1;a=;
+    0\r\nA: b\n
+    +0\r\n\r\nX
+
+trailer 200 K
+    A: b\r\nTransfer-Encoding: gzip\r\nHost: a\r\nContent-Length: 50\r\n\r\n
+    Authorization: Bearer x\r\nContent-Type: text/plain\r\n\r\n
+
+trailer 400 C
+    A b\r\n\r\n
+    A: b\n\r\n
+    \n
+    A: \0
+    A: b\r\n c\r\n\r\n
+
+with 415 K
+    Content-Encoding: gzip
+"""),
     *each("raw", 200, C, sized(BODY, version="HTTP/1.0")),
-    *each("good", 200, K, f"{N}", f" 000{N}", f"  {N}", f"\t{N}", f" {N} \t"),
-    *each(
-        "length",
-        400,
-        C,
-        "+5",
-        "-0",
-        "-5",
-        "0x5",
-        "0o5",
-        "5_0",
-        "5 5",
-        "",
-        b"\xb2",
-        "\u0665",
-        "5.0",
-        "1e1",
-        "abc",
-        "5, 5",
-        "5,5",
-        "5, 6",
-        "5;",
-        '"5"',
-        "-" + "9" * 30,
-        "9" * 21,
-        "9" * 5000,
-    ),
-    *each("length", 413, C, "1048577", "9" * 20, "18446744073709551616"),
-    *each(
-        "both",
-        400,
-        C,
-        f"{CL5}\r\n{CL5}",
-        f"{CL5}\r\ncontent-length: 6",
-        f"{CL5}\r\nContent-Length : 6",
-        f"{CL5}\r\n{TE}",
-        f"{TE}\r\n{CL5}",
-        f"{TE}\r\n{TE}",
-        f"{CL5}\r\n{TE.upper()} ",
-        f"Content-Length: +5\r\n{TE}",
-        f"Content-Length: x\r\n{TE}",
-        f"{CL5}\r\n{TE}\r\n{TE}",
-        f"{CL5}\r\nTransfer-Encoding:\r\n chunked",
-        f"{CL5}\r\nTransfer-Encoding: , chunked",
-    ),
-    *each("header", 400, C, f"{TE}\r\n{CL5}"),
-    *each("coding", 200, K, "chunked", "CHUNKED", "\tchunked "),
-    *each(
-        "coding",
-        400,
-        C,
-        "gzip, chunked",
-        "chunked, chunked",
-        ", chunked",
-        "gzip",
-        "chunked, gzip",
-        "identity",
-        "xchunked",
-        "chunked;a=b",
-        '"chunked"',
-        "",
-        "chunked,",
-        b"\x0bchunked",
-        b"\x0cchunked",
-        b"chunked\0",
-    ),
+    *each("length", 400, C, "9" * 5000),
     *each("raw", 400, C, chunked(GOOD_CHUNKS, version="HTTP/1.0")),
-    *each(
-        "chunks",
-        200,
-        K,
-        b"".join(b"1\r\n%c\r\n" % c for c in BODY) + b"0\r\n\r\n",
-        GOOD_CHUNKS[:-2] + b"\r\n",
-        GOOD_CHUNKS.replace(b"\r\n0\r\n", b"\r\n000\r\n"),
-        half(BODY) + half(b"") + b"0\r\n\r\n",
-    ),
-    *each("size", 200, K, SIZE.upper(), "0" * 10 + SIZE),
-    *each(
-        "size",
-        400,
-        C,
-        f"0x{SIZE}",
-        f"-{SIZE}",
-        f"+{SIZE}",
-        f"{SIZE[0]}_{SIZE[1:]}",
-        f" {SIZE}",
-        f"{SIZE} ",
-        f"{SIZE}\t",
-        f"{SIZE},",
-        "",
-        "g",
-        "0" * 15 + SIZE,
-        "f" * 16 + "0",
-    ),
-    *each("extension", 200, K, 'a="b; c";d;e=f', "a" * 250),
-    *each(
-        "extension", 400, C, "", "a[=b", 'a="b', "a=", "\0a", "a\rx", "\n", "a" * 254, "a" * 65_000
-    ),
-    *each(
-        "chunks",
-        400,
-        C,
-        GOOD_CHUNKS.replace(b"\r\n", b"\n", 1),
-        GOOD_CHUNKS.replace(b"\r\n", b"\r", 1),
-        *(GOOD_CHUNKS.replace(b"}\r\n", wrong) for wrong in (b"}}\r\n", b"}", b"}\n", b"}\r")),
-        "x",
-        "1\r\nab",
-        "1\r\na\n",
-        "\n",
-        "1;\0",
-        "1;a=;",
-        "0\r\nA: b\n",
-        "+0\r\n\r\nX",
-    ),
-    *each(
-        "trailer",
-        200,
-        K,
-        "A: b\r\nTransfer-Encoding: gzip\r\nHost: a\r\nContent-Length: 50\r\n\r\n",
-        "Authorization: Bearer x\r\nContent-Type: text/plain\r\n\r\n",
-    ),
-    *each("trailer", 400, C, "A b\r\n\r\n", "A: b\n\r\n", "\n", "A: \0", "A: b\r\n c\r\n\r\n"),
+    *each("chunks", 200, K, b"".join(b"1\r\n%c\r\n" % c for c in BODY) + b"0\r\n\r\n"),
+    *each("chunks", 200, K, half(BODY) + half(b"") + b"0\r\n\r\n"),
+    *each("size", 200, K, SIZE.upper()),
+    *each("size", 400, C, f"{SIZE[0]}_{SIZE[1:]}"),
+    *each("extension", 200, K, "a" * 250),
+    *each("extension", 400, C, "a" * 254, "a" * 65_000),
     *each("trailer", 431, C, "A: b\r\n" * 2000),
     *each(
         "chunks",
@@ -536,17 +590,8 @@ BODIES = [
         half(b"") + b"80001\r\n",
         (b"1;" + b"a" * 200 + b"\r\nx\r\n") * 5300,  # extensions count
     ),
-    *each(
-        "raw",
-        200,
-        K,
-        sized(BODY + b" " * ((1 << 20) - N)),
-        get("/health", CL5) + b"12345",
-        get("/health", TE) + GOOD_CHUNKS,
-        get("/health", TE) + b"0\r\n\r\n",
-    ),
+    *each("raw", 200, K, sized(BODY + b" " * ((1 << 20) - N))),
     ("neither length", send(), 411, K),
-    *each("with", 415, K, "Content-Encoding: gzip"),
     *each("raw", 204, K, get("/health", CL5, method="OPTIONS") + b"12345"),
     *each("raw", 405, K, get("/health", CL5, method="TRACE") + b"12345"),
     (
@@ -580,97 +625,92 @@ BODIES = [
     ("pipelined behind an error", get() + b"GET /health\r\n" + get(), [200, 400], C),
     ("pipelined with empty lines", get() + b"\r\n" + get() + b"\r\n" + get(), [200, 200, 200], K),
     ("pipelined behind a completion", sized(BODY) * 3 + get("/nothing"), [200, 200, 200, 404], K),
-]
-JSON = [
-    *each(
-        "type",
-        415,
-        K,
-        "text/plain",
-        "multipart/form-data; boundary=x",
-        "application/jsonp",
-        "application/json; charset=utf-16",
-        "application/json, text/plain",
-    ),
-    *each(
-        "type",
-        200,
-        K,
-        "Application/JSON",
-        'application/json; charset="UTF-8"',
-        "application/json;charset=utf-8",
-        "application/json;",
-    ),
+    # JSON
+    *table(r"""
+
+type 415 K
+    text/plain
+    multipart/form-data; boundary=x
+    application/jsonp
+    application/json; charset=utf-16
+    application/json, text/plain
+
+type 200 K
+    Application/JSON
+    application/json; charset="UTF-8"
+    application/json;charset=utf-8
+    application/json;
+
+JSON 200 K
+    $MEMBER$DEEP}
+    ${MEMBER}99999999999999999999}
+     \r\n\t$BODY \r\n\t
+
+JSON 400 K
+    $EMPTY
+    {
+    null
+    []
+    "x"
+    ${BODY}x
+    \xef\xbb\xbf$BODY
+    \0$BODY
+    $MEMBER\xff}
+    ${MEMBER}NaN}
+    ${MEMBER}1e999}
+    $MEMBER"\t"}
+    ${MEMBER}999999999999999999999}
+    $MEMBER[$DEEP]}
+"""),
     ("no Content-Type", without(sized(BODY), "Content-Type"), 415, K),
-    *bodies(
-        400,
-        b"",
-        b"{",
-        b"null",
-        b"[]",
-        b'"x"',
-        BODY + b"x",
-        b"\xef\xbb\xbf" + BODY,
-        b"\0" + BODY,
-        b"[" * 100_000,
-        BODY.decode().encode("utf-16"),
-        b'{"a":' * 100_000,
-        b'{"prompt": "", ' + BODY[1:],
-    ),
-    *members(
-        400,
-        b"\xff",
-        b"NaN",
-        b"1e999",
-        b'"\t"',
-        b"9" * 21,
-        b"[" + DEEP + b"]",
-    ),
-    *members(200, DEEP, b"9" * 20),
-    *bodies(200, b" \r\n\t" + BODY + b" \r\n\t"),
-]
-KEYS = [
-    *each(
-        "no key",
-        401,
-        K,
-        "GET /v1/models",
-        "GET //v1/models",
-        "GET /v%31/models",
-        "GET /nothing",
-        "DELETE /v1/models",
-        "OPTIONS /v1/models",
-    ),
-    *each("no key", 200, K, "GET /health"),
-    *each("no key", 405, K, "PUT /health"),
-    *each("no key", 204, K, "OPTIONS /health"),
-    *each(
-        "key",
-        401,
-        K,
-        "X-API-Key:",
-        "X-API-Key: wrong",
-        f"X-API-Key: {KEY}x",
-        b"X-API-Key: \xe4\xff",
-        f"X-API-Key: {KEY[:-1]}",
-        f"Authorization: Bearer {KEY}x",
-        f"Authorization: Basic {KEY}",
-    ),
-    *each("key", 200, K, f"Authorization: bearer {KEY}"),
-    *each(
-        "header",
-        403,
-        K,
-        "Origin: http://evil.example",
-        "Origin: null",
-        "Origin:",
-        "Origin: https://localhost",
-    ),
-    *each("header", 200, K, "Origin: http://localhost"),
-    *each("with", 403, K, "Origin: http://evil.example"),
+    *each("JSON", 400, K, b"[" * 100_000, BODY.decode().encode("utf-16")),
+    *each("JSON", 400, K, b'{"a":' * 100_000, b'{"prompt": "", ' + BODY[1:]),
+    # keys and origins
+    *table(r"""
+
+keyless 200 K
+    GET /health
+
+keyless 204 K
+    OPTIONS /health
+
+keyless 401 K
+    GET /v1/models
+    GET //v1/models
+    GET /v%31/models
+    GET /nothing
+    DELETE /v1/models
+    OPTIONS /v1/models
+
+keyless 405 K
+    PUT /health
+
+key 200 K
+    Authorization: bearer $KEY
+
+key 401 K
+    X-API-Key:
+    X-API-Key: wrong
+    X-API-Key: ${KEY}x
+    X-API-Key: \xe4\xff
+    X-API-Key: the-key-of-the-test
+    Authorization: Bearer ${KEY}x
+    Authorization: Basic $KEY
+
+header 200 K
+    Origin: http://localhost
+
+header 403 K
+    Origin: http://evil.example
+    Origin: null
+    Origin:
+    Origin: https://localhost
+
+with 403 K
+    Origin: http://evil.example
+"""),
     ("foreign preflight", get("@POST", "Origin: http://evil", PREFLIGHT, method="OPTIONS"), 403, K),
 ]
-ROWS = [*REQUEST_LINES, *TARGETS, *HEADERS, *BODIES, *JSON, *KEYS]
 
 
 # -------------------------------------------------------------------------------------- the servers
