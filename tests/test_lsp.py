@@ -221,13 +221,12 @@ def editor(pi: Pi, tmp_path: Path) -> Iterator[Editor]:
 # --------------------------------------------------------------------------------------- ghost text
 
 
-ABLE = {
-    "textDocumentSync": {"openClose": True, "change": 2},
+ABLE = json.loads("""{
+    "textDocumentSync": {"openClose": true, "change": 2},
     "executeCommandProvider": {"commands": ["cerebrum.accepted", "cerebrum.instruct"]},
     "inlineCompletionProvider": {},
-    "documentHighlightProvider": False,
-}
-INFILL = {
+    "documentHighlightProvider": false}""")
+INFILL = json.loads(r"""{
     "input_prefix": "def add(é, 😀):\n    return ",
     "input_suffix": "\n",
     "filename": "sum.py",
@@ -235,9 +234,8 @@ INFILL = {
     "n_predict": 128,
     "t_max_prompt_ms": 0,
     "t_max_predict_ms": 1500,
-    "cache_prompt": True,
-    "suggest": "always",
-}
+    "cache_prompt": true,
+    "suggest": "always"}""")
 
 
 def test_ghost_text(editor: Editor, pi: Pi):
@@ -323,27 +321,27 @@ def test_the_pause_follows_the_response_time() -> None:
         assert kept.pause(Gap(URI, "a", "")) == 0.001  # it was taken
 
 
-# An edit (its first column, its last, its text), the cursor, and what is shown there unasked.
-QUIET: list[tuple[int, int, str, int, str]] = [
-    (0, 0, "x = ", 4, "a + b"),
-    (4, 4, "c", 5, "a + b"),  # over what was shown: once
-    (4, 5, "", 4, ""),
-    (4, 4, "c", 5, "a + b"),  # typed again
-    (4, 5, "d", 5, "a + b"),  # over a selection
-    (0, 5, "", 0, ""),
-    (0, 0, "x = ", 4, "a + b"),
-    (4, 4, "c", 5, "a + b"),  # twice
-    (3, 5, "", 3, ""),
-    (3, 3, " ", 4, ""),
-    (4, 4, "a", 5, ""),  # the beginning of what was hidden
-]
+# An edit (what it is, its first column, its last, its text), the cursor, and what is shown there
+# unasked.
+QUIET = json.loads("""[
+    ["first", 0, 0, "x = ", 4, "a + b"],
+    ["over what was shown: once", 4, 4, "c", 5, "a + b"],
+    ["deleted", 4, 5, "", 4, ""],
+    ["typed again", 4, 4, "c", 5, "a + b"],
+    ["over a selection", 4, 5, "d", 5, "a + b"],
+    ["all is deleted", 0, 5, "", 0, ""],
+    ["the same text", 0, 0, "x = ", 4, "a + b"],
+    ["over what was shown: twice", 4, 4, "c", 5, "a + b"],
+    ["two are deleted", 3, 5, "", 3, ""],
+    ["one is typed again", 3, 3, " ", 4, ""],
+    ["the beginning of what was hidden", 4, 4, "a", 5, ""]]""")
 
 
 def test_what_is_not_shown_unasked(editor: Editor, pi: Pi):
     editor.start(text="\nx = ")
-    for number, (first, last, text, character, shown) in enumerate(QUIET):
+    for edit, first, last, text, character, shown in QUIET:
         editor.type(0, first, text, last)
-        assert (number, editor.ghost(0, character, AUTOMATIC)) == (number, shown)
+        assert (edit, editor.ghost(0, character, AUTOMATIC)) == (edit, shown)
     assert editor.ghost(0, 5) == "a + b"
     assert editor.ghost(1, 4, AUTOMATIC) == "a + b"  # another line
     editor.type(0, 0, "y")
@@ -499,12 +497,11 @@ def test_the_newest_place_is_read_and_once(desk: Desk):
     assert desk.rest() == [(0, "x = 1")]
 
 
-NOT_READ: list[tuple[dict[str, Any], str]] = [
-    ({}, "file:///w/.env"),
-    ({"off": ["python"]}, URI),
-    ({"read_ahead": False}, URI),
-    ({"suggest": "never"}, URI),
-]
+NOT_READ = json.loads("""[
+    [{}, "file:///w/.env"],
+    [{"off": ["python"]}, "file:///home/me/sum.py"],
+    [{"read_ahead": false}, "file:///home/me/sum.py"],
+    [{"suggest": "never"}, "file:///home/me/sum.py"]]""")
 
 
 @pytest.mark.parametrize(("settings", "uri"), NOT_READ, ids=str)
@@ -572,21 +569,21 @@ def test_where_nothing_has_changed_the_user_of_a_jetbrains_ide_asks(ide: Desk, p
     assert pi.body()["suggest"] == "always"
 
 
-INSERTED = [  # where `  a + bc` is shown, and how many characters count as accepted
-    (["  a + bc"], [8]),
-    (["  a +", " bc"], [3, 5]),  # by words
-    (["  a", " + bc"], [5]),  # the rest of what was typed
-    ([*"  a + bc"], []),  # by hand
-    (["  "], []),  # the IDE indents
-    (["  a + bcd"], []),
-    (["  a + bc", "  a + bc"], [8]),
-    (["y", "  a + bc"], []),  # what an older text had
-]
+# Where `  a + bc` is shown, what is inserted, and how many characters count as accepted.
+INSERTED = json.loads("""[
+    ["at once", ["  a + bc"], [8]],
+    ["by words", ["  a +", " bc"], [3, 5]],
+    ["the rest of what was typed", ["  a", " + bc"], [5]],
+    ["by hand", [" ", " ", "a", " ", "+", " ", "b", "c"], []],
+    ["the IDE indents", ["  "], []],
+    ["more than is shown", ["  a + bcd"], []],
+    ["twice", ["  a + bc", "  a + bc"], [8]],
+    ["what an older text had", ["y", "  a + bc"], []]]""")
 
 
 def test_what_a_jetbrains_ide_inserts_in_one_piece_is_accepted(ide: Desk, pi: Pi):
     pi.says(content="  a + bc")
-    for texts, counted in INSERTED:
+    for how, texts, counted in INSERTED:
         ide.open("")
         assert ide.ghost(0, 0, AUTOMATIC) == "  a + bc"
         ide.asked()
@@ -595,7 +592,7 @@ def test_what_a_jetbrains_ide_inserts_in_one_piece_is_accepted(ide: Desk, pi: Pi
             ide.type(0, len(typed), text)
             typed += text
         told = sorted(body["characters"] for body in ide.asked())  # from threads, in any order
-        assert (texts, told) == (texts, counted)
+        assert (how, told) == (how, counted)
 
 
 # --------------------------------------------------------------------------------------- cancelling
@@ -642,13 +639,12 @@ SELECTED = {"uri": URI, "instruction": "rename a to total", "range": span((1, 0)
 NOTHING = "; nothing was changed"
 
 
-INSTRUCTED = {
+INSTRUCTED = json.loads(r"""{
     "prompt": "a=1\n",
     "instruction": "rename a to total",
     "language": "javascriptreact",
     "max_tokens": 2048,
-    "temperature": 0.0,
-}
+    "temperature": 0}""")
 
 
 def instructed(text: str) -> dict[str, Any]:
@@ -693,27 +689,16 @@ def test_an_instruction_overwrites_no_newer_text(editor: Editor, pi: Pi):
     assert editor.ghost(1, 0) == "1"
 
 
-LINE_ENDS = [  # a text, the selection, the answer, what replaces the selection
-    (
-        "x = add(a, b) + 1\n",
-        (0, 4),
-        (0, 13),
-        "foo(a, b)\n",
-        "foo(a, b)",
-    ),  # a part of a line stays one
-    ("x\na\n\n\ny\n", (1, 0), (4, 0), "total", "total\n\n\n"),
-    ("x\na", (1, 0), (1, 1), "total\n", "total"),
-    ("x\r\na\r\nb\r\ny\r\n", (1, 0), (3, 0), "total\nb\n", "total\r\nb\r\n"),
-    (
-        "x\r\na\r\ny\r\n",
-        (1, 0),
-        (1, 1),
-        "total\r\nb\n",
-        "total\r\nb",
-    ),  # no line end selected: those of the file
-    ("x\r\na\nb\ny\n", (1, 0), (3, 0), "total\nb", "total\nb\n"),
-    ("x\ry\r", (0, 0), (1, 0), "a\nb\n", "a\rb\r"),
-]
+# A text, the selection, the answer, what replaces the selection. A part of a line stays one. Where
+# no line end is selected, the file's are written.
+LINE_ENDS = json.loads(r"""[
+    ["x = add(a, b) + 1\n", [0, 4], [0, 13], "foo(a, b)\n", "foo(a, b)"],
+    ["x\na\n\n\ny\n", [1, 0], [4, 0], "total", "total\n\n\n"],
+    ["x\na", [1, 0], [1, 1], "total\n", "total"],
+    ["x\r\na\r\nb\r\ny\r\n", [1, 0], [3, 0], "total\nb\n", "total\r\nb\r\n"],
+    ["x\r\na\r\ny\r\n", [1, 0], [1, 1], "total\r\nb\n", "total\r\nb"],
+    ["x\r\na\nb\ny\n", [1, 0], [3, 0], "total\nb", "total\nb\n"],
+    ["x\ry\r", [0, 0], [1, 0], "a\nb\n", "a\rb\r"]]""")
 
 
 def test_a_changed_selection_keeps_its_line_ends(editor: Editor, pi: Pi):
@@ -757,20 +742,13 @@ def test_a_connection_that_fails_is_news_even_after_a_cancellation() -> None:
         cerebrum_lsp.ask(settings, job, "/infill", {})
 
 
-REPLIES: list[tuple[int, Any, list[str]]] = [  # a reply, what the user is told
-    (429, {"error": {"message": "busy"}}, []),
-    (
-        200,
-        {"text": "a"},
-        ["expected a completion, got another answer: the url is perhaps not the Pi's"],
-    ),
-    (200, [1], ["expected the Pi at 127.0.0.1, got an answer that is not JSON"]),
-    (
-        401,
-        {"error": {"message": "expected a key"}},
-        ["the Pi answers 401: expected a key"],
-    ),
-]
+# A reply, what the user is told.
+REPLIES = json.loads("""[
+    [429, {"error": {"message": "busy"}}, []],
+    [200, {"text": "a"},
+     ["expected a completion, got another answer: the url is perhaps not the Pi's"]],
+    [200, [1], ["expected the Pi at 127.0.0.1, got an answer that is not JSON"]],
+    [401, {"error": {"message": "expected a key"}}, ["the Pi answers 401: expected a key"]]]""")
 
 
 def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(pi: Pi, tmp_path):
@@ -796,11 +774,10 @@ RAW = [  # what is sent, the code of the error
     (b"content-length:2\r\nContent-Type: application/vscode-jsonrpc\r\n\r\n[]", -32600),
     (b'X: 1\r\n\r\n{"id": 1, "method": "x"}', -32700),
 ]
-BAD_PARAMS: list[tuple[Any, Any, str]] = [
-    (None, None, "expected text for textDocument.uri, got null"),
-    ("file:///b", 0, "expected a document that is open"),
-    (URI, 1.5, "expected a whole number for position.line, got a number"),
-]
+BAD_PARAMS = json.loads("""[
+    [null, null, "expected text for textDocument.uri, got null"],
+    ["file:///b", 0, "expected a document that is open"],
+    ["file:///home/me/sum.py", 1.5, "expected a whole number for position.line, got a number"]]""")
 
 
 UNKNOWN = ["workspace/didChangeWatchedFiles", "$/setTrace", "textDocument/didSave", "made/up"]
@@ -903,21 +880,19 @@ def test_https(tmp_path: Path):
                 assert editor.ghost(0, 4) == says
 
 
-URL_EXPECTED = "expected a url such as http://pi.local:7000"
-GIVEN: list[tuple[Any, str]] = [
-    ([5], "expected an object of settings, got a list"),
-    ({"cerebrum": 5}, "expected an object of settings, got a whole number"),
-    ({"url": "http://pi local:7000"}, URL_EXPECTED),
-    ({"url": "ftp://pi"}, URL_EXPECTED),
-    ({"url": "http://pi:99999"}, URL_EXPECTED),
-    ({"tokens": 0}, "expected tokens from 1 to 2048, got 0"),
-    ({"tokens": True}, "expected a whole number for tokens, got true or false"),
-    ({"read_ms": -1}, "expected read_ms of 0 or more, got -1"),
-    ({"off": ["a", 1]}, "expected a list of texts for off, got a list"),
-    ({"exclude": ".env"}, "expected a list of texts for exclude, got text"),
-    ({"key": "a\r\nb"}, "expected a key of visible ASCII characters"),
-    ({"suggest": "x"}, "expected one of always, often, normal, seldom, never for suggest"),
-]
+GIVEN = json.loads(r"""[
+    [[5], "expected an object of settings, got a list"],
+    [{"cerebrum": 5}, "expected an object of settings, got a whole number"],
+    [{"url": "http://pi local:7000"}, "expected a url such as http://pi.local:7000"],
+    [{"url": "ftp://pi"}, "expected a url such as http://pi.local:7000"],
+    [{"url": "http://pi:99999"}, "expected a url such as http://pi.local:7000"],
+    [{"tokens": 0}, "expected tokens from 1 to 2048, got 0"],
+    [{"tokens": true}, "expected a whole number for tokens, got true or false"],
+    [{"read_ms": -1}, "expected read_ms of 0 or more, got -1"],
+    [{"off": ["a", 1]}, "expected a list of texts for off, got a list"],
+    [{"exclude": ".env"}, "expected a list of texts for exclude, got text"],
+    [{"key": "a\r\nb"}, "expected a key of visible ASCII characters"],
+    [{"suggest": "x"}, "expected one of always, often, normal, seldom, never for suggest"]]""")
 
 
 def test_no_settings_and_bad_ones() -> None:
@@ -941,7 +916,7 @@ def test_settings_of_a_file_and_of_the_environment(tmp_path, monkeypatch) -> Non
     assert first_settings(environment | {"CEREBRUM_URL": ""}) == (settings, [])
     own = environment | {"CEREBRUM_URL": "http://[::1]:1", "CEREBRUM_CM4_API_KEY": "2"}
     assert first_settings(own) == (Settings("http://[::1]:1", "2"), [])
-    fault = f"the environment: {URL_EXPECTED}"
+    fault = "the environment: expected a url such as http://pi.local:7000"
     assert first_settings(environment | {"CEREBRUM_URL": "pi"}) == (settings, [fault])
     monkeypatch.setitem(sys.modules, "tomllib", None)  # as in Python 3.9
     message = "lsp.json, as this Python cannot read lsp.toml; 3.11 can"
@@ -964,11 +939,11 @@ def test_options() -> None:
 # ------------------------------------------------------------------------------------ the documents
 
 
-EDITS = [  # behind an end, or in a character
-    ((0, 99), (0, 99), "ab!\r\n😀c"),
-    ((9, 9), (9, 9), "ab\r\n😀c!"),
-    ((1, 1), (1, 9), "ab\r\n!"),
-]
+# Two positions behind an end, or in a character; and the text once ! has replaced what is between.
+EDITS = json.loads(r"""[
+    [[0, 99], [0, 99], "ab!\r\n😀c"],
+    [[9, 9], [9, 9], "ab\r\n😀c!"],
+    [[1, 1], [1, 9], "ab\r\n!"]]""")
 
 
 def test_odd_positions() -> None:
