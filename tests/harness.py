@@ -51,8 +51,11 @@ FILES = {model.id: MODELS / model.file for model in SHIPPED}
 
 
 def rows(table: str) -> list[list[str]]:
-    """A row a line, with bars between its cells. Behind a backslash is an escape of Python."""
-    return [[*map(_cell, line.split("|"))] for line in table.strip("\n").splitlines()]
+    """A row a line, with bars between its cells. Behind a backslash is an escape of Python, and
+    behind two spaces and # a comment.
+    """
+    lines = table.strip("\n").splitlines()
+    return [[*map(_cell, line.partition("  # ")[0].split("|"))] for line in lines]
 
 
 def _cell(text: str) -> str:

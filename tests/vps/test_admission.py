@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import FILES, PATIENCE, copy_program
+from harness import CAPTURED, FILES, copy_program, rows
 
 import vpsd
 from cerebrum.fields import describe
@@ -48,29 +48,24 @@ predict_ms     | -1          | an integer from 0 to 600000
 min_confidence | 1.01        | a number from 0 to 1
 """
 TALK = {"model": "m", "messages": [SAID]}
-BAD_FIELDS = dict[str, dict[str, Any]]()
-for row in RULES.strip().splitlines():
-    name, text, rule = map(str.strip, row.split("|"))
+BAD_REQUESTS = json.loads("""[
+    [{}, "model: expected a string from 1 to 200 characters, got nothing"],
+    [{"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"],
+    [{"model": "m", "prompt": "p", "messages": [{"role": "user", "content": "x"}]},
+     "prompt: expected a non-empty string, or messages instead of it"],
+    [{"model": "m", "messages": [{"role": "user", "content": "x"}], "suffix": "s"},
+     "suffix: expected only beside prompt, not beside messages"],
+    [{"model": "m", "messages": null}, "messages: expected an array of 1 to 100 objects, got null"],
+    [{"model": "m", "messages": [{"role": "user"}]},
+     "messages[0].content: expected a string, got nothing"],
+    [{"model": "m", "prompt": "p", "extra": [{"text": "x"}, {}]},
+     "extra[1].text: expected a non-empty string, got nothing"]]""")
+TOO_MANY = "messages: expected an array of 1 to 100 objects, got an array of 101"
+BAD_REQUESTS.append([TALK | {"messages": [SAID] * 101}, TOO_MANY])
+for name, text, rule in rows(RULES):
     value = json.loads(text)
-    BAD_FIELDS[f"{name}: expected {rule}, got {describe(value)}"] = {name: value}
-MESSAGES = "expected an array of 1 to 100 objects"
-BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
-    *((BASE | field, message) for message, field in BAD_FIELDS.items()),
-    ({}, "model: expected a string from 1 to 200 characters, got nothing"),
-    ({"model": "m"}, "prompt: expected a non-empty string, or messages instead of it"),
-    (BASE | TALK, "prompt: expected a non-empty string, or messages instead of it"),
-    (TALK | {"suffix": "s"}, "suffix: expected only beside prompt, not beside messages"),
-    (TALK | {"messages": [SAID] * 101}, f"messages: {MESSAGES}, got an array of 101"),
-    (TALK | {"messages": None}, f"messages: {MESSAGES}, got null"),
-    (
-        TALK | {"messages": [{"role": "user"}]},
-        "messages[0].content: expected a string, got nothing",
-    ),
-    (
-        BASE | {"extra": [{"text": "x"}, {}]},
-        "extra[1].text: expected a non-empty string, got nothing",
-    ),
-]
+    message = f"{name}: expected {rule}, got {describe(value)}"
+    BAD_REQUESTS.append([BASE | {name: value}, message])
 
 
 def test_bad_request() -> None:
@@ -80,23 +75,22 @@ def test_bad_request() -> None:
         assert (caught.value.code, caught.value.message) == ("INVALID_REQUEST", message)
 
 
-DEFAULTS = {
-    "messages": None, "max_tokens": 512, "temperature": 0.4, "top_p": None, "seed": None,
-    "stop": (), "suffix": None, "filename": "", "language": "", "mode": "complete",
-    "stop_at": "auto", "indent": 0, "heal": False, "special": False, "progress": False,
-    "priority": "normal", "session": None, "extra": [], "predict_ms": 0, "min_confidence": None,
-    "instruction": None, "prompt_ms": 0,
-}  # fmt: skip
+DEFAULTS = json.loads("""{
+    "messages": null, "max_tokens": 512, "temperature": 0.4, "top_p": null, "seed": null,
+    "suffix": null, "filename": "", "language": "", "mode": "complete",
+    "stop_at": "auto", "indent": 0, "heal": false, "special": false, "progress": false,
+    "priority": "normal", "session": null, "extra": [], "predict_ms": 0, "min_confidence": null,
+    "instruction": null, "prompt_ms": 0}""")
+DEFAULTS["stop"] = ()
 
 
-GOOD_REQUESTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {}),
-    ({"stop": "x"}, {"stop": ["x"]}),
-    ({"temperature": 1, "max_tokens": 0, "seed": 2**32 - 2}, {"temperature": 1.0}),
-    ({"suffix": ""}, {"mode": "infill"}),
-    ({"suffix": "", "mode": "complete"}, {}),
-    ({"prompt": "", "extra": [{"text": "x"}]}, {"extra": [("", "x")]}),
-]
+GOOD_REQUESTS = json.loads("""[
+    [{}, {}],
+    [{"stop": "x"}, {"stop": ["x"]}],
+    [{"temperature": 1, "max_tokens": 0, "seed": 4294967294}, {"temperature": 1.0}],
+    [{"suffix": ""}, {"mode": "infill"}],
+    [{"suffix": "", "mode": "complete"}, {}]]""")
+GOOD_REQUESTS.append([{"prompt": "", "extra": [{"text": "x"}]}, {"extra": [("", "x")]}])
 
 
 def test_request() -> None:
@@ -173,9 +167,8 @@ MODELS_FILE     | /no   | /no: [Errno 2] No such file or directory: '/no'
 """
 
 
-@pytest.mark.parametrize("row", WRONG.strip().splitlines())
-def test_config_names_the_wrong_variable(row: str):
-    name, value, message = map(str.strip, row.split("|"))
+@pytest.mark.parametrize(("name", "value", "message"), rows(WRONG))
+def test_config_names_the_wrong_variable(name, value, message) -> None:
     with pytest.raises(ConfigError) as caught:
         config(**{f"CEREBRUM_{name}": value})
     assert str(caught.value) == f"CEREBRUM_{name}: {message}"
@@ -198,9 +191,8 @@ NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./gene
 
 def test_command_line(tmp_path: Path):
     copy_program("vpsd", tmp_path)  # because a .env may lie beside the original
-    options: Any = {"capture_output": True, "text": True, "timeout": PATIENCE}
-    options["env"] = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, tmp_path / "vpsd.py"]
     for arguments, code, message in ((["fetch", "x"], 1, UNKNOWN), ([], 2, NO_KEY)):
-        ended: Any = subprocess.run([*command, *arguments], **options)
+        ended = subprocess.run([*command, *arguments], env=environment, **CAPTURED)
         assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (code, "", message)

@@ -4,6 +4,7 @@ wrong on the way.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,6 +34,8 @@ LINES = "x = abc\n" * 300  # each character is a token
 HINT = {"prompt_ms": 500, "min_confidence": 0.001, "stop": ["f"]}
 AHEAD = {"max_tokens": 0}
 ONE = "small"  # the draft model
+EARLY = [ONE], "bcde"
+QUICK = {1: 1e-5, 16: 1e-4}
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_it_answers_until_the_large_model_has_read_the_window(pair: Worker, cloc
 
 
 def test_it_reads_all_of_a_window_if_there_is_time(pair: Worker):
-    pair.decoder.draft_model.costs = Costs({1: 1e-5, 16: 1e-4})
+    pair.decoder.draft_model.costs = Costs(QUICK)
     assert told(hint(pair)) == ([ONE], "bcde", len(LINES) + 1, True)
 
 
@@ -98,27 +101,27 @@ def test_two_files_do_not_displace_each_other(pair: Worker, clock: Clock):
 
 
 def test_drafts_begin_with_what_an_answer_has_read(pair: Worker, clock: Clock):
-    pair.decoder.draft_model.costs = Costs({1: 1e-5, 16: 1e-4})
+    pair.decoder.draft_model.costs = Costs(QUICK)
     assert told(hint(pair))[0] == [ONE]
     before = len(clock.log)
     ask(pair, f"{LINES}a", max_tokens=24).outcome()
     assert max(size for whose, size, _ in clock.log[before:] if whose == "draft") < 9
 
 
-# What a request is, and who answers it then.
-ASKED: list[tuple[dict[str, Any], list[str], str]] = [
-    ({}, [ONE], "bcde"),
-    ({"min_confidence": None}, [], "bcde"),  # a person wants it
-    ({"min_confidence": 0.0}, [], "bcde"),
-    ({"prompt_ms": 0}, [], "bcde"),
-    ({"prompt_ms": 600_000}, [], "bcde"),
-    ({"mode": "infill", "suffix": "\n" + LINES}, [ONE], "bcde"),
-    ({"max_tokens": 1}, [ONE], ""),
-    ({"max_tokens": 0}, [ONE], ""),
-    ({"stop": ["d"]}, [ONE], "bc"),
-    ({"priority": "low"}, [ONE], "bcde"),  # a guest's
-    ({"special": True}, [], "bcde"),
-]
+# What a request is, and who answers it then. Without a least confidence a person has asked; low
+# priority is a guest's.
+ASKED = json.loads(r"""[
+    [{}, ["small"], "bcde"],
+    [{"min_confidence": null}, [], "bcde"],
+    [{"min_confidence": 0.0}, [], "bcde"],
+    [{"prompt_ms": 0}, [], "bcde"],
+    [{"prompt_ms": 600000}, [], "bcde"],
+    [{"mode": "infill", "suffix": "\nx = abc\n"}, ["small"], "bcde"],
+    [{"max_tokens": 1}, ["small"], ""],
+    [{"max_tokens": 0}, ["small"], ""],
+    [{"stop": ["d"]}, ["small"], "bc"],
+    [{"priority": "low"}, ["small"], "bcde"],
+    [{"special": true}, [], "bcde"]]""")
 
 
 @pytest.mark.parametrize(("more", "writers", "text"), ASKED, ids=str)
@@ -134,7 +137,7 @@ def test_a_guest_waits_while_others_need_the_cpu(pair: Worker):
     assert pair.decoder.draft_model.runs[0].slot.tokens == []
     pair.baton.note(None, None)
     pair.wake()
-    assert told(asked)[:2] == ([ONE], "bcde")
+    assert told(asked)[:2] == EARLY
 
 
 # ------------------------------------------------------------------------------------------- faults
@@ -192,7 +195,7 @@ def test_a_text_that_has_begun_ends_with_an_error(pair: Worker):
     asked = hint(pair)
     text, error = asked.outcome()
     assert (asked.writers, text, error.code) == ([ONE], "", "INTERNAL_ERROR")
-    assert told(hint(pair))[:2] == ([ONE], "bcde")
+    assert told(hint(pair))[:2] == EARLY
 
 
 @pytest.mark.parametrize("missing", ["broken", "not loaded", "switched off"])
@@ -217,7 +220,7 @@ def test_a_client_may_leave_while_it_reads(pair: Worker, clock: Clock):
     with held:
         pair.cancel(asked.job)
     wait_until(lambda: pair.tally.ended[CANCELLED] == 1, "it has left")
-    assert told(hint(pair))[:2] == ([ONE], "bcde")
+    assert told(hint(pair))[:2] == EARLY
     assert pair.decoder.draft_model.runs == []
 
 
@@ -226,7 +229,7 @@ def test_it_reads_on_when_another_request_has_aborted_it(pair: Worker, clock: Cl
     asked = hint(pair, priority="low")
     with held:
         pair.give_way(None)
-    assert told(asked)[:2] == ([ONE], "bcde")
+    assert told(asked)[:2] == EARLY
     sizes = clock.sizes("draft")
     assert sum(size for size in sizes if size > 1) == NEAR + sizes[0] - 20  # as scripted
 
@@ -242,7 +245,7 @@ def test_unloading_answers_what_it_reads(pair: Worker, clock: Clock):
 def test_what_it_reads_is_not_saved(loader: Loader):
     for _ in range(2):
         with running(worker_of(loader)) as worker:
-            assert told(hint(worker))[:2] == ([ONE], "bcde")
+            assert told(hint(worker))[:2] == EARLY
             assert worker.stored_bytes == 0
         assert not list(loader.kv_dir.glob("*"))
 
@@ -276,7 +279,7 @@ def test_a_key_aborts_only_a_long_piece(seconds, is_kept, pair: Worker, clock: C
         pair.cancel(asked.job)  # as the Pi does for a key
         key = hint(pair)
         pair.give_way(key.job)
-    assert told(key)[:2] == ([ONE], "bcde")
+    assert told(key)[:2] == EARLY
     (read,) = [len(slot.tokens) for slot in pair.decoder.slots if slot.tokens]
     assert read == (clock.sizes("target")[0] if is_kept else 20)  # as scripted
 

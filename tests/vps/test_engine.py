@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -17,13 +18,14 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from families import tuned_passport
-from harness import PATIENCE, until, wait_until
+from harness import PATIENCE, rows, until, wait_until
 from test_admission import config
 from test_ending import splits
 
@@ -75,20 +77,21 @@ def test_costs() -> None:
         assert Costs({1: one, 16: 16.0})(31) == 16.0 + min(one, 16.0)
 
 
-SLOWDOWNS = [
-    (32, 0.2, 1.3),  # twice the measured time: the slowdown follows by 30 %
-    (32, 0.05, 0.85),
-    (32, 100.0, 3.1),  # one odd decode counts as at most 8 times the usual time
-    (32, 0.0, 0.85),  # one odd decode counts as at least half of the usual time
-    (4, 100.0, 1.0),  # too few tokens to learn from
-]
+# A decode's tokens, its seconds, and the slowdown then.
+SLOWDOWNS = """
+32 | 0.2   | 1.3   # twice the measured time: the slowdown follows by 30 %
+32 | 0.05  | 0.85
+32 | 100.0 | 3.1   # one odd decode counts as at most 8 times the usual time
+32 | 0.0   | 0.85  # one odd decode counts as at least half of the usual time
+4  | 100.0 | 1.0   # too few tokens to learn from
+"""
 
 
 def test_costs_learn_the_real_time_of_chunks() -> None:
-    for tokens, seconds, slowdown in SLOWDOWNS:
+    for tokens, seconds, slowdown in rows(SLOWDOWNS):
         table = Costs({1: 0.007, 16: 0.052})
-        table.learn(tokens, seconds)
-        assert table.slowdown == pytest.approx(slowdown)
+        table.learn(int(tokens), float(seconds))
+        assert table.slowdown == pytest.approx(float(slowdown))
         assert (table(1), table(32)) == (0.007, pytest.approx(0.1))
 
 
@@ -129,7 +132,7 @@ CHUNKS = f"""
 10000   | {ONE} | fast | 1 | 256 | 53  # in PAUSE_SECONDS
 10000   | {ONE} | fast | 4 | 256 | 11
 10000   | 0.5     | slow | 1 | 256 | 26  # six of its own tokens take longer than the pause
-10000   | inf   | fast | 4 | 1   | 220 # alone it comes in whole pieces, at least in one
+10000   | inf   | fast | 4 | 1   | 220  # alone it comes in whole pieces, at least in one
 10000   | inf   | fast | 4 | 100 | 200
 10000   | inf   | fast | 4 | 256 | 256
 70 40   | inf   | fast | 1 | 256 | 70  # two share a chunk unless the shorter would wait
@@ -140,9 +143,9 @@ CHUNKS = f"""
 
 def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
     times = {"fast": {1: ONE, 16: MANY}, "slow": {1: 0.5, 16: 2.0}}
-    for row in CHUNKS.strip().splitlines():
-        prompts, pace, speed, slowdown, piece, read = row.partition("#")[0].split("|")
-        costs, missing = Costs(times[speed.strip()]), [*map(int, prompts.split())]
+    for row in rows(CHUNKS):
+        prompts, pace, speed, slowdown, piece, read = row
+        costs, missing = Costs(times[speed]), [*map(int, prompts.split())]
         costs.slowdown = float(slowdown)
         assert chunk_size(missing[0], missing, float(pace), costs, int(piece)) == int(read), row
 
@@ -150,31 +153,31 @@ def test_the_chunk_size_bounds_the_pause_of_a_running_stream() -> None:
 # Seconds that the large model needs to read all of a window, 400 tokens and 200; and those of the
 # draft model (none: it may not answer). Then who answers, and which part is read in half a second.
 ANSWERS = """
-0.5 0.4 0.2    | 0.01 0.01 | large 0 # all in time
-30 13 6.5      | 0.4 0.2   | small 0 # as much as it can in time
-30 13 6.5      | 2.3 1.0   | small 1 # at least 400 tokens
-30 13 6.5      | 2.3 2.2   | large 2 # not much sooner
+0.5 0.4 0.2    | 0.01 0.01 | large 0  # all in time
+30 13 6.5      | 0.4 0.2   | small 0  # as much as it can in time
+30 13 6.5      | 2.3 1.0   | small 1  # at least 400 tokens
+30 13 6.5      | 2.3 2.2   | large 2  # not much sooner
 3.0 3.0 3.0    | 1.0 1.0   | small 0
 2.9 2.9 2.9    | 1.0 1.0   | large 0
-0.6 13 6.5     | 0.02 1.0  | small 0 # a key later, while the large one reads
-0.5 13 6.5     | 0.02 1.0  | large 0 # it has read the window
-0.6 13 6.5     | 2.3 1.0   | large 0 # all of it is read sooner than a part
-6.6 0.4 6.5    | 0.02 0.02 | large 1 # a part in time
+0.6 13 6.5     | 0.02 1.0  | small 0  # a key later, while the large one reads
+0.5 13 6.5     | 0.02 1.0  | large 0  # it has read the window
+0.6 13 6.5     | 2.3 1.0   | large 0  # all of it is read sooner than a part
+6.6 0.4 6.5    | 0.02 0.02 | large 1  # a part in time
 1.0 0.6 0.3    |           | large 2
-3.0 1.05 1.0   |           | large 1 # 200 tokens would not come sooner
-0.7            | 0.02      | small 0 # one part
+3.0 1.05 1.0   |           | large 1  # 200 tokens would not come sooner
+0.7            | 0.02      | small 0  # one part
 0.7            |           | large 0
-30 13 6.5      | inf 1.0   | small 1 # more than its context has
+30 13 6.5      | inf 1.0   | small 1  # more than its context has
 30 13 6.5      | inf inf   | large 2
 """
 
 
 def test_who_answers_in_time() -> None:
-    for row in ANSWERS.strip().splitlines():
-        large, small, answer = row.partition("#")[0].split("|")
+    for row in rows(ANSWERS):
+        large, small, answer = row
         seconds = [[*map(float, times.split())] for times in (large, small)]
         is_early, part = schedule.who_answers(seconds[0], seconds[1], 0.5)
-        assert f"{'small' if is_early else 'large'} {part}" == answer.strip(), row
+        assert f"{'small' if is_early else 'large'} {part}" == answer, row
 
 
 # What is computed for a run, and for whom it makes way then, in a short decode and in a long one.
@@ -199,10 +202,9 @@ def run_of(words: str) -> Any:
 
 
 def test_who_makes_way_for_whom() -> None:
-    for row in WAYS.strip().splitlines():
-        words, ways = row.split("|")
+    for words, ways in rows(WAYS):
         for is_long, way in enumerate(ways.split()):
-            assert vps_worker.makes_way(run_of(words), bool(is_long)) == vps_worker.Way[way], row
+            assert vps_worker.makes_way(run_of(words), bool(is_long)) == vps_worker.Way[way], words
 
 
 # ------------------------------------------------------------------------------------------- drafts
@@ -258,9 +260,9 @@ as short, then it repeats             | 1 2             | 3 1 2 3    | 1 2 3
 """
 
 
-@pytest.mark.parametrize("case", COPIED.strip().splitlines())
-def test_a_draft_is_a_copy_of_what_came_last_and_ends_where_it_is_wrong(case: str):
-    _, source, written, expected = case.split("|")
+@pytest.mark.parametrize("row", rows(COPIED), ids=itemgetter(0))
+def test_a_draft_is_a_copy_of_what_came_last_and_ends_where_it_is_wrong(row: list[str]):
+    _, source, written, expected = row
     drafter = Drafter(tokens_of(source))
     for token in tokens_of(written):
         drafter.advance(token)
@@ -448,12 +450,12 @@ def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
             assert (got + ("" if ended else run.ending.flush()), ended) == (text, reason)
 
 
-HEALED = [  # what is behind the bar is left to healing
+# What is behind the bar is left to healing.
+HEALED = json.loads(r"""[
     "import| nump", "x = self|.nam", "x = self.first|_nam", "f|(wid", "x = 'übe|", "# 漢字|",
     "def f():\n|    ", "x =| ", "x = 12|", "def f(n)|:", "x = f|(", "x = f(|)", "os|.",
     "area_of|_", "is|__", "# 漢字。|", "def f():\n|", "|word", "|   ", "|",
-    "x =| " + "a" * 24, "x = " + "a" * 25 + "|",
-]  # fmt: skip
+    "x =| aaaaaaaaaaaaaaaaaaaaaaaa", "x = aaaaaaaaaaaaaaaaaaaaaaaaa|"]""")
 
 
 def test_the_text_that_is_left_to_healing() -> None:
@@ -466,28 +468,28 @@ def test_the_text_that_is_left_to_healing() -> None:
 
 # Context, sequences, free megabytes; context and sequences that fit.
 FITTED = """
-4096 2 8096     4096 2
-4096 2 8095     3840 2
-4096 2 6048     2048 2
-4096 2 6047     3840 1
-4096 2 0        2048 1      # which does not fit either
-3000 1 5300     2560 1
-1000 2 5000     1000 2      # a context that a person has set is not shortened below 2,048
-1000 2 0        1000 1
-1000 1 0        1000 1      # there is nothing shorter
-131072 1 36000  57600 1     # in steps of a sixteenth
+  4096 | 2 |  8096 |  4096 | 2
+  4096 | 2 |  8095 |  3840 | 2
+  4096 | 2 |  6048 |  2048 | 2
+  4096 | 2 |  6047 |  3840 | 1
+  4096 | 2 |     0 |  2048 | 1  # which does not fit either
+  3000 | 1 |  5300 |  2560 | 1
+  1000 | 2 |  5000 |  1000 | 2  # a context that a person has set is not shortened below 2,048
+  1000 | 2 |     0 |  1000 | 1
+  1000 | 1 |     0 |  1000 | 1  # there is nothing shorter
+131072 | 1 | 36000 | 57600 | 1  # in steps of a sixteenth
 """
 
 
-@pytest.mark.parametrize("row", FITTED.strip().splitlines())
-def test_the_longest_context_that_fits(row: str):
+@pytest.mark.parametrize("row", rows(FITTED), ids=str)
+def test_the_longest_context_that_fits(row: list[str]):
     def need(_: Path, forms: Sequence[llama.Settings]) -> list[Parts]:
         assert forms
         return [
             {"weights": 4000 * MB, "kv": form.sequences * form.n_ctx * MB // 2} for form in forms
         ]
 
-    n_ctx, sequences, free_mb, *fitted = map(int, row.partition("#")[0].split())
+    n_ctx, sequences, free_mb, *fitted = map(int, row)
     given = llama.Settings(threads=1, n_ctx=n_ctx, sequences=sequences)
     got, parts = fit_context(Path(), given, free_mb * MB, need)
     assert [got.n_ctx, got.sequences] == fitted
@@ -702,10 +704,10 @@ class Loads:
     """Loads a ScriptedLlama from any file but those in `broken`, which has the error of each."""
 
     def __init__(self) -> None:
-        self.broken, self.loaded = dict[str, Exception](), list[tuple[str, int]]()
+        self.broken, self.loaded = dict[str, Exception](), list[str]()
 
     def __call__(self, path: Path, settings: llama.Settings, *_: Any) -> ScriptedLlama:
-        self.loaded.append((path.name, settings.micro_batch))
+        self.loaded.append(f"{path.name} {settings.micro_batch}")
         if path.name in self.broken:
             raise self.broken[path.name]
         return ScriptedLlama()
@@ -761,14 +763,16 @@ WEIGHTS_SUM = hashlib.sha256(b"weights").hexdigest()
 
 
 WRONG_SUM = f"expected sha256 {'0' * 64}, got {WEIGHTS_SUM}; fetch it again"
-LOADED: list[tuple[str, str, Any, str]] = [
-    ("", "", [("tuned", 128)], ""),
-    ("tuned", "", [("tuned", 128), ("m.gguf", 256)], "llama.cpp cannot load this file"),
-    ("", "0" * 64, [("m.gguf", 256)], WRONG_SUM),
-]
+# Which file is broken, the sha256 that the tuned one was made from, what is loaded in micro-batches
+# of which size, and what is said.
+LOADED = f"""
+      |           | tuned 128             |
+tuned |           | tuned 128, m.gguf 256 | llama.cpp cannot load this file
+      | {"0" * 64}| m.gguf 256            | {WRONG_SUM}
+"""
 
 
-@pytest.mark.parametrize(("broken", "source", "loaded", "warning"), LOADED)
+@pytest.mark.parametrize(("broken", "source", "loaded", "warning"), rows(LOADED))
 def test_a_tuned_file_is_loaded_if_it_can_be(
     tmp_path, loads: Loads, caplog, broken, source, loaded, warning
 ):
@@ -776,13 +780,14 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
         (tmp_path / name).write_bytes(b"weights")
     loads.broken[broken] = llama.ModelError("llama.cpp cannot load this file")
     settings = llama.Settings(state_dir=tmp_path / "state")
-    used = replace(settings, micro_batch=128)
-    tuned = TunedFile(tmp_path / "tuned", used, tuned_passport(source))
+    smaller = replace(settings, micro_batch=128)
+    tuned = TunedFile(tmp_path / "tuned", smaller, tuned_passport(source))
     with running(worker_of(Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
-    assert loads.loaded == loaded
-    assert (worker.loader.path.name, worker.loader.settings.micro_batch) == loaded[-1]
-    assert worker.loader.encoding == ("published" if warning else TUNED)
+    assert loads.loaded == loaded.split(", ")
+    used = worker.loader
+    assert f"{used.path.name} {used.settings.micro_batch}" == loads.loaded[-1]
+    assert used.encoding == ("published" if warning else TUNED)
     logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     if warning:
         reason = f"its tuned file cannot be used: {warning}"
