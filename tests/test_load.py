@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from harness import HEALTH, PATIENCE, ask, connect, daemon, read_reply, until
-from test_wire import BODY, chunked, get, serving, sized, without
+from scripted import reset
+from test_wire import BODY, chunked, connected, get, serving, sized, without
 from test_wire import _quiet as _quiet  # a fixture of every test
 
 from cerebrum import http as cerebrum_http
@@ -43,10 +44,10 @@ EXPECTING = sized(BODY, "Expect: 100-continue")[: -len(BODY)]
 
 
 @pytest.mark.parametrize("begun", [b"\r\n", get()[:-1], sized(BODY)[:-1], EXPECTING])
-async def test_a_slow_request(monkeypatch, begun):
+async def test_a_slow_request(patch, begun):
     for name in ("BODY_SECONDS" if b"POST" in begun else "REQUEST_HEAD_SECONDS", "LINGER_SECONDS"):
-        monkeypatch.setattr(cerebrum_http, name, SOON)
-    async with serving() as (server, port), connect(port) as (reader, writer):
+        patch(cerebrum_http, name, SOON)
+    async with connected() as (server, reader, writer):
         writer.write(begun.replace(b"@POST", b"/v1/complete"))
         reply = await read_reply(reader)
         assert (reply.status, reply.json["code"]) == (408, "TIMEOUT")
@@ -55,11 +56,9 @@ async def test_a_slow_request(monkeypatch, begun):
         await until(lambda: not server.connections)  # it does not linger for ever
 
 
-async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(
-    monkeypatch,
-):
-    monkeypatch.setattr(cerebrum_http, "REQUEST_HEAD_SECONDS", 0.2)
-    async with serving() as (_, port), connect(port) as (reader, writer):
+async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(patch):
+    patch(cerebrum_http, "REQUEST_HEAD_SECONDS", 0.2)
+    async with connected() as (_, reader, writer):
         started = time.monotonic()
         answer = asyncio.create_task(read_reply(reader))
         writer.write(b"GET /health HTTP/1.1\r\nA: ")
@@ -70,9 +69,9 @@ async def test_a_head_at_one_byte_a_time_ends_at_a_total_deadline(
         assert time.monotonic() - started >= 0.2
 
 
-async def test_silence_closes_silently(monkeypatch, caplog):
-    monkeypatch.setattr(cerebrum_http, "IDLE_SECONDS", SOON)
-    monkeypatch.setattr(cerebrum_http, "REQUEST_HEAD_SECONDS", 2 * PATIENCE)
+async def test_silence_closes_silently(patch, caplog):
+    patch(cerebrum_http, "IDLE_SECONDS", SOON)
+    patch(cerebrum_http, "REQUEST_HEAD_SECONDS", 2 * PATIENCE)
     async with serving() as (_, port):
         for answers in (0, 2):
             async with connect(port) as (reader, writer):
@@ -124,9 +123,9 @@ def slow_reader(port: int, raw: bytes) -> Iterator[socket.socket]:
         yield peer
 
 
-async def test_a_client_that_does_not_read_is_cut(monkeypatch, caplog):
+async def test_a_client_that_does_not_read_is_cut(patch, caplog):
     """Its stream pauses with bounded memory, and ends after a while without a reader."""
-    monkeypatch.setattr(cerebrum_http, "WRITE_SECONDS", 0.3)
+    patch(cerebrum_http, "WRITE_SECONDS", 0.3)
     taken, ended = 0, asyncio.Event()
 
     async def endless():
@@ -147,10 +146,10 @@ async def test_a_client_that_does_not_read_is_cut(monkeypatch, caplog):
     assert line.startswith("POST /endless 499 ")
 
 
-async def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch):
+async def test_a_whole_answer_that_nobody_reads_is_cut(patch):
     """An answer that fits the buffer is not kept for ever either."""
     for name in ("WRITE_SECONDS", "IDLE_SECONDS"):
-        monkeypatch.setattr(cerebrum_http, name, SOON)
+        patch(cerebrum_http, name, SOON)
     async with serving() as (server, port):
         with slow_reader(port, add_route(server, "/big", Response({"x": "y" * (5 << 20)}))):
             await until(lambda: server.connections)
@@ -159,9 +158,9 @@ async def test_a_whole_answer_that_nobody_reads_is_cut(monkeypatch):
             await until(lambda: connection.transport.get_extra_info("socket").fileno() < 0)
 
 
-async def test_the_end_waits_for_a_slow_reader(monkeypatch):
+async def test_the_end_waits_for_a_slow_reader(patch):
     """An answer that fits the buffer is not lost when the connection is closed behind it."""
-    monkeypatch.setattr(cerebrum_http, "LINGER_SECONDS", 0.01)
+    patch(cerebrum_http, "LINGER_SECONDS", 0.01)
     async with serving() as (server, port):
 
         async def answer(state, request):
@@ -190,7 +189,7 @@ async def test_a_client_that_resets_beside_the_first_event_leaves_nothing_taken(
         finally:
             released.set()
 
-    async with serving() as (server, port), connect(port) as (reader, writer):
+    async with connected() as (server, reader, writer):
 
         async def handle(_state, _request):
             for connection in server.connections.values():
@@ -244,24 +243,27 @@ SLOW = sized(BODY).replace(b"@POST", b"/slow")
 
 
 @contextlib.asynccontextmanager
-async def slow_server() -> AsyncIterator[tuple[Any, int, Slow]]:
+async def slow_server() -> AsyncIterator[tuple[Any, int, Slow, Any]]:
+    """A server, its port, the handler of SLOW, and a function that opens so many connections."""
     slow = Slow()
-    async with serving() as (server, port):
+
+    async def peers(count: int) -> list[Any]:
+        return [await stack.enter_async_context(connect(port)) for _ in range(count)]
+
+    async with serving() as (server, port), contextlib.AsyncExitStack() as stack:
         add_route(server, "/slow", slow.handle)
-        yield server, port, slow
+        yield server, port, slow, peers
 
 
 @pytest.mark.parametrize("how", ["reset", "half-close"])
 async def test_a_client_that_leaves_cancels_its_handler(how, caplog) -> None:
-    async with slow_server() as (server, port, slow), connect(port) as (_, writer):
+    async with slow_server() as (server, port, slow, _), connect(port) as (_, writer):
         writer.write(SLOW)
         await slow.begun.wait()
         if how == "half-close":
             writer.write_eof()
         else:
-            linger = b"\1\0\0\0\0\0\0\0"
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
+            reset(writer)
         await asyncio.wait_for(slow.cancelled.wait(), PATIENCE)
         await until(lambda: not server.connections)
     (line,) = messages(caplog)
@@ -270,7 +272,7 @@ async def test_a_client_that_leaves_cancels_its_handler(how, caplog) -> None:
 
 async def test_pipelining_behind_a_running_handler_is_answered_and_bounded():
     most, read = cerebrum_http.MAX_PIPELINED_BYTES, cerebrum_http.READ_BYTES
-    async with slow_server() as (server, port, slow), connect(port) as (reader, writer):
+    async with slow_server() as (server, port, slow, _), connect(port) as (reader, writer):
         writer.write(SLOW + get("/nothing") + b"\r\n")
         await slow.begun.wait()
         writer.write(HEALTH)
@@ -301,10 +303,8 @@ async def test_a_stop_lets_a_request_finish_or_ends_it_with_an_error(finishes):
         reply = await read_reply(reader)
         return reply.status, reply.json.get("code", ""), reply.one("Connection")
 
-    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        (reader, writer), (idle, idler) = [
-            await stack.enter_async_context(connect(port)) for _ in range(2)
-        ]
+    async with slow_server() as (server, port, slow, peers):
+        (reader, writer), (idle, idler) = await peers(2)
         idler.write(HEALTH)
         await read_reply(idle)
         writer.write(SLOW)
@@ -337,10 +337,10 @@ def upload(size: int, framing: str, key: bool = True) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", HEALTH, upload(1000, "length")[:-1]])
-async def test_one_connection_too_many_closes_the_oldest_idle_one(begun, monkeypatch) -> None:
-    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 3)
-    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
-        busy, silent, third = [await stack.enter_async_context(connect(port)) for _ in range(3)]
+async def test_one_connection_too_many_closes_the_oldest_idle_one(begun, patch) -> None:
+    patch(cerebrum_http, "MAX_CONNECTIONS", 3)
+    async with slow_server() as (server, port, slow, peers):
+        busy, silent, third = await peers(3)
         busy[1].write(SLOW)
         await slow.begun.wait()
         silent[1].write(begun)
@@ -355,26 +355,23 @@ async def test_one_connection_too_many_closes_the_oldest_idle_one(begun, monkeyp
 
 
 @pytest.mark.parametrize("begun", [b"", SLOW])
-async def test_the_address_with_most_connections_makes_room(begun, monkeypatch) -> None:
-    monkeypatch.setattr(cerebrum_http, "MAX_CONNECTIONS", 4)
-    async with slow_server() as (server, port, slow), contextlib.AsyncExitStack() as stack:
+async def test_the_address_with_most_connections_makes_room(begun, patch) -> None:
+    patch(cerebrum_http, "MAX_CONNECTIONS", 4)
+    async with slow_server() as (server, port, slow, peers):
         other, writer = await asyncio.open_connection(
             "127.0.0.1", port, local_addr=("127.0.0.2", 0)
         )
-        peers = [
-            (other, writer),
-            *[await stack.enter_async_context(connect(port)) for _ in range(3)],
-        ]
-        for _, one in peers:
+        opened = [(other, writer), *await peers(3)]
+        for _, one in opened:
             one.write(begun)
         await until(lambda: len(server.connections) == 4)
         await until(
             lambda: not begun or all(one.exchange.task for one in server.connections.values())
         )
         assert (await ask(port, HEALTH)).status == 200
-        await ends(peers[1][0])
+        await ends(opened[1][0])
         slow.release.set()
-        for reader, one in [peers[0], *peers[2:]]:
+        for reader, one in [opened[0], *opened[2:]]:
             one.write(b"" if begun else HEALTH)
             assert (await read_reply(reader)).status == 200
         writer.transport.abort()
@@ -387,7 +384,7 @@ UNREAD = [("/v1/complete", False, 401), ("/x", True, 404), ("/v1/unload/x", True
 @pytest.mark.parametrize(("path", "key", "status"), UNREAD)
 async def test_a_body_that_nobody_looks_at_is_not_kept(framing, path, key, status):
     raw = upload(1_000_000, framing, key).replace(b"/v1/complete", path.encode())
-    async with serving() as (server, port), connect(port) as (reader, writer):
+    async with connected() as (server, reader, writer):
         writer.write(raw[:-100])
         await writer.drain()
         await until(lambda: server.connections)
@@ -406,8 +403,8 @@ async def test_a_body_that_nobody_looks_at_is_not_kept(framing, path, key, statu
 
 
 @pytest.mark.parametrize("framing", ["length", "chunks"])
-async def test_the_bodies_of_all_connections_are_bounded(monkeypatch, framing):
-    monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 250_000)
+async def test_the_bodies_of_all_connections_are_bounded(patch, framing):
+    patch(cerebrum_http, "MAX_BODIES_BYTES", 250_000)
     raw = upload(100_000, framing)
     async with serving() as (server, port), connect(port) as (reader, writer):
         writer.write(raw[:-10])
@@ -422,10 +419,8 @@ async def test_the_bodies_of_all_connections_are_bounded(monkeypatch, framing):
         assert (await ask(port, raw)).status == 200
 
 
-async def test_a_refused_request_whose_client_leaves_is_logged_once(
-    caplog,
-):
-    async with serving() as (server, port), connect(port) as (reader, writer):
+async def test_a_refused_request_whose_client_leaves_is_logged_once(caplog):
+    async with connected() as (server, reader, writer):
         writer.write(upload(5000, "length", key=False)[:-100])
         assert (await read_reply(reader)).status == 401
         writer.write_eof()
