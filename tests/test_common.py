@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import json
 import re
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import ROOT, SHIPPED
+from harness import ROOT, SHIPPED, rows
 
 from cerebrum.fields import Field, describe, read_fields
 from cerebrum.http import own_names
@@ -21,29 +22,24 @@ from cerebrum_common import HttpError, error_body, sse_event, timestamp
 # ------------------------------------------------------------------------------------------- fields
 
 
-TEXTS = "a string, or an array of 0 to 2 non-empty strings"
-# A rule, what it takes, what it refuses, what it expects.
-RULES: list[tuple[Field, list[Any], list[Any], str]] = [
-    (Field(str), ["", "a"], [None, 1, True, ["a"]], "a string"),
-    (Field(str, 1), ["a"], [""], "a non-empty string"),
-    (Field(str, 0, 3), ["", "abc"], ["abcd"], "a string from 0 to 3 characters"),
-    (Field(str, choices=("a", "b")), ["a"], ["c", "", 1], "one of a, b"),
-    (Field(int, 1, 9), [1, 9], [0, 10, 1.0, True, "1", None], "an integer from 1 to 9"),
-    (Field(float, 0, 1), [0, 1, 0.5], [-0.1, 1.1, True, "0", None], "a number from 0 to 1"),
-    (Field(float, 0, 1, above_low=True), [0.1, 1], [0], "a number above 0 to 1"),
-    (Field(str, pattern="[a-z]+"), ["a"], ["", "A", "a\n", 1], "a string of the form [a-z]+"),
-    (Field(bool), [True, False], [0, 1, "true", None], "true or false"),
-    (
-        Field(list, 0, 2),
-        ["a", ["a", "b"], []],
-        [["a", "b", "c"], [""], "", [1], {}, 1, None],
-        TEXTS,
-    ),
-]
+# A rule (its type, its limits, and more), what it takes, what it refuses, what it expects.
+RULES = json.loads(r"""[
+    ["str", [], {}, ["", "a"], [null, 1, true, ["a"]], "a string"],
+    ["str", [1], {}, ["a"], [""], "a non-empty string"],
+    ["str", [0, 3], {}, ["", "abc"], ["abcd"], "a string from 0 to 3 characters"],
+    ["str", [], {"choices": ["a", "b"]}, ["a"], ["c", "", 1], "one of a, b"],
+    ["int", [1, 9], {}, [1, 9], [0, 10, 1.0, true, "1", null], "an integer from 1 to 9"],
+    ["float", [0, 1], {}, [0, 1, 0.5], [-0.1, 1.1, true, "0", null], "a number from 0 to 1"],
+    ["float", [0, 1], {"above_low": true}, [0.1, 1], [0], "a number above 0 to 1"],
+    ["str", [], {"pattern": "[a-z]+"}, ["a"], ["", "A", "a\n", 1], "a string of the form [a-z]+"],
+    ["bool", [], {}, [true, false], [0, 1, "true", null], "true or false"],
+    ["list", [0, 2], {}, ["a", ["a", "b"], []], [["a", "b", "c"], [""], "", [1], {}, 1, null],
+     "a string, or an array of 0 to 2 non-empty strings"]]""")
 
 
 def test_fields() -> None:
-    for rule, good, bad, expected in RULES:
+    for kind, limits, more, good, bad, expected in RULES:
+        rule = Field(getattr(builtins, kind), *limits, **more)
         for value in good:
             (read,) = read_fields({"x": value}, {"x": rule}).values()
             assert read == ([value] if rule.json_type is list and isinstance(value, str) else value)
@@ -64,16 +60,16 @@ def test_other_fields_and_surrogates():
             read_fields({"x": value}, {"x": Field(type(value), 0, 9)})
 
 
-DESCRIBED = [
-    ("def f():", "a string of 8 characters"),  # a prompt: messages are logged
-    ("a" * 99, "a string of 99 characters"),
-    (None, "null"),
-    (True, "the boolean true"),
-    (1.5, "the number 1.5"),
-    ("q_1.5b", 'the string "q_1.5b"'),
-    ([1, 2], "an array of 2"),
-    ({}, "an object of 0"),
-]
+# A value, and its words. Messages are logged, so they show no prompt.
+DESCRIBED = json.loads(r"""[
+    ["def f():", "a string of 8 characters"],
+    ["aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "a string of 41 characters"],
+    [null, "null"],
+    [true, "the boolean true"],
+    [1.5, "the number 1.5"],
+    ["q_1.5b", "the string \"q_1.5b\""],
+    [[1, 2], "an array of 2"],
+    [{}, "an object of 0"]]""")
 
 
 def test_describe():
@@ -192,26 +188,22 @@ def test_a_shape_has_as_many_weights_as_the_publisher_counts() -> None:
             assert weights / 1e9 == expected, model.id
 
 
-BAD: list[tuple[str | None, str]] = [  # a models.toml, and what is said of it
-    (None, "No such file"),
-    ("\xff", "'utf-8' codec can't decode"),
-    ("", "at least one"),
-    ("models = ['x']", "model 1: expected a table"),
-    ("[[models]", "line 1"),
-    (GOOD + GOOD, "every id and alias once"),
-    ("prefer = 5\n" + GOOD, "prefer: expected a table, got something else"),
-    (
-        GOOD + '[prefer]\nchat = ["m"]\n',
-        "prefer: expected one of complete, infill, instruct, got 'chat'",
-    ),
-    (
-        GOOD + '[prefer]\ninfill = ["m", "n"]\n',
-        "prefer: infill: expected one of m, got an array of 2",
-    ),
-]
+# A models.toml, and what is said of it.
+BAD = json.loads(r"""[
+    [null, "No such file"],
+    ["\u00ff", "'utf-8' codec can't decode"],
+    ["", "at least one"],
+    ["models = ['x']", "model 1: expected a table"],
+    ["[[models]", "line 1"],
+    ["GOODGOOD", "every id and alias once"],
+    ["prefer = 5\nGOOD", "prefer: expected a table, got something else"],
+    ["GOOD[prefer]\nchat = [\"m\"]\n",
+     "prefer: expected one of complete, infill, instruct, got 'chat'"],
+    ["GOOD[prefer]\ninfill = [\"m\", \"n\"]\n",
+     "prefer: infill: expected one of m, got an array of 2"]]""")
 # What is replaced in GOOD, or nothing, what by or what is added, and what is said.
 BAD_LINES = r"""
-"m"              | 5           | id: {form} [A-Za-z0-9._\-]+, got the number 5
+"m"              | 5           | id: {form} [A-Za-z0-9._\\-]+, got the number 5
 "m"              | "a b"       | id: {form}
 name = "M"       |             | name: expected a non-empty string, got nothing
 file = "m.gguf"  |             | file: expected a name, or aliases instead, got nothing
@@ -237,8 +229,7 @@ SAID = {
     "number": "expected an integer from 1 to 999999",
     "draft": "expected the id of a model with a file and without a draft",
 }
-for line in BAD_LINES.format(**SAID).strip().splitlines():
-    old, new, said = map(str.strip, line.split("|"))
+for old, new, said in rows(BAD_LINES.format(**SAID)):
     text = GOOD.replace(old, new) if old else f"{GOOD}{new}\n"
     BAD.append((text, said if said.startswith("m: ") else f"model 1: {said}"))
 
@@ -247,7 +238,7 @@ def test_bad_models(tmp_path: Path):
     path = tmp_path / "models.toml"
     for text, says in BAD:
         if text is not None:
-            path.write_text(text, "latin-1")
+            path.write_text(text.replace("GOOD", GOOD), "latin-1")
         with pytest.raises(ValueError, match=re.escape(says)) as error:
             load_catalog(path, LANGUAGES)
         assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import re
 from typing import Any
 
@@ -17,19 +18,10 @@ from cerebrum.vps.encoding import DECODES, FAITHFUL, Timing
 from cerebrum.vps.gguf import SAMPLE_WEIGHTS
 from cerebrum.vps.llama import Settings, start_library
 
-DENSE = {
-    "layers": 8,
-    "width": 128,
-    "heads": 4,
-    "kv_heads": 2,
-    "head": 64,
-    "feed_forward": 512,
-    "vocabulary": 4096,
-    "experts": 0,
-    "used": 0,
-}
+DENSE = json.loads("""{
+    "layers": 8, "width": 128, "heads": 4, "kv_heads": 2, "head": 64, "feed_forward": 512,
+    "vocabulary": 4096, "experts": 0, "used": 0}""")
 EXPERTS = {**DENSE, "width": 256, "feed_forward": 256, "experts": 8, "used": 2}
-LAYER = 256 * 256 + 128 * 256  # of query and output, of keys and of values
 WEIGHTS = [
     # Rows of 128 are no multiple of 256.
     (DENSE, {"Q5_0": 8 * 128 * (256 + 128 + 64 + 2 * 512), "Q8_0": 128 * (4096 + 8 * 64),
@@ -92,7 +84,7 @@ def test_llama_cpp_computes_a_sample_of_each_type(tmp_path, patch):
 
 # --------------------------------------------------------------------------------------- the choice
 
-URL = '\nsources = [{kind = "url", url = "http://x"}]\n'
+URL = 'sources = [{kind = "url", url = "http://x"}]\n'
 ENTRY = """
 [[models]]
 id = "{0}"
@@ -103,23 +95,26 @@ quantization = "Q4"
 file = "{0}.gguf"
 memory_mb = {3}
 shape = {{layers = {2}, SHAPE}}
+{4}
 """
 SHAPE = [f"{name} = {value}" for name, value in DENSE.items() if name != "layers"]
 ENTRY = ENTRY.replace("SHAPE", ", ".join(SHAPE))
 
 
-def catalog(*entries: tuple[str, str, int, int, str]) -> str:
-    return "".join(ENTRY.format(*entry) + entry[4] for entry in entries)
+def catalog(*entries: Any) -> str:
+    return "".join(ENTRY.format(*entry).replace("URL", URL) for entry in entries)
 
 
-MODELS = (
-    ("huge", '["c", "go"]', 30, 20_000, URL),  # other programs leave too little memory
-    ("away", '["c", "go"]', 20, 0, ""),  # neither here nor at an address
-    ("few", '["go"]', 3, 100, URL),  # serves fewer languages
-    ("slow", '["c", "go"]', 7, 5400, "size = 4_700_000_000" + URL),
-    ("here", '["c", "go"]', 2, 0, ""),
-    ("last", '["c", "go", "cobol"]', 1, 900, URL),
-)
+# A model's id, its languages, its layers and billions of weights, its megabytes of memory, and its
+# file's size and where that can be fetched. For the first other programs leave too little memory,
+# the second is neither here nor at an address, the third serves fewer languages.
+MODELS = json.loads(r"""[
+    ["huge", ["c", "go"], 30, 20000, "URL"],
+    ["away", ["c", "go"], 20, 0, ""],
+    ["few", ["go"], 3, 100, "URL"],
+    ["slow", ["c", "go"], 7, 5400, "size = 4_700_000_000\nURL"],
+    ["here", ["c", "go"], 2, 0, ""],
+    ["last", ["c", "go", "cobol"], 1, 900, "URL"]]""")
 TABLE = """\
                                memory  tokens/s  first of 1,000     hint      file
   few            3B            0.1 GB      30.0           3.0 s    1.4 s         ?
