@@ -15,30 +15,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from harness import ROOT
+from harness import ROOT, rows
 
-BOTH = {
-    f"cerebrum.{name}"
-    for name in ("check", "fields", "http", "metrics", "request", "service", "settings", "text")
-}
-# what a file, or else each file of a folder, may import beside its own folder and cerebrum_common
-MAY = {
-    "cerebrum_common.py": set[str](),
-    "cm4d.py": BOTH | {"cerebrum.pi"},
-    "vpsd.py": BOTH | {"cerebrum.vps"},
-    "cerebrum_lsp.py": set[str](),  # one file on a laptop
-    "cerebrum": {"cerebrum.fields", "cerebrum.settings"},
-    "cerebrum/fields.py": set[str](),
-    "cerebrum/check.py": {
-        "cerebrum.fields",
-        "cerebrum.settings",
-        "cerebrum.pi",  # on the Pi, and for types
-        "cerebrum.vps",  # on the VPS, and for types
-    },
-    "cerebrum/text": set[str](),
-    "cerebrum/pi": BOTH - {"cerebrum.check", "cerebrum.service"},
-    "cerebrum/vps": BOTH - {"cerebrum.check", "cerebrum.service", "cerebrum.http"},
-}
+# Our modules that a file, or else each file of a folder, may import beside its own folder and
+# cerebrum_common.
+IMPORTABLE = """
+cerebrum_common.py |
+cm4d.py            | check fields http metrics request service settings text pi
+vpsd.py            | check fields http metrics request service settings text vps
+cerebrum_lsp.py    |  # one file on a laptop
+cerebrum           | fields settings
+cerebrum/fields.py |
+cerebrum/check.py  | fields settings pi vps  # of the machine that it runs on, and for types
+cerebrum/text      |
+cerebrum/pi        | fields http metrics request settings text
+cerebrum/vps       | fields metrics request settings text
+"""
+MAY = {path: {f"cerebrum.{name}" for name in names.split()} for path, names in rows(IMPORTABLE)}
 FILES = sorted(
     path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *(ROOT / "cerebrum").rglob("*.py")]
 )
