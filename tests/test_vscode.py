@@ -185,15 +185,15 @@ NATIVE = (
     "@parcel/watcher",
     "@vscode/fs-copyfile",
 )
-QUIET = {
-    "security.workspace.trust.enabled": False,
+# The Pi is asked in spite of the proxy; it is at another address.
+QUIET = """{
+    "security.workspace.trust.enabled": false,
     "workbench.startupEditor": "none",
     "telemetry.telemetryLevel": "off",
-    "extensions.autoUpdate": False,
-    "http.proxy": "http://127.0.0.1:9",  # the Pi is asked in spite of it; it is at another address
+    "extensions.autoUpdate": false,
+    "http.proxy": "http://127.0.0.1:9",
     "workbench.secondarySideBar.defaultVisibility": "hidden",
-    "editor.quickSuggestions": {"other": "off"},
-}
+    "editor.quickSuggestions": {"other": "off"}}"""
 HOST = "127.0.0.2"  # of the Pi: 127.0.0.1 never goes by a proxy
 SUM = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n"
 CIRCLE = "function area(radius: number): number {\n  return\n}\n"
@@ -252,7 +252,7 @@ def code_server(place: Path, folder: Path, vsix_file: Path, **environ: str) -> I
     """VS Code with an extension; its address."""
     data, extensions = folder / "data", folder / "extensions"
     (data / "User").mkdir(parents=True)
-    (data / "User/settings.json").write_text(json.dumps(QUIET))
+    (data / "User/settings.json").write_text(QUIET)
     entry = [str(place / "node_modules/node/bin/node"), str(place / CODE / "out/node/entry.js")]
     folders = ["--user-data-dir", str(data), "--extensions-dir", str(extensions)]
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **environ}
@@ -271,7 +271,7 @@ def code_server(place: Path, folder: Path, vsix_file: Path, **environ: str) -> I
 
 
 @contextmanager
-def driven(place: Path, **given: Any) -> Iterator[Iterator[tuple[str, Any]]]:
+def driven(place: Path, **given) -> Iterator[Iterator[tuple[str, Any]]]:
     """Someone uses this VS Code; what is seen at each step."""
     asked = {
         "chromium": needs("chromium"),
