@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,24 +32,11 @@ NORMAL, UNKNOWN = 1, 2  # llama.cpp's kinds of tokens
 CONTROL, USER = 3, 4
 BYTE = 6
 EMBEDDING, HEADS = 64, 2
-FEED_FORWARD = 96
-OF_A_HEAD = "attention.key_length", "attention.value_length", "rope.dimension_count"
-SIZES: dict[str, Any] = {
-    "context_length": 4096,
-    "embedding_length": EMBEDDING,
-    "feed_forward_length": FEED_FORWARD,
-    "attention.layer_norm_rms_epsilon": 1e-5,
-    "attention.layer_norm_epsilon": 1e-5,
-    **dict.fromkeys(OF_A_HEAD, EMBEDDING // HEADS),
-    "rope.dimension_sections": [8, 8, 8, 8],
-}
-SSM = {
-    "ssm.inner_size": 128,
-    "ssm.conv_kernel": 4,
-    "ssm.state_size": 16,
-    "ssm.time_step_rank": 4,
-    "ssm.group_count": 1,
-}
+SIZES = json.loads("""{
+    "context_length": 4096, "embedding_length": 64, "feed_forward_length": 96,
+    "attention.layer_norm_rms_epsilon": 1e-5, "attention.layer_norm_epsilon": 1e-5,
+    "attention.key_length": 32, "attention.value_length": 32,
+    "rope.dimension_count": 32, "rope.dimension_sections": [8, 8, 8, 8]}""")
 MERGES = ["d e", "de f", "i n", "r e", "re t"]
 QWEN_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>", "<|repo_name|>")
 
@@ -64,7 +52,7 @@ class Family:
     first is its end.
     """
 
-    architecture: str
+    architecture: str = "llama"
     values: dict[str, Any] = field(default_factory=dict)
     layers: int = 2
     kv_heads: Sequence[int] | int = HEADS
@@ -78,47 +66,56 @@ class Family:
     printable: bool = False
 
 
-ATTENTION_IN_EVERY_SECOND = (0, HEADS, 0, HEADS)
-FAMILIES = {  # of each kind of state that we treat in a way of its own
-    "dense": Family("llama"),
-    "longrope": Family("llama", {"rope.scaling.original_context_length": 512}),
-    "window": Family("gemma3", {"attention.sliding_window": 192}, layers=6),
-    "recurrent": Family("mamba", SSM, kv_heads=0),
-    "hybrid": Family("granitehybrid", SSM, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND),
-    "rollback": Family(
-        "lfm2", {"shortconv.l_cache": 3}, layers=4, kv_heads=ATTENTION_IN_EVERY_SECOND
-    ),
-}
+def families_of(text: str) -> dict[str, Family]:
+    return {name: Family(**members) for name, members in json.loads(text).items()}
 
-CODEGEMMA = ("<eos>", *QWEN_MARKS[:3], "<|file_separator|>")
-GPT_OSS = ("<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>")
-CODELLAMA = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
-MARKED = {  # families whose marks differ
-    "starcoder": Family(
-        "llama",
-        marks=("<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"),
-    ),
-    "codegemma": Family("llama", marks=CODEGEMMA, tokenizer={"add_bos_token": False}),
-    "codellama": Family("llama", marks=(), plain=CODELLAMA, sentencepiece=True),
-    "codestral": Family("llama", marks=("[PREFIX]", "[SUFFIX]"), sentencepiece=True),
-    "gpt-oss": Family("llama", marks=GPT_OSS, template="<|start|>{{ '<|channel|>' }}"),
-    "thinking": Family(
-        "llama", template="<|im_start|>{{ '<think></think>' }}", plain=("<think>", "</think>")
-    ),
-    "silent": Family(
-        "llama", template="{{ ' \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:' }}"
-    ),
-    "base": Family("llama", marks=("<|endoftext|>",)),
-    "qwen": Family("llama"),
-}
+
+# Of each kind of state that we treat in a way of its own. Two have attention in every second layer.
+FAMILIES = families_of("""{
+    "dense": {},
+    "longrope": {"values": {"rope.scaling.original_context_length": 512}},
+    "window": {"architecture": "gemma3", "values": {"attention.sliding_window": 192}, "layers": 6},
+    "recurrent": {
+        "architecture": "mamba", "kv_heads": 0,
+        "values": {"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16,
+                   "ssm.time_step_rank": 4, "ssm.group_count": 1}},
+    "hybrid": {
+        "architecture": "granitehybrid", "layers": 4, "kv_heads": [0, 2, 0, 2],
+        "values": {"ssm.inner_size": 128, "ssm.conv_kernel": 4, "ssm.state_size": 16,
+                   "ssm.time_step_rank": 4, "ssm.group_count": 1}},
+    "rollback": {
+        "architecture": "lfm2", "layers": 4, "kv_heads": [0, 2, 0, 2],
+        "values": {"shortconv.l_cache": 3}}}""")
+
+# Families whose marks differ.
+MARKED = families_of(r"""{
+    "starcoder": {
+        "marks": ["<|endoftext|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"]},
+    "codegemma": {
+        "marks": ["<eos>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
+                  "<|file_separator|>"],
+        "tokenizer": {"add_bos_token": false}},
+    "codellama": {
+        "marks": [], "plain": ["\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>"],
+        "sentencepiece": true},
+    "codestral": {"marks": ["[PREFIX]", "[SUFFIX]"], "sentencepiece": true},
+    "gpt-oss": {
+        "marks": ["<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>"],
+        "template": "<|start|>{{ '<|channel|>' }}"},
+    "thinking": {
+        "template": "<|im_start|>{{ '<think></think>' }}", "plain": ["<think>", "</think>"]},
+    "silent": {"template": "{{ ' \u0410\u0441\u0441\u0438\u0441\u0442\u0435\u043d\u0442:' }}"},
+    "base": {"marks": ["<|endoftext|>"]},
+    "qwen": {}}""")
 
 LETTERS_OF_BLANKS = "\u0120\u010a"  # how GPT-2 writes a space and a line end
-WIDTH, WIDE_HEADS = 256, 4
-WIDE = {"context_length": 32_768, "embedding_length": WIDTH, "feed_forward_length": 4 * WIDTH}
-WIDE |= {"attention.head_count": WIDE_HEADS, **dict.fromkeys(OF_A_HEAD, WIDTH // WIDE_HEADS)}
+WIDE = json.loads("""{
+    "context_length": 32768, "embedding_length": 256, "feed_forward_length": 1024,
+    "attention.head_count": 4, "attention.key_length": 64, "attention.value_length": 64,
+    "rope.dimension_count": 64}""")
 # A stand-in for the 0.5B: 24 MB, and about 2 ms a token on one core, so that a completion lasts
 # long enough to be left.
-STAND_IN = Family("qwen2", WIDE, layers=6, kv_heads=WIDE_HEADS, printable=True)
+STAND_IN = Family("qwen2", WIDE, layers=6, kv_heads=4, printable=True)
 
 
 def vocabulary(family: Family) -> tuple[list[str], list[int], list[float]]:

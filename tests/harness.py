@@ -41,12 +41,9 @@ CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "timeout": PAT
 MODELS = Path(os.environ.get("CEREBRUM_MODELS_DIR") or "~/.cache/cerebrum/models").expanduser()
 SHIPPED = load_catalog(ROOT / "models.toml", LANGUAGES).models
 # The fields of a model that only has its five names.
-NO_FILE: dict[str, Any] = {
-    **dict.fromkeys(("file", "sha256", "draft"), ""),
-    **dict.fromkeys(("size", "memory_mb"), 0),
-    **dict.fromkeys(("sources", "aliases", "fim"), ()),
-    "fim_layout": "psm",
-}
+NO_FILE = json.loads("""{
+    "file": "", "sha256": "", "draft": "", "size": 0, "memory_mb": 0,
+    "sources": [], "aliases": [], "fim": [], "fim_layout": "psm"}""")
 FILES = {model.id: MODELS / model.file for model in SHIPPED}
 
 

@@ -101,7 +101,7 @@ SHAPE = [f"{name} = {value}" for name, value in DENSE.items() if name != "layers
 ENTRY = ENTRY.replace("SHAPE", ", ".join(SHAPE))
 
 
-def catalog(*entries: Any) -> str:
+def catalog(*entries) -> str:
     return "".join(ENTRY.format(*entry).replace("URL", URL) for entry in entries)
 
 

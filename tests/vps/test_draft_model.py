@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import doctest
 import itertools
+import json
 import logging
 import math
 import random
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
-from harness import NO_FILE, PATIENCE, wait_until
+from harness import NO_FILE, PATIENCE, rows, wait_until
 from test_engine import Loads, ask, running, worker_of
 from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
@@ -28,7 +31,7 @@ from cerebrum.vps import plan as vps_plan
 from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.decoder import DraftModel
 from cerebrum.vps.draft_model import check_pair
-from cerebrum.vps.drafts import AGAIN, MODEL_LENGTH, TRIAL_TOKENS, Drafter, Gain, pair_rate
+from cerebrum.vps.drafts import AGAIN, TRIAL_TOKENS, Drafter, Gain, pair_rate
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import MB, ModelError, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
@@ -74,40 +77,48 @@ class Cells:
         self.can_trim = can_trim
         self.dropped: list[int] = []
 
-    def trim(self, _slot: Any, length: int) -> bool:
+    def trim(self, _slot, length: int) -> bool:
         self.dropped.append(length)
         return self.can_trim or not length
 
 
-LONG = list(range(1000))
-MOST = [5] * (1024 - MODEL_LENGTH - 1)
-TORN = "cells that cannot be continued"
-FOLLOWED: list[tuple[str, list[int], list[int], int, bool]] = [
-    # what it has, the sequence, how much of it the model keeps, and whether it reads the rest
-    ("nothing is known", [], [5, 999], 0, True),
-    ("one token more", LONG[:9], LONG[:10], 9, True),
-    ("the same again", LONG[:9], LONG[:9], 8, True),
-    ("tokens were taken back", LONG[:9], LONG[:4], 3, True),
-    ("another word", LONG[:9], [*LONG[:5], 7, 7], 5, True),
-    ("another text", [7] * 9, LONG, 0, True),
-    ("an id that only the large model has", [], [5, 1000], 0, False),
-    ("as much as its own context has", [], MOST, 0, True),
-    ("a text beyond its own context", MOST, [*MOST, 5], len(MOST), False),
-    (TORN, LONG[:9], LONG[:8], 0, True),
-]
+# What the draft model has, the sequence, how much of it the model keeps, and whether it reads the
+# rest.
+FOLLOWED = """
+nothing is known                    |            | 5 999        | 0    | reads
+one token more                      | 0:9        | 0:10         | 9    | reads
+the same again                      | 0:9        | 0:9          | 8    | reads
+tokens were taken back              | 0:9        | 0:4          | 3    | reads
+another word                        | 0:9        | 0:5 7 7      | 5    | reads
+another text                        | 7:16       | 0:1000       | 0    | reads
+an id that only the large model has |            | 5 1000       | 0    |
+as much as its own context has      |            | 0:1000 0:8   | 0    | reads
+a text beyond its own context       | 0:1000 0:8 | 0:1000 0:8 5 | 1008 |
+cells that cannot be continued      | 0:9        | 0:8          | 0    | reads
+"""
 
 
-@pytest.mark.parametrize("case", FOLLOWED, ids=lambda case: case[0])
-def test_a_sequence_is_followed(case: tuple[str, list[int], list[int], int, bool]):
-    what, had, tokens, kept, is_read = case
-    cells: Any = Cells(what != TORN)
+def tokens_of(text: str) -> list[int]:
+    """ "0:3 7" has the tokens 0, 1, 2 and 7."""
+    tokens: list[int] = []
+    for word in text.split():
+        first, _, end = word.partition(":")
+        tokens += range(int(first), int(end or int(first) + 1))
+    return tokens
+
+
+@pytest.mark.parametrize("row", rows(FOLLOWED), ids=itemgetter(0))
+def test_a_sequence_is_followed(row: list[str]):
+    what, had, sequence, count, reads = row
+    tokens, kept = tokens_of(sequence), int(count)
+    cells: Any = Cells(what != "cells that cannot be continued")
     nothing: Any = None
-    slot = Slot(0, had[:])
+    slot = Slot(0, tokens_of(had))
     sequences = Sequences(cells, 1, 0)
     sequences.slots = [slot]
     parts = cells, sequences, Costs(INTEL), nothing, nothing, False, None
     follower = DraftModel(*parts, writer="small", followers=1, waiting=[])
-    assert follower.follow(0, tokens) == (tokens[kept:] if is_read else [])
+    assert follower.follow(0, tokens) == (tokens[kept:] if reads else [])
     assert (slot.tokens, cells.dropped[-1]) == (tokens[:kept], kept)
 
 
@@ -135,7 +146,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def eager(patch: Any) -> None:
+def eager(patch) -> None:
     """Each draft is made and written to its full length, whatever it costs."""
     patch(Gain, "wants", lambda self, case, *_: case[0] in self.plain)
     free = {1: 1e-9, 16: 2e-9}
@@ -148,13 +159,12 @@ def pair_of(folder: Path, target: str, draft: str, settings: Settings) -> Loader
 
 
 # The target, the draft model, and the share of tokens that it expects, if that is certain.
-PAIRS = [
-    ("dense", "dense", 1.0),
-    ("dense", "another", 0.0),
-    ("padded", "dense", None),
-    ("dense", "padded", None),
-    ("window", "window", 0.9),
-]
+PAIRS = json.loads("""[
+    ["dense", "dense", 1.0],
+    ["dense", "another", 0.0],
+    ["padded", "dense", null],
+    ["dense", "padded", null],
+    ["window", "window", 0.9]]""")
 
 
 @pytest.mark.usefixtures("eager")
@@ -207,17 +217,15 @@ def test_sampled_and_healed_texts_are_those_of_the_model_alone(models: Path, tmp
 
 # ------------------------------------------------------------------------------ what may be paired
 
-UNLIKE = "its vocabulary is of another type, or begins and ends texts otherwise"
-RECURRENT = "a recurrent model cannot take back tokens"
 DAMAGED = "llama.cpp cannot load this file; it is damaged, cut short or of an unknown kind"
-REFUSED = {
-    ("dense", "recurrent"): RECURRENT,
-    ("recurrent", "dense"): RECURRENT,
-    ("dense", "overfull"): "it has 526 tokens instead of 269",
-    ("dense", "renamed"): "its token 268 is another one",
-    ("dense", "otherwise"): UNLIKE,
-    ("dense", "spelt"): UNLIKE,
-}
+REFUSED = """
+dense     | recurrent | a recurrent model cannot take back tokens
+recurrent | dense     | a recurrent model cannot take back tokens
+dense     | overfull  | it has 526 tokens instead of 269
+dense     | renamed   | its token 268 is another one
+dense     | otherwise | its vocabulary is of another type, or begins and ends texts otherwise
+dense     | spelt     | its vocabulary is of another type, or begins and ends texts otherwise
+"""
 
 
 def test_which_models_may_be_a_pair(models: Path):
@@ -226,9 +234,9 @@ def test_which_models_may_be_a_pair(models: Path):
 
     for target, draft, _ in PAIRS:
         check(target, draft)
-    for pair, reason in REFUSED.items():
+    for target, draft, reason in rows(REFUSED):
         with pytest.raises(ModelError, match=f"^{reason}$"):
-            check(*pair)
+            check(target, draft)
 
 
 def test_a_draft_model_that_cannot_be_loaded_is_left_out_with_a_line_in_the_log(
@@ -250,7 +258,7 @@ DRAFT = {1: 0.031, 16: 0.1}
 class Clock:
     """The seconds that decodes take here, by their costs. The draft model is as sure as `sure`."""
 
-    def __init__(self, worker: Worker, patch: Any) -> None:
+    def __init__(self, worker: Worker, patch) -> None:
         self.now = 0.0
         self.sure = 0.99
         self.log: list[tuple[str, int, float]] = []  # of each decode: whose, tokens, end
@@ -264,10 +272,10 @@ class Clock:
         patch(vps_worker.time, "perf_counter", lambda: self.now)
         patch(Drafter, "draft", lambda *_: [])  # no drafts of text
 
-    def _decode(self, name: str, owner: Any) -> Any:
+    def _decode(self, name: str, owner) -> Any:
         real, costs = owner.model.decode, owner.costs
 
-        def decode(parts: Any) -> int:
+        def decode(parts) -> int:
             self.before[name]()
             size = sum(len(tokens) for _, tokens, _ in parts)
             self.now += costs(size)
@@ -280,7 +288,7 @@ class Clock:
         return [size for whose, size, _ in self.log if whose == name]
 
 
-def scripted(folder: Path, patch: Any, costs: Any, early: int = 0) -> Loader:
+def scripted(folder: Path, patch, costs, early: int = 0) -> Loader:
     """A scripted model with these costs, and its draft model, which is always right."""
     measured = itertools.cycle([costs, DRAFT])
     patch(vps_worker, "measure_costs", lambda *_: Costs(next(measured)))
@@ -292,13 +300,13 @@ def scripted(folder: Path, patch: Any, costs: Any, early: int = 0) -> Loader:
 
 
 @pytest.fixture
-def pair(loads: Loads, tmp_path: Path, patch: Any) -> Iterator[Worker]:
+def pair(loads: Loads, tmp_path: Path, patch) -> Iterator[Worker]:
     with running(worker_of(scripted(tmp_path, patch, INTEL))) as worker:
         yield worker
 
 
 @pytest.fixture
-def clock(pair: Worker, patch: Any) -> Clock:
+def clock(pair: Worker, patch) -> Clock:
     return Clock(pair, patch)
 
 
@@ -414,7 +422,7 @@ def test_while_nobody_waits_a_failure_is_not_repeated(pair: Worker, patch):
     patch(vps_worker, "STORE_SECONDS", 0.01)
     tried = list[int]()
 
-    def fail(_parts: Any) -> int:
+    def fail(_parts) -> int:
         tried.append(1)
         return -1
 
@@ -458,57 +466,49 @@ def measured(path: Path, forms: Sequence[Settings]) -> list[Parts]:
 
 
 SLOW = [0.292, 0.527, 0.825]  # decodes of 1, 4 and 16 tokens by the 7B's published file
-FAST = [0.210, 0.400, 0.700]
+
 TINY = [0.031, 0.045, 0.071]
-TIMED = {"seven": (SLOW, FAST), "half": (TINY, TINY)}
-NO_ROOM = "half has no room to write drafts"
-PLANS: list[tuple[str, int, dict[str, Any], tuple[str, int, int], str]] = [
-    # free MB, what was timed; then the file, its context and sequences, and what is said
-    ("all fit", 9000, TIMED, ("tuned-seven.gguf", 4096, 2),
-     "half writes drafts: expected 8.7 tokens a second by the tuned file in a context of 4,096 "
-     "tokens and 2 at a time; without it 4.8 tokens a second by the tuned file in a context of "
-     "4,096 tokens and 2 at a time"),
-    ("a VPS of 7,260 MB", 5836, TIMED, ("seven.gguf", 2560, 2),
-     "half writes drafts: expected 6.6 tokens a second by the published file in a context of "
-     "2,560 tokens and 2 at a time; without it 3.4 tokens a second by the published file in a "
-     "context of 4,096 tokens and 2 at a time"),
-    ("the tuned file alone", 6100, {"seven": (SLOW, [0.1, 0.2, 0.4]), "half": (TINY, TINY)},
-     ("tuned-seven.gguf", 4096, 2),
-     "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
-     "4,096 tokens and 2 at a time; with it 6.6 tokens a second by the published file in a "
-     "context of 4,096 tokens and 2 at a time"),
-    ("too little gain", 9000, {"seven": (SLOW, [0.1, 0.32, 0.9]), "half": (TINY, TINY)},
-     ("tuned-seven.gguf", 4096, 2),
-     "half writes no drafts: expected 10.0 tokens a second by the tuned file in a context of "
-     "4,096 tokens and 2 at a time; with it 10.4 tokens a second by the tuned file in a context of "
-     "4,096 tokens and 2 at a time"),
-    ("it also answers", 9000, {"seven": (SLOW, [0.1, 0.32, 0.9]), "half": (TINY, TINY)},
-     ("tuned-seven.gguf", 4096, 2),
-     "half writes drafts: expected 10.4 tokens a second by the tuned file in a context of 4,096 "
-     "tokens and 2 at a time; without it 10.0 tokens a second by the tuned file in a context of "
-     "4,096 tokens and 2 at a time"),
-    ("neither was timed", 9000, {}, ("seven.gguf", 4096, 2), "half writes drafts"),
-    ("neither was timed, no room", 5836, {}, ("seven.gguf", 4096, 2), NO_ROOM),
-    ("no room at all", 5000, TIMED, ("seven.gguf", 2048, 1), NO_ROOM),
-]  # fmt: skip
 
 
-def unlike(*_: Any) -> None:
+# Free MB; the seconds of the 7B's tuned file, if both models were timed; the file that is loaded,
+# its context and sequences; and what is said, each speed in SPEED's words.
+PLANS = json.loads("""[
+    ["all fit", 9000, [0.21, 0.4, 0.7], ["tuned-seven.gguf", 4096, 2],
+     "writes drafts: expected 8.7 @tuned 4,096; without it 4.8 @tuned 4,096"],
+    ["a VPS of 7,260 MB", 5836, [0.21, 0.4, 0.7], ["seven.gguf", 2560, 2],
+     "writes drafts: expected 6.6 @published 2,560; without it 3.4 @published 4,096"],
+    ["the tuned file alone", 6100, [0.1, 0.2, 0.4], ["tuned-seven.gguf", 4096, 2],
+     "writes no drafts: expected 10.0 @tuned 4,096; with it 6.6 @published 4,096"],
+    ["too little gain", 9000, [0.1, 0.32, 0.9], ["tuned-seven.gguf", 4096, 2],
+     "writes no drafts: expected 10.0 @tuned 4,096; with it 10.4 @tuned 4,096"],
+    ["it also answers", 9000, [0.1, 0.32, 0.9], ["tuned-seven.gguf", 4096, 2],
+     "writes drafts: expected 10.4 @tuned 4,096; without it 10.0 @tuned 4,096"],
+    ["neither was timed", 9000, [], ["seven.gguf", 4096, 2], "writes drafts"],
+    ["neither was timed, no room", 5836, [], ["seven.gguf", 4096, 2],
+     "has no room to write drafts"],
+    ["no room at all", 5000, [0.21, 0.4, 0.7], ["seven.gguf", 2048, 1],
+     "has no room to write drafts"]]""")
+SPEED = r"\1 tokens a second by the \2 file in a context of \3 tokens and 2 at a time"
+
+
+def unlike(*_) -> None:
     raise ModelError("its token 7 is another one")
 
 
 @pytest.mark.parametrize("case", PLANS, ids=lambda case: case[0])
 def test_what_is_loaded_of_a_pair(case, tmp_path, patch) -> None:
-    what, free, timed, loaded, note = case
+    what, free, here, loaded, said = case
+    note = "half " + re.sub(r"([\d.]+) @(\w+) ([\d,]+)", SPEED, said)
     large = replace(SEVEN, early=what != "too little gain")
+    passport = families.tuned_passport
 
     def find_tuned(path: Path, settings: Settings, _sha: str) -> tuple[Any, str]:
-        if path.stem not in timed:
+        if not here:
             return None, "there is no tuned file"
-        published, here = timed[path.stem]
-        file = tmp_path / "tuned-seven.gguf" if path.stem == "seven" else path
-        passport = families.tuned_passport(published=published, here=here)
-        return TunedFile(file, settings, passport), ""
+        if path.stem == "half":
+            return TunedFile(path, settings, passport(published=TINY, here=TINY)), ""
+        seconds = passport(published=SLOW, here=here)
+        return TunedFile(tmp_path / "tuned-seven.gguf", settings, seconds), ""
 
     for name in ("seven", "half", "tuned-seven"):
         (tmp_path / f"{name}.gguf").write_bytes(b"x" * (100 if name == "half" else 1000))
@@ -518,13 +518,13 @@ def test_what_is_loaded_of_a_pair(case, tmp_path, patch) -> None:
     settings = Settings(state_dir=tmp_path)
     plan = plan_pair(large, HALF, tmp_path, settings, free * MB)
     file = plan.tuned.path.name if plan.tuned else SEVEN.file
-    assert (file, plan.settings.n_ctx, plan.settings.sequences) == loaded
+    assert [file, plan.settings.n_ctx, plan.settings.sequences] == loaded
     assert plan.note == note
     assert bool(plan.draft) == ("half writes drafts" in note) == ("draft" in plan.parts)
     if plan.draft:
         assert plan.bytes <= free * MB
         form = plan.draft.settings
-        assert (form.n_ctx, form.sequences) == loaded[1:]
+        assert [form.n_ctx, form.sequences] == loaded[1:]
         assert (form.cache_mb, form.outputs, form.early) == (0, 1, loaded[2] * large.early)
     assert plan_pair(large, None, tmp_path, settings, free * MB).note == ""
     without = replace(settings, draft=False)

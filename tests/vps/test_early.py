@@ -39,21 +39,21 @@ QUICK = {1: 1e-5, 16: 1e-4}
 
 
 @pytest.fixture
-def loader(loads: Loads, tmp_path: Path, patch: Any) -> Loader:
+def loader(loads: Loads, tmp_path: Path, patch) -> Loader:
     """A 7B and its draft model, both scripted."""
     patch(ScriptedLlama, "probability", lambda *_: 0.99)
     return scripted(tmp_path, patch, SLOW, early=2)
 
 
 @pytest.fixture
-def pair(loader: Loader, patch: Any) -> Iterator[Worker]:
+def pair(loader: Loader, patch) -> Iterator[Worker]:
     with running(worker_of(loader)) as worker:
         # Which would hide what an answer has read.
         patch(worker.decoder.draft_model, "read_idle", lambda _: False)
         yield worker
 
 
-def hint(worker: Worker, prompt: str = f"{LINES}a", **more: Any) -> Ask:
+def hint(worker: Worker, prompt: str = f"{LINES}a", **more) -> Ask:
     return ask(worker, prompt, **HINT | {"model": "m"} | more)
 
 
@@ -150,7 +150,7 @@ def fails_at(number: int) -> Callable[[Worker], None]:
         model: Any = pair.decoder.draft_model.model
         real, calls = model.decode, list[int]()
 
-        def decode(parts: Any) -> int:
+        def decode(parts) -> int:
             calls.append(1)
             if len(calls) != number:
                 return int(real(parts))

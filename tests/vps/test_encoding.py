@@ -66,7 +66,7 @@ def half(is_tuned: bool, _used: Settings) -> float:
     return 0.5 if is_tuned else 1.0
 
 
-def quiet(*_: Any) -> None:
+def quiet(*_) -> None:
     pass
 
 
@@ -82,7 +82,7 @@ class Lab:
         """Let samples have these seconds, by type. Returns the variants of each comparison."""
         compared = []
 
-        def compare(variants: Sequence[Any], _report: Any) -> list[Timing]:
+        def compare(variants: Sequence[Any], _report) -> list[Timing]:
             compared.append(variants)
             return [timing(whole(path.name == "tuned", used)) for path, used in variants]
 
@@ -91,7 +91,7 @@ class Lab:
         self.patch(encoding, "compare", compare)
         return compared
 
-    def tune(self, room: int = ROOM, report: Any = quiet, **more: Any) -> Outcome:
+    def tune(self, room: int = ROOM, report=quiet, **more) -> Outcome:
         more = {"output": io.StringIO()} | more
         return tune(self.published, "abc", self.settings, room, report, **more)
 

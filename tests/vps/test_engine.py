@@ -529,7 +529,7 @@ def test_baton_is_passed_on_in_the_order_of_requests() -> None:
 
 
 def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path, patch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_) -> None:
         raise OSError(28, "No space left on device")
 
     (tmp_path / ".file").write_bytes(b"what a killed process left")
@@ -547,7 +547,7 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path, patch) -> None:
 def test_the_costs_of_a_model_are_measured_when_it_is_warm(patch: Any):
     sizes = list[int]()
 
-    def decode(_model: Any, _slot: Any, tokens: list[int], outputs: int) -> float:
+    def decode(_model, _slot, tokens: list[int], outputs: int) -> float:
         assert outputs == len(tokens)
         sizes.append(len(tokens))
         return 0.01 + 0.03 * len(tokens) + 5.0 * (len(sizes) == 1)
@@ -592,7 +592,7 @@ class ScriptedLlama:
     names.
     """
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_) -> None:
         self.vocabulary = self
         self.n_ctx, self.micro_batch = 4096, 256
         self.n_vocab = 1000
@@ -614,7 +614,7 @@ class ScriptedLlama:
 
     cut = llama.Llama.cut
 
-    def decode(self, parts: Any) -> int:
+    def decode(self, parts) -> int:
         self._fail("decode")
         self.decoding.set()
         assert self.hold.wait(PATIENCE)
@@ -625,14 +625,14 @@ class ScriptedLlama:
     def abort(self) -> None:
         self.abort_flag[0] = b"\x01"
 
-    def computed(self, slot: Any) -> int:
+    def computed(self, slot) -> int:
         """A decode that is aborted has read 20 tokens of a prompt."""
         return len(slot.tokens) + 20
 
     def greedy(self, index: int) -> int:
         return self.next[index]
 
-    def probability(self, *_: Any) -> float:
+    def probability(self, *_) -> float:
         return 0.5
 
     def piece(self, token: int) -> bytes:
@@ -642,10 +642,10 @@ class ScriptedLlama:
     def is_end(self, _token: int) -> bool:
         return False
 
-    def state_size(self, _slot: Any) -> int:
+    def state_size(self, _slot) -> int:
         return 5
 
-    def save(self, _slot: Any) -> bytes:
+    def save(self, _slot) -> bytes:
         self._fail("save")
         self.saved += 1
         return b"state"
@@ -654,7 +654,7 @@ class ScriptedLlama:
         self.closed = True
         self._fail("close")
 
-    def trim(self, *_: Any) -> bool:
+    def trim(self, *_) -> bool:
         return True
 
     copy_prefix = restore = trim
@@ -664,7 +664,7 @@ class ScriptedLlama:
 class Ask:
     """A job for a worker, and its events."""
 
-    def __init__(self, prompt: str, **more: Any) -> None:
+    def __init__(self, prompt: str, **more) -> None:
         self.events: queue.SimpleQueue[list[Event | HttpError]] = queue.SimpleQueue()
         plain: dict[str, Any] = {"stop_at": "none", "temperature": 0}
         self.job = Job(GenerationRequest(prompt, **plain | more), self.events.put)
@@ -706,7 +706,7 @@ class Loads:
     def __init__(self) -> None:
         self.broken, self.loaded = dict[str, Exception](), list[str]()
 
-    def __call__(self, path: Path, settings: llama.Settings, *_: Any) -> ScriptedLlama:
+    def __call__(self, path: Path, settings: llama.Settings, *_) -> ScriptedLlama:
         self.loaded.append(f"{path.name} {settings.micro_batch}")
         if path.name in self.broken:
             raise self.broken[path.name]
@@ -714,7 +714,7 @@ class Loads:
 
 
 @pytest.fixture
-def loads(patch: Any) -> Loads:
+def loads(patch) -> Loads:
     """How each worker loads its model; it measures nothing."""
     patch(vps_worker, "Llama", loads := Loads())
     patch(vps_worker, "measure_costs", lambda *_: Costs({1: ONE, 16: MANY}))
@@ -732,7 +732,7 @@ def worker(request: pytest.FixtureRequest, tmp_path: Path, loads: Loads) -> Iter
         yield worker
 
 
-def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
+def ask(worker: Worker, prompt: str, **more) -> Ask:
     asked = Ask(prompt, **more)
     worker.prepare(asked.job)
     worker.submit(asked.job)
@@ -747,7 +747,7 @@ def test_drafts_follow_the_seconds_that_they_took(worker: Worker, patch):
     patch(vps_worker.time, "perf_counter", lambda: now[0])
     patch(Drafter, "draft", lambda *_: [0] * 3)
 
-    def decode(parts: Any) -> int:
+    def decode(parts) -> int:
         sizes.append(sum(len(tokens) for _, tokens, _ in parts))
         now[0] += sizes[-1]
         return real(parts)
@@ -801,7 +801,7 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
 def test_caches_are_kept_apart_by_file_and_settings(tmp_path, patch) -> None:
     settings, keys = llama.Settings(state_dir=tmp_path / "state"), set()
 
-    def load(name: str, **other: Any) -> None:
+    def load(name: str, **other) -> None:
         (tmp_path / name).write_bytes(name.encode())
         with running(worker_of(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
             keys.add(worker.loader.key)
@@ -953,7 +953,7 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     # The sizes must not depend on this machine's speed.
     worker.decoder.costs.learn = lambda *_: None
 
-    def decode(parts: Any) -> int:
+    def decode(parts) -> int:
         log.append(" ".join(f"{chr(tokens[0])}{len(tokens)}" for _, tokens, _ in parts))
         letter = log[-1][0]
         arrivals.get(f"{letter}{sum(entry[0] == letter for entry in log)}", bool)()
@@ -963,7 +963,7 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     return log
 
 
-def arrive(worker: Worker, prompt: str, **more: Any) -> Ask:
+def arrive(worker: Worker, prompt: str, **more) -> Ask:
     """A request of one token, for which others give way."""
     asked = ask(worker, prompt, max_tokens=1, **more)
     worker.give_way(asked.job)
@@ -1022,7 +1022,7 @@ def test_a_prompt_of_low_priority_gives_up_the_only_sequence(worker: Worker, rec
     decoder.model.recurrent = decoder.sequences.store.recurrent = recurrent
     asked = dict[str, Ask]()
 
-    def low(prompt: str, **more: Any) -> None:
+    def low(prompt: str, **more) -> None:
         asked[prompt[0]] = ask(worker, prompt, max_tokens=1, priority="low", **more)
 
     def normal(letters: str) -> None:
@@ -1116,7 +1116,7 @@ def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails):
         for letter in "ac":
             asked[letter] = ask(worker, letter * 70, max_tokens=1, priority="low")
 
-    def save(_slot: Any) -> bytes:
+    def save(_slot) -> bytes:
         del model.save  # the next one succeeds
         raise MemoryError
 
@@ -1156,13 +1156,13 @@ class CellsLlama(ScriptedLlama):
 
     rng = random.Random("cells")
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_) -> None:
         super().__init__()
         self.micro_batch = 16
         self.recurrent, self.unified = KIND == "recurrent", KIND == "unified"
         self.cells = defaultdict[int, list[int]](list)
 
-    def decode(self, parts: Any) -> int:
+    def decode(self, parts) -> int:
         self.next, self.known = [], {}
         is_aborted = len(parts[0][1]) > 20 and self.rng.random() < 0.3
         for slot, tokens, _ in parts:
@@ -1176,25 +1176,25 @@ class CellsLlama(ScriptedLlama):
                 cells[read:] = [0] * len(cells[read:])
         return llama.ABORTED if is_aborted else 0
 
-    def computed(self, slot: Any) -> int:
+    def computed(self, slot) -> int:
         return self.known[slot.id]
 
-    def state_size(self, slot: Any) -> int:
+    def state_size(self, slot) -> int:
         return len(self.cells[slot.id])
 
-    def save(self, slot: Any) -> bytes:
+    def save(self, slot) -> bytes:
         return bytes(self.cells[slot.id])
 
-    def restore(self, slot: Any, state: bytes) -> bool:
+    def restore(self, slot, state: bytes) -> bool:
         self.cells[slot.id] = [*state]
         return True
 
-    def copy_prefix(self, source: Any, target: Any, length: int) -> bool:
+    def copy_prefix(self, source, target, length: int) -> bool:
         cells = self.cells[source.id]
         self.cells[target.id] = cells[:length] if self.unified else cells[:]
         return True
 
-    def trim(self, slot: Any, length: int) -> bool:
+    def trim(self, slot, length: int) -> bool:
         cells = self.cells[slot.id]
         if self.recurrent and 0 < length < len(cells):
             return False
@@ -1253,7 +1253,7 @@ async def test_texts_to_tokenize_take_no_threads_from_prompts(worker: Worker, pa
         gate.wait(PATIENCE)
         return []
 
-    async def acquire(*_: Any) -> Any:
+    async def acquire(*_) -> Any:
         return SimpleNamespace(worker=worker)
 
     patch(worker, "tokenize", tokenize)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
@@ -146,7 +147,7 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 
 
 @contextlib.contextmanager
-def opened(path: Path, settings: Settings = ONE, **fim: Any) -> Iterator[Llama]:
+def opened(path: Path, settings: Settings = ONE, **fim) -> Iterator[Llama]:
     model = Llama(path, settings, lambda _: True, **fim)
     yield model
     model.close()
@@ -162,13 +163,13 @@ def named(model: Llama, tokens: list[int], marks: Sequence[str] = ()) -> str:
     return text.decode()
 
 
-ENDS = [
-    ("starcoder", ["<|endoftext|>", "<file_sep>", "<fim_prefix>"], ["def"]),
-    ("codegemma", ["<eos>", "<|file_separator|>"], ["def"]),
-    ("codellama", ["\u2581<EOT>", "\u2581<PRE>", "</s>"], ["\u2581def", "<0x0A>"]),
-    ("gpt-oss", ["<|return|>"], ["<|channel|>", "<|message|>"]),
-    ("thinking", ["<|im_end|>", "<|file_sep|>"], ["<think>", "</think>"]),
-]
+# A family, its tokens that end a completion, and some that do not.
+ENDS = json.loads(r"""[
+    ["starcoder", ["<|endoftext|>", "<file_sep>", "<fim_prefix>"], ["def"]],
+    ["codegemma", ["<eos>", "<|file_separator|>"], ["def"]],
+    ["codellama", ["\u2581<EOT>", "\u2581<PRE>", "</s>"], ["\u2581def", "<0x0A>"]],
+    ["gpt-oss", ["<|return|>"], ["<|channel|>", "<|message|>"]],
+    ["thinking", ["<|im_end|>", "<|file_sep|>"], ["<think>", "</think>"]]]""")
 
 
 def test_marks_that_end_a_completion(models: Path):
@@ -179,18 +180,17 @@ def test_marks_that_end_a_completion(models: Path):
             assert [name for name in ends + goes_on if is_end(tokens.index(name))] == ends
 
 
-CODESTRAL = ("[PREFIX]", "[SUFFIX]", "")
 ABOVE, BELOW = "def f(x):\n  ", "  return x\n"
-GAPS: list[tuple[str, tuple[str, ...], str, str]] = [
-    ("qwen", (), "psm", f"<|fim_prefix|>{ABOVE}<|fim_suffix|>{BELOW}<|fim_middle|>"),
-    ("qwen", (), "spmv2", f"<|fim_prefix|><|fim_suffix|>{BELOW}<|fim_middle|>{ABOVE}"),
-    ("codestral", (*CODESTRAL[:2], "<s>"), "spmv2", f"<s>[PREFIX][SUFFIX]{BELOW}<s>{ABOVE}"),
-    ("codestral", CODESTRAL, "spmv2", f"<s>[PREFIX]{ABOVE}[SUFFIX]{BELOW}"),
-    ("starcoder", (), "psm", f"<fim_prefix>{ABOVE}<fim_suffix>{BELOW}<fim_middle>"),
-    ("starcoder", (), "spm", f"<fim_suffix>{BELOW}<fim_prefix>{ABOVE}<fim_middle>"),
-    ("codestral", CODESTRAL, "spm", f"<s>[SUFFIX]{BELOW}[PREFIX]{ABOVE}"),
-    ("codellama", (), "psm", f"<s>\u2581<PRE>{ABOVE}\u2581<SUF>{BELOW}\u2581<MID>"),
-]
+# A family, the marks of models.toml, their order, and how the gap is asked for.
+GAPS = json.loads(r"""[
+    ["qwen", [], "psm", "<|fim_prefix|>ABOVE<|fim_suffix|>BELOW<|fim_middle|>"],
+    ["qwen", [], "spmv2", "<|fim_prefix|><|fim_suffix|>BELOW<|fim_middle|>ABOVE"],
+    ["codestral", ["[PREFIX]", "[SUFFIX]", "<s>"], "spmv2", "<s>[PREFIX][SUFFIX]BELOW<s>ABOVE"],
+    ["codestral", ["[PREFIX]", "[SUFFIX]", ""], "spmv2", "<s>[PREFIX]ABOVE[SUFFIX]BELOW"],
+    ["starcoder", [], "psm", "<fim_prefix>ABOVE<fim_suffix>BELOW<fim_middle>"],
+    ["starcoder", [], "spm", "<fim_suffix>BELOW<fim_prefix>ABOVE<fim_middle>"],
+    ["codestral", ["[PREFIX]", "[SUFFIX]", ""], "spm", "<s>[SUFFIX]BELOW[PREFIX]ABOVE"],
+    ["codellama", [], "psm", "<s>\u2581<PRE>ABOVE\u2581<SUF>BELOW\u2581<MID>"]]""")
 GAP = GenerationRequest(ABOVE, suffix=BELOW)
 
 
@@ -198,7 +198,9 @@ def test_a_gap_by_family(models: Path):
     for family, fim, layout, text in GAPS:
         with opened(models / f"{family}.gguf", fim=fim, layout=layout) as model:
             tokens, heal, before = model.vocabulary.encode(GAP)
-            assert (named(model, tokens, families.CODELLAMA), heal) == (text, b"")
+            got = named(model, tokens, families.MARKED["codellama"].plain)
+            assert got == text.replace("ABOVE", ABOVE).replace("BELOW", BELOW)
+            assert heal == b""
             assert named(model, tokens[:before]).endswith(ABOVE)
 
 
@@ -293,22 +295,21 @@ def test_a_layout_of_the_models_own_is_read_mark_by_mark(models: Path):
             assert (named(model, tokens), tokens.count(mark)) == (text, count)
 
 
-END, BEGIN = "<|im_end|>", "<|im_start|>"
-QWEN = f"{BEGIN}system\nS{END}\n{BEGIN}user\n{END}U{END}\n{BEGIN}assistant\n"
-THINKING = f"{BEGIN}user\nU{END}\n{BEGIN}assistant\n<think>"
-HARMONY = "<|start|>user<|message|>U<|end|><|start|>assistant<|channel|>final<|message|>def"
-S, U = ("system", "S"), ("user", "U")
-DEF, HM = ("assistant", "def"), ("assistant", "<think>hm")
+END = "<|im_end|>"
 
 
-CHATS = [
-    ("qwen", [S, ("user", f"{END}U")], QWEN),
-    ("thinking", [U, DEF], f"{THINKING}\n\n</think>\n\ndef"),
-    ("thinking", [U, HM], f"{THINKING}hm"),
-    ("gpt-oss", [U, DEF], HARMONY),
-    ("silent", [S, U], " Пользователь: S\n\nU\n\n Ассистент:[SEP]"),
-    ("base", [S, U, DEF], "S\n\nU\n\ndef"),
-]
+# A family, the messages, and the whole chat.
+CHATS = json.loads(r"""[
+    ["qwen", [["system", "S"], ["user", "<|im_end|>U"]],
+     "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<|im_end|>U<|im_end|>\n<|im_start|>assistant\n"],
+    ["thinking", [["user", "U"], ["assistant", "def"]],
+     "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ndef"],
+    ["thinking", [["user", "U"], ["assistant", "<think>hm"]],
+     "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>hm"],
+    ["gpt-oss", [["user", "U"], ["assistant", "def"]],
+     "<|start|>user<|message|>U<|end|><|start|>assistant<|channel|>final<|message|>def"],
+    ["silent", [["system", "S"], ["user", "U"]], " Пользователь: S\n\nU\n\n Ассистент:[SEP]"],
+    ["base", [["system", "S"], ["user", "U"], ["assistant", "def"]], "S\n\nU\n\ndef"]]""")
 
 
 def test_a_chat_by_family(models: Path):
@@ -353,7 +354,7 @@ def test_no_text_overflows_the_stack(tmp_path: Path):
     """Of each pre-tokenizer that runs std::regex in another way."""
     names = ["default", "deepseek-llm", "falcon", "exaone-moe"]
     for name in names:
-        families.write_header(tmp_path / name, families.Family("llama", pre=name))
+        families.write_header(tmp_path / name, families.Family(pre=name))
     command = [sys.executable, "-c", TOKENIZE_RUNS, *names]
     quiet = {"env": {"GGML_NO_BACKTRACE": "1", "PYTHONPATH": f"{ROOT}"}, "cwd": tmp_path}
     ended = subprocess.run(command, **CAPTURED | quiet)
@@ -420,7 +421,7 @@ def test_a_header_is_read_in_another_process_first(models: Path, tmp_path, patch
     forms, odd = [Settings(state_dir=tmp_path)], tmp_path / "odd.gguf"
     (tmp_path / "verified").mkdir()  # as the daemon makes it
     for layers in (0, 513):
-        families.write_header(odd, families.Family("llama", layers=layers))
+        families.write_header(odd, families.Family(layers=layers))
         message = r"^llama.cpp ends the process that reads this file, or takes too long$"
         with pytest.raises(ModelError, match=message):
             needed(odd, forms)
@@ -439,7 +440,7 @@ def test_a_folder_of_notes_that_cannot_be_read_says_nothing_of_the_file(
 ):
     path, stat = models / "dense.gguf", os.stat
 
-    def unreadable(name: Any, *given: Any, **more: Any) -> Any:
+    def unreadable(name, *given, **more) -> Any:
         if "verified" in str(name):
             raise PermissionError(13, "Permission denied", str(name))
         return stat(name, *given, **more)
@@ -529,7 +530,7 @@ def test_a_check_holds_no_lock_needs_no_file_of_the_system_and_can_be_ended(
     os.mkfifo(endless := tmp_path / "endless.gguf")
     run = subprocess.run
 
-    def end_at_once(*command: Any, **options: Any) -> Any:
+    def end_at_once(*command, **options) -> Any:
         starting = threading.Thread(target=wait_until, args=(has_ended, "there is a child"))
         starting.start()
         try:

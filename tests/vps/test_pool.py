@@ -52,7 +52,7 @@ class ScriptedWorker:
     stored_bytes = memory_bytes = 0
     prepare_fault: Exception | None = None
 
-    def __init__(self, loader: Loader, _baton: Any, tally: Any) -> None:
+    def __init__(self, loader: Loader, _baton, tally) -> None:
         self.loader, self.tally = loader, tally
         self.model_id, self.tuned = loader.model_id, loader.tuned
         self.draft = loader.draft  # what it could use of it
@@ -62,7 +62,7 @@ class ScriptedWorker:
         self.submit = self.submitted.append
         self.made.append(self)
 
-    def start(self, *_: Any) -> None:
+    def start(self, *_) -> None:
         pass
 
     join = give_way = cancel = start
@@ -76,7 +76,7 @@ class ScriptedWorker:
         self.ready.set_exception(failure)
         self.ended.set_result(None)
 
-    def prepare(self, job: Any) -> Any:
+    def prepare(self, job) -> Any:
         if self.prepare_fault:
             raise self.prepare_fault
         return job
@@ -85,9 +85,7 @@ class ScriptedWorker:
 class House:
     """An engine with scripted workers, on a machine with memory for `room` models."""
 
-    def __init__(
-        self, engine: Engine, folder: Path, patch: Callable[..., None], caplog: Any
-    ) -> None:
+    def __init__(self, engine: Engine, folder: Path, patch: Callable[..., None], caplog) -> None:
         self.engine, self.pool = engine, engine.pool
         self.folder = folder
         self.room = 2
@@ -103,11 +101,11 @@ class House:
     def file(self, model: str = A) -> Path:
         return self.folder / self.pool.models[model].file
 
-    def ask(self, model: str = A, **more: Any) -> Admission:
+    def ask(self, model: str = A, **more) -> Admission:
         fields = {"model": model, "prompt": "x", **more}
         return self.engine.admit(vpsd.parse_inference(fields), {})
 
-    def refuses(self, model: str = A, **more: Any) -> HttpError:
+    def refuses(self, model: str = A, **more) -> HttpError:
         with pytest.raises(HttpError) as refused:
             self.ask(model, **more)
         return refused.value
@@ -138,7 +136,7 @@ class House:
         self.finish(completion)
         return events[-1]
 
-    def reconfigure(self, **changes: Any) -> None:
+    def reconfigure(self, **changes) -> None:
         self.engine.reconfigure(replace(self.engine.config, **changes))
 
     async def listed(self, model: str) -> dict[str, Any]:
@@ -314,7 +312,7 @@ class Block:
         self.reached, self.end = 0, threading.Event()
         house.patch(plan, "find_tuned", self._wait)
 
-    def _wait(self, *_: Any) -> tuple[None, str]:
+    def _wait(self, *_) -> tuple[None, str]:
         self.reached += 1
         self.end.wait(PATIENCE)
         return None, ""
@@ -475,7 +473,7 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house):
     assert house.refuses().message == message
 
 
-def held(id: str, size: int, state: str, used: float, *users: Any) -> Instance:
+def held(id: str, size: int, state: str, used: float, *users) -> Instance:
     """An instance of so many megabytes, in this state, which was last used then."""
     model = SimpleNamespace(id=id, keep=state == "KEPT")
     worker = SimpleNamespace(stopping=state == "LEAVING")
@@ -504,13 +502,14 @@ def test_room_for_a_model():
         assert "".join(one.model.id for one in pool.removable(HELD, id)) == others
 
 
-USED = {"memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"}
-LIMITS = [
-    ({}, float("inf")),
-    ({"memory.max": "4000\n"}, float("inf")),
-    ({**USED, "memory.max": "max\n"}, float("inf")),
-    ({**USED, "memory.max": "4000\n"}, 1900),
-]
+# The files of the service's group, and the bytes that its limit leaves.
+LIMITS = json.loads(r"""[
+    [{}, Infinity],
+    [{"memory.max": "4000\n"}, Infinity],
+    [{"memory.max": "max\n", "memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"},
+     Infinity],
+    [{"memory.max": "4000\n", "memory.current": "3000\n", "memory.stat": "anon 2000\nfile 900\n"},
+     1900]]""")
 
 
 def test_the_limit_of_the_service_counts(patch, tmp_path):

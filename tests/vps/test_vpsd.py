@@ -85,12 +85,12 @@ class Vps:
         self.client = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
 
     def ask(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] = HEADERS
+        self, method: str, path: str, body=None, headers: dict[str, str] = HEADERS
     ) -> tuple[int, Any]:
         answer = self.client.request(method, path, json=body, headers=headers)
         return answer.status_code, answer.json()
 
-    def get(self, path: str, method: str = "GET", body: Any = None) -> Any:
+    def get(self, path: str, method: str = "GET", body=None) -> Any:
         status, answer = self.ask(method, path, body)
         assert status == 200, answer
         return answer
@@ -99,21 +99,21 @@ class Vps:
         usual = {"model": SMALL, "max_tokens": 24, "temperature": 0, "stop_at": "none"}
         return {"prompt": prompt, **usual, **more}
 
-    def complete(self, prompt: str, **more: Any) -> dict[str, Any]:
+    def complete(self, prompt: str, **more) -> dict[str, Any]:
         return dict(self.get("/v1/inference", "POST", self.fields(prompt, more)))
 
-    def refusal(self, prompt: str, **more: Any) -> tuple[int, str, str]:
+    def refusal(self, prompt: str, **more) -> tuple[int, str, str]:
         status, body = self.ask("POST", "/v1/inference", self.fields(prompt, more))
         return status, body["code"], body["message"]
 
     @contextlib.contextmanager
-    def stream(self, prompt: str, **more: Any) -> Iterator[Stream]:
+    def stream(self, prompt: str, **more) -> Iterator[Stream]:
         request = {"json": self.fields(prompt, more), "headers": HEADERS}
         with self.client.stream("POST", "/v1/inference/stream", **request) as answer:
             yield Stream(answer)
 
     @contextlib.contextmanager
-    def begun(self, **more: Any) -> Iterator[Stream]:
+    def begun(self, **more) -> Iterator[Stream]:
         """A stream of a new prompt, of which a token has come."""
         with self.stream(new_prompt(), **{"max_tokens": 1000, **more}) as stream:
             stream.wait_for_event("token")
@@ -282,21 +282,17 @@ def test_health_alone_needs_no_key(vps):
         assert (status, error["code"]) == (401, "UNAUTHORIZED")
 
 
+DESCRIBED = json.loads("""{
+    "id": "qwen_0_5b", "loaded": true, "path": "", "available": true, "n_ctx": 2048,
+    "encoding": "published", "fim_layout": "spmv2", "draft": null}""")
+
+
 def test_models(vps, models):
     listed = vps.get("/v1/models")["models"]
     assert [(one["id"], one["fim_layout"]) for one in listed] == [
         (model.id, model.fim_layout) for model in SHIPPED
     ]
-    described = {
-        "id": SMALL,
-        "loaded": True,
-        "path": str(models / FILES[SMALL].name),
-        "available": True,
-        "n_ctx": 2048,
-        "encoding": "published",
-        "fim_layout": "spmv2",
-        "draft": None,
-    }
+    described = DESCRIBED | {"path": str(models / FILES[SMALL].name)}
     small, missing = vps.model(), vps.model("codellama_7b")
     assert list(small) == [*described, "memory_mb", "last_used"]
     assert described.items() <= small.items()
@@ -412,7 +408,7 @@ PROMPTS = [
 ]
 
 
-def check_greedy(vps: Vps, reference: Reference, *prompts: str, **more: Any) -> None:
+def check_greedy(vps: Vps, reference: Reference, *prompts: str, **more) -> None:
     for prompt in prompts:
         body = vps.complete(prompt, max_tokens=24, **more)
         assert body["prompt_tokens"] == len(reference.tokenize(prompt))
@@ -500,9 +496,6 @@ def test_the_context_is_filled_exactly(small, reference):
     assert (body["prompt_tokens"], body["total_tokens"]) == (250, 6)
     assert small.model()["n_ctx"] == 256
     reference.check(prompt, body["completion"], 6)
-
-
-# ----------------------------------------------------------------------------------------- prefixes
 
 
 # ------------------------------------------------------------------------------------- cancellation
@@ -610,7 +603,7 @@ def test_files_that_cannot_be_loaded(tmp_path, models, reference):
     for name, data in files.items():
         (folder / f"{name}.gguf").write_bytes(data)
     # It ends the process that reads it.
-    families.write_header(folder / "odd.gguf", families.Family("llama", layers=513))
+    families.write_header(folder / "odd.gguf", families.Family(layers=513))
     for name in ("good", "othersum"):
         (folder / f"{name}.gguf").symlink_to(whole)
     refused = dict.fromkeys(("directory", "missing"), (404, "MODEL_NOT_FOUND"))
