@@ -20,6 +20,7 @@ import psutil
 import pytest
 from harness import CAPTURED, KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
 from scripted import HEALTH, MODELS, Backend, answer, in_a_thread
+from test_encoding import PASSPORT
 
 import cerebrum_lsp
 import cm4d
@@ -27,8 +28,8 @@ import vpsd
 from cerebrum import check as cerebrum_check
 from cerebrum.pi import kind
 from cerebrum.vps import encoding
-from cerebrum.vps.encoding import Passport, TunedFile, cpu_features, passport_path, tuned_path
-from cerebrum.vps.llama import cpus, start_library
+from cerebrum.vps.encoding import Passport, TunedFile, passport_path, tuned_path
+from cerebrum.vps.llama import start_library
 from cerebrum.vps.memory import file_stamp
 from cerebrum_common import VERSION
 
@@ -73,13 +74,13 @@ Check = Callable[..., list[str]]
 
 
 @pytest.fixture
-def check(monkeypatch, capsys) -> Check:
+def check(patch, capsys) -> Check:
     """Run `--check` in this process, on a machine of MEMORY: the lines about `subject`."""
 
     def check(name, environment, subject):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: MEMORY)
+        patch(psutil, "virtual_memory", lambda: MEMORY)
         others = {name: os.environ[name] for name in os.environ if "CEREBRUM_" not in name}
-        monkeypatch.setattr(os, "environ", others | environment)
+        patch(os, "environ", others | environment)
         status = {"cm4d": cm4d, "vpsd": vpsd}[name].main(["--check"])
         lines = lines_of(capsys.readouterr().out, status)
         return [line for line in lines if line.split()[1] == subject]
@@ -191,25 +192,14 @@ def test_a_damaged_model(tmp_path, check):
         assert_found(damaged, f"FAIL models {file} {named} fetch")
 
 
-PASSPORT = {
-    "source": SUM,
-    "library": llama_cpp.__version__,
-    "cpu": cpu_features(),
-    "cpus": cpus(),
-    "threads": 1,
-    "flash_attention": False,
-    "types": {},
-    "size": SIZE,
-}
-
-
 def test_a_model_that_is_tuned_or_not(tmp_path, check):
     environment, published = given(tmp_path), tmp_path / "models/tiny.gguf"
     tuned = tuned_path(tmp_path / "state", published)
     tuned.parent.mkdir(parents=True)
 
     def found(**changes):
-        fits = PASSPORT | {"file": file_stamp(published)} | changes
+        of_tiny = {"source": SUM, "size": SIZE, "file": file_stamp(published)}
+        fits = PASSPORT | of_tiny | {"threads": 1, "types": {}} | changes
         passport_path(tuned).write_text(json.dumps(Passport(**fits)._asdict()))
         (said,) = check("vpsd", environment, "tuned")
         return said
@@ -234,8 +224,8 @@ def test_a_backend_of_another_version_without_models(tmp_path, check, version, h
         assert_found(check("cm4d", environment, "models"), "FAIL models vps models.toml fetch")
 
 
-def test_two_of_three_backends_do_not_answer(vps, tmp_path, check, monkeypatch):
-    monkeypatch.setattr(kind, "ASIDE_SECONDS", 0.5)
+def test_two_of_three_backends_do_not_answer(vps, tmp_path, check, patch):
+    patch(kind, "ASIDE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         tables = TABLE.format("one", address) + TABLE.format("two", "127.0.0.1:1")
@@ -247,22 +237,22 @@ def test_two_of_three_backends_do_not_answer(vps, tmp_path, check, monkeypatch):
     assert_found(found, *away, "ok backend attic")
 
 
-def test_the_credentials_of_the_units(tmp_path, check, monkeypatch):
+def test_the_credentials_of_the_units(tmp_path, check, patch):
     environment = given(tmp_path, CEREBRUM_API_KEY="")
     del environment["CREDENTIALS_DIRECTORY"]
-    monkeypatch.setattr(cerebrum_check, "CREDENTIALS", tmp_path / "credstore")
+    patch(cerebrum_check, "CREDENTIALS", tmp_path / "credstore")
     (tmp_path / "credstore").mkdir()
     (tmp_path / "credstore/CEREBRUM_API_KEY").write_text(KEY)
     assert_found(check("vpsd", environment, "key"), OUR_KEY)
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    patch(os, "access", lambda *_: False)
     assert_found(check("vpsd", environment, "key"), f"FAIL key CEREBRUM_API_KEY {KEYGEN}")
 
 
-def test_systemd_and_another_llama_cpp(vps, tmp_path, check, monkeypatch):
+def test_systemd_and_another_llama_cpp(vps, tmp_path, check, patch):
     """Nobody connects to systemd's socket, since that could start the backend."""
     units = [tmp_path / "none", tmp_path / "catalog.toml"]
-    monkeypatch.setattr(cerebrum_check, "SOCKET_UNITS", units)
-    monkeypatch.setattr(llama_cpp, "__version__", "0.0.1")
+    patch(cerebrum_check, "SOCKET_UNITS", units)
+    patch(llama_cpp, "__version__", "0.0.1")
     environment = given(tmp_path, CEREBRUM_VPS_PORT=str(vps.port))
     assert_found(check("vpsd", environment, "address"), "ok address catalog.toml")
     wanted = f"warn packages llama-cpp-python=={cerebrum_check.LLAMA_CPP} 0.0.1"

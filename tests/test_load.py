@@ -103,10 +103,10 @@ async def test_the_end_lingers_for_an_unread_body():
 Handle = Callable[[Any, Request], Awaitable[Response]]
 
 
-def add_route(server: Any, path: str, answer: Response | Handle) -> bytes:
+def add_route(server, path: str, answer: Response | Handle) -> bytes:
     """Let the server answer a POST to this path; returns such a request."""
 
-    async def handle(state: Any, request: Request) -> Response:
+    async def handle(state, request: Request) -> Response:
         return answer if isinstance(answer, Response) else await answer(state, request)
 
     server.routes[path] = {"POST": Route("POST", path, handle, json=True)}
@@ -229,7 +229,7 @@ class Slow:
         self.begun, self.release = asyncio.Event(), asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def handle(self, state: Any, request: Request) -> Response:
+    async def handle(self, state, request: Request) -> Response:
         self.begun.set()
         try:
             await self.release.wait()

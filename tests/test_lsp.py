@@ -53,7 +53,7 @@ class Pi(Backend):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def says(self, status: int = 200, **members: Any) -> None:
+    def says(self, status: int = 200, **members) -> None:
         self.scripts = [[answer(status, members)]]
 
     def hears(self) -> tuple[str, dict[str, Any], dict[str, str]]:
@@ -69,7 +69,7 @@ class Pi(Backend):
         return self.hears()[2].get("authorization")
 
 
-def cursor(line: Any, character: int, uri: Any = URI) -> dict[str, Any]:
+def cursor(line, character: int, uri=URI) -> dict[str, Any]:
     return {"textDocument": {"uri": uri}, "position": {"line": line, "character": character}}
 
 
@@ -103,14 +103,14 @@ class Editor:
         self.process.stdin.write(data)
         self.process.stdin.flush()
 
-    def send(self, **members: Any) -> None:
+    def send(self, **members) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}, ensure_ascii=False).encode()
         self.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
 
-    def tell(self, method: str, params: Any = None) -> None:
+    def tell(self, method: str, params=None) -> None:
         self.send(method=method, params=params)
 
-    def request(self, method: str, params: Any = None) -> int:
+    def request(self, method: str, params=None) -> int:
         number = next(self.numbers)
         self.send(id=number, method=method, params=params)
         return number
@@ -131,18 +131,18 @@ class Editor:
         message = self.called("window/showMessage")["params"]["message"]
         return str(message).removeprefix("Cerebrum: ")
 
-    def answer(self, number: Any) -> Any:
+    def answer(self, number) -> Any:
         return self.next(lambda message: message.get("id") == number and "method" not in message)
 
-    def error(self, number: Any) -> Any:
+    def error(self, number) -> Any:
         return self.answer(number)["error"]
 
-    def ask(self, method: str, params: Any = None) -> Any:
+    def ask(self, method: str, params=None) -> Any:
         answer = self.answer(self.request(method, params))
         assert "error" not in answer, answer
         return answer["result"]
 
-    def start(self, options: Any = None, text: str | None = None) -> Any:
+    def start(self, options=None, text: str | None = "x = ") -> Any:
         options = {"read_ahead": False, **(options or {})}
         params = {"capabilities": self.able or {}, "initializationOptions": options}
         found = self.ask("initialize", {**params, "clientInfo": self.client})
@@ -160,12 +160,12 @@ class Editor:
         last = character if end is None else end
         self.change({"range": span((line, character), (line, last)), "text": text})
 
-    def change(self, change: Any, version: int | None = 2) -> None:
+    def change(self, change, version: int | None = 2) -> None:
         document = {"uri": URI, "version": version}
         changed = {"textDocument": document, "contentChanges": [change]}
         self.tell("textDocument/didChange", changed)
 
-    def configure(self, settings: Any) -> None:
+    def configure(self, settings) -> None:
         self.tell("workspace/didChangeConfiguration", {"settings": settings})
 
     def at(self, line: int, character: int, kind: int = INVOKED) -> int:
@@ -182,7 +182,7 @@ class Editor:
         (item,) = self.ask("textDocument/completion", cursor(line, character))["items"]
         return item
 
-    def command(self, name: str, argument: Any) -> int:
+    def command(self, name: str, argument) -> int:
         return self.request("workspace/executeCommand", {"command": name, "arguments": [argument]})
 
     def stop(self) -> int:
@@ -251,7 +251,7 @@ def test_ghost_text(editor: Editor, pi: Pi):
 
 def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi):
     """Who asks gets what the Pi has, instead of the one that is known."""
-    editor.start(text="x = ")
+    editor.start()
     assert editor.ghost(0, 4) == "a + b"
     editor.type(0, 4, "a +")
     assert (editor.ghost(0, 7, AUTOMATIC), len(pi.asked)) == (" b", 1)
@@ -266,7 +266,7 @@ def test_what_is_typed_of_a_suggestion_asks_nothing(editor: Editor, pi: Pi):
 
 @pytest.mark.parametrize("why", ["replaced", "preempted"])
 def test_a_text_that_gave_way_is_not_kept(editor: Editor, pi: Pi, why):
-    editor.start(text="x = ")
+    editor.start()
     pi.says(content="", **{why: True})
     assert editor.ghost(0, 4, AUTOMATIC) == ""
     pi.says(content="a + b")
@@ -274,7 +274,7 @@ def test_a_text_that_gave_way_is_not_kept(editor: Editor, pi: Pi, why):
 
 
 def test_other_settings_forget_what_is_known_also_what_is_on_its_way(editor: Editor, pi: Pi):
-    editor.start(text="x = ")
+    editor.start()
     assert editor.ghost(0, 4) == "a + b"
     go = threading.Event()
     pi.scripts = [[lambda: asyncio.to_thread(go.wait, PATIENCE), answer(200, {"content": "old"})]]
@@ -291,7 +291,7 @@ def test_other_settings_forget_what_is_known_also_what_is_on_its_way(editor: Edi
 
 
 def test_a_newer_request_ends_one_that_waits_and_none_that_the_user_made(editor: Editor, pi: Pi):
-    editor.start(text="x = ")
+    editor.start()
     older, newer = editor.at(0, 3, AUTOMATIC), editor.at(0, 2, AUTOMATIC)
     assert editor.answer(older)["result"] == {"items": []}
     assert editor.answer(newer)["result"]["items"][0]["insertText"] == "a + b"
@@ -386,7 +386,7 @@ SECRETS = [
 
 
 def test_an_excluded_text_is_never_sent(editor: Editor, pi: Pi):
-    editor.start({"completion": True}, text="x = ")
+    editor.start({"completion": True})
     message = "this text is never sent; the setting exclude has the names of files"
     for uri in SECRETS:
         editor.open("x = ", uri=uri)
@@ -409,9 +409,7 @@ class Desk(Editor):
     test says so.
     """
 
-    def __init__(
-        self, pi: Pi, monkeypatch: pytest.MonkeyPatch, client: Any = None, **settings: Any
-    ) -> None:
+    def __init__(self, pi: Pi, patch, client=None, **settings) -> None:
         self.pi, self.client = pi, client
         self.pauses = list[float]()  # before requests, since the Pi's were last looked at
         self.rested = threading.Event()
@@ -425,12 +423,12 @@ class Desk(Editor):
                 assert self.rested.wait(PATIENCE)
             wait(call)
 
-        monkeypatch.setattr(cerebrum_lsp.Call, "wait", wait_too)
-        monkeypatch.setattr(cerebrum_lsp, "READ_DELAY_SECONDS", 0.001)
+        patch(cerebrum_lsp.Call, "wait", wait_too)
+        patch(cerebrum_lsp, "READ_DELAY_SECONDS", 0.001)
         self.numbers, self.came = itertools.count(1), Queue()
         client = cerebrum_lsp.Client(cast(Any, self))
         self.server = cerebrum_lsp.Session(client, Settings(url=pi.url), [])
-        self.able = self.start({"read_ahead": True, **settings})["capabilities"]
+        self.able = self.start({"read_ahead": True, **settings}, None)["capabilities"]
 
     def write(self, data: bytes) -> None:
         """A message of the server."""
@@ -438,7 +436,7 @@ class Desk(Editor):
 
     def flush(self) -> None: ...
 
-    def send(self, **members: Any) -> None:
+    def send(self, **members) -> None:
         self.server.handle(members)
 
     def move(self, line: int, character: int, uri: str = URI) -> None:
@@ -462,13 +460,13 @@ class Desk(Editor):
 
 
 @pytest.fixture
-def desk(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(pi, monkeypatch)
+def desk(pi: Pi, patch) -> Desk:
+    return Desk(pi, patch)
 
 
 @pytest.fixture
-def ide(pi: Pi, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(pi, monkeypatch, IDE, read_ahead=False)
+def ide(pi: Pi, patch) -> Desk:
+    return Desk(pi, patch, IDE, read_ahead=False)
 
 
 def test_the_newest_place_is_read_and_once(desk: Desk):
@@ -505,8 +503,8 @@ NOT_READ = json.loads("""[
 
 
 @pytest.mark.parametrize(("settings", "uri"), NOT_READ, ids=str)
-def test_what_is_never_read(pi: Pi, monkeypatch, settings, uri):
-    desk = Desk(pi, monkeypatch, **settings)
+def test_what_is_never_read(pi: Pi, patch, settings, uri):
+    desk = Desk(pi, patch, **settings)
     desk.open("x", uri=uri)
     assert desk.rest() == []
     desk.move(0, 1, uri)
@@ -542,8 +540,8 @@ CLIENTS: list[tuple[Any, bool]] = [
 
 
 @pytest.mark.parametrize(("client", "is_known"), CLIENTS, ids=range(len(CLIENTS)))
-def test_a_jetbrains_ide_is_known_by_its_build(pi: Pi, monkeypatch, client, is_known):
-    desk = Desk(pi, monkeypatch, client, read_ahead=False)
+def test_a_jetbrains_ide_is_known_by_its_build(pi: Pi, patch, client, is_known):
+    desk = Desk(pi, patch, client, read_ahead=False)
     desk.open("")
     assert desk.ghost(0, 0, AUTOMATIC) == "a + b"
     assert desk.pauses == [0.0 if is_known else pytest.approx(0.08)]
@@ -599,7 +597,7 @@ def test_what_a_jetbrains_ide_inserts_in_one_piece_is_accepted(ide: Desk, pi: Pi
 
 
 def test_a_cancelled_request_frees_the_pi(editor: Editor, pi: Pi):
-    editor.start(text="x = ")
+    editor.start()
     number = editor.at(0, 4, AUTOMATIC)
     editor.tell("$/cancelRequest", {"id": number})  # while it waits
     assert editor.error(number) == {"code": -32800, "message": "cancelled"}
@@ -718,7 +716,7 @@ AWAY = {"error": {"message": "no backend"}}
 
 
 def test_away_is_told_once_and_again_if_the_user_asks(editor: Editor, pi: Pi):
-    editor.start(text="x = ")
+    editor.start()
     pi.says(503, **AWAY)
     message = {"type": 2, "message": "Cerebrum: the Pi answers 503: no backend"}
     for kind, news, asked in ((AUTOMATIC, 1, 1), (AUTOMATIC, 0, 1), (INVOKED, 1, 2)):
@@ -753,7 +751,7 @@ REPLIES = json.loads("""[
 
 def test_what_is_no_pi_is_told_without_the_key_and_a_busy_one_is_not(pi: Pi, tmp_path):
     with editing(tmp_path, pi.url, CEREBRUM_CM4_API_KEY="secret") as editor:
-        editor.start({"key": ["secret"]}, "x = ")
+        editor.start({"key": ["secret"]})
         for status, reply, told in REPLIES:
             pi.scripts = [[answer(status, reply)]]
             number = editor.at(0, 4)
@@ -792,7 +790,6 @@ def test_bad_input_gets_the_protocols_error_and_the_server_lives(editor: Editor,
     fault = cerebrum_lsp.outcome(lambda: int("the user's code"))
     assert fault == {"error": {"code": -32603, "message": "internal error (ValueError)"}}
     assert editor.error(editor.request("workspace/symbol", {}))["code"] == -32601
-    editor.open("x = ")
     for uri, line, message in BAD_PARAMS:
         number = editor.request("textDocument/inlineCompletion", cursor(line, 0, uri))
         assert editor.error(number) == {"code": -32602, "message": message}
@@ -828,7 +825,7 @@ NOT_A_NUMBER = "expected a whole number for tokens, got text"
 
 
 def test_settings_come_from_the_client(editor: Editor, pi: Pi):
-    editor.start({"tokens": 9, "suggest": "seldom", "key": "1"}, "x = ")
+    editor.start({"tokens": 9, "suggest": "seldom", "key": "1"})
     assert editor.ghost(0, 4, AUTOMATIC) == "a + b"
     assert (pi.body()["n_predict"], pi.body()["suggest"]) == (9, "seldom")
     assert pi.key() == "Bearer 1"
@@ -853,7 +850,7 @@ def test_without_a_url_this_machine_is_asked_and_a_failure_says_how_to_set_one(p
     """And a bad file of settings is told of."""
     assert cerebrum_lsp.LOCAL == "http://127.0.0.1:7000"
     with editing(tmp_path, "", f"cerebrum_lsp.LOCAL = {pi.url!r}") as editor:
-        editor.start(text="x = ")
+        editor.start()
         assert editor.ghost(0, 4) == "a + b"
     nobody = f"http://127.0.0.1:{free_port()}"
     folder = configured(tmp_path, "lsp.toml", "tokens = 0")
@@ -876,7 +873,7 @@ def test_https(tmp_path: Path):
         url = pi.url.replace("http:", "https:")
         for trusted, says in ((files[0], "a + b"), ("", "")):
             with editing(tmp_path, url, SSL_CERT_FILE=trusted) as editor:
-                editor.start(text="x = ")
+                editor.start()
                 assert editor.ghost(0, 4) == says
 
 

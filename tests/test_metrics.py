@@ -91,7 +91,7 @@ def test_a_row_is_a_metric_and_a_member_of_the_statistics():
 # ------------------------------------------------------------------------------------ all the names
 
 
-def members_of(value: Any, name: str = "") -> set[str]:
+def members_of(value, name: str = "") -> set[str]:
     """`name type` of each member of JSON, at any depth."""
     if value and isinstance(value, list):
         value = {"": value[0]}
@@ -100,7 +100,7 @@ def members_of(value: Any, name: str = "") -> set[str]:
     return {f"{name} {type(value).__name__}"}
 
 
-def names_of(text: str, stats: Any) -> list[str]:
+def names_of(text: str, stats) -> list[str]:
     """Each metric with its type and labels, and the members of /v1/stats with theirs, but for those
     of a draft model.
     """
@@ -359,7 +359,7 @@ async def test_the_breaker_that_opens_is_seen(patch):
 # -------------------------------------------------------------------- both daemons, real Prometheus
 
 
-def ask(port: int, path: str, body: Any = None) -> str:
+def ask(port: int, path: str, body=None) -> str:
     """The text of a good answer."""
     method = "GET" if body is None else "POST"
     reply = asyncio.run(Client(port=port).ask(method, path, body, X_API_Key=KEY))

@@ -12,7 +12,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 from engines import free_port
@@ -43,7 +42,7 @@ def use(port: int, server: Server) -> None:
     """All that a client may do, by http.client: to the server itself, or through a proxy."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
 
-    def ask(method: str, path: str, body: Any = None, **more: str) -> http.client.HTTPResponse:
+    def ask(method: str, path: str, body=None, **more: str) -> http.client.HTTPResponse:
         client.request(method, path, body, {**HEADERS, "Host": "localhost", **more})
         return client.getresponse()
 

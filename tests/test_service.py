@@ -120,8 +120,8 @@ def test_a_log_file_is_made_again_after_it_is_removed(tmp_path, capsys, full):
     assert "x.log: Not a directory; going on without it" in capsys.readouterr().out
 
 
-def test_the_log_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("cerebrum.service.MAX_LOG_BYTES", 1000)
+def test_the_log_is_bounded(tmp_path, patch):
+    patch("cerebrum.service.MAX_LOG_BYTES", 1000)
     set_up_logging("INFO", str(tmp_path / "log"))
     for number in range(200):
         log.info("line %d", number)
@@ -226,11 +226,11 @@ async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path, monkeypa
     assert (tmp_path / "reload").read_text().endswith(": /\\udc80")
 
 
-async def test_a_daemon_whose_probing_fails_ends_with_an_error(monkeypatch, tmp_path) -> None:
+async def test_a_daemon_whose_probing_fails_ends_with_an_error(patch, tmp_path) -> None:
     async def fail(*_):
         raise OSError(5, "of /proc")
 
-    monkeypatch.setattr(Fleet, "probe_forever", fail)
+    patch(Fleet, "probe_forever", fail)
     environ = Environment(settings(tmp_path))
     assert await cm4d.serve(environ, cm4d.load_config(environ)) == 1
 

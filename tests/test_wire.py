@@ -772,7 +772,7 @@ ROUTES = (
 
 
 @contextlib.asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[tuple[http.Server, int]]:
+async def serving(**options) -> AsyncIterator[tuple[http.Server, int]]:
     """A server in this process, which must end without complaints of asyncio."""
     loop, complaints = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: complaints.append(context))
@@ -911,7 +911,7 @@ async def test_rows_through_the_daemons(daemons):
 # ------------------------------------------------------------------------ what the table cannot say
 
 
-async def ask_server(raw: bytes, **access: Any) -> Reply:
+async def ask_server(raw: bytes, **access) -> Reply:
     """The answer of a server in this process."""
     async with serving(**access) as (_, port):
         ((reply,), _) = await play(port, raw)
