@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -57,6 +58,12 @@ def rows(table: str) -> list[list[str]]:
 
 def _cell(text: str) -> str:
     return text.strip().encode().decode("unicode_escape")
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The texts of the warnings and errors in the log."""
+    records = caplog.records
+    return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
 
 
 # ------------------------------------------------------------------------------------------ waiting

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import re
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import pytest
 from families import tuned_passport
-from harness import PATIENCE, ROOT, until
+from harness import PATIENCE, ROOT, until, warnings_in
 
 import vpsd
 from cerebrum.settings import Environment
@@ -150,11 +149,6 @@ class House:
         self.worker(model).ended.set_result(None)
         await until(lambda: model not in self.pool.instances)
 
-    def warnings(self) -> list[str]:
-        """The texts of the warnings and errors in the log."""
-        records = self.caplog.records
-        return [record.getMessage() for record in records if record.levelno >= logging.WARNING]
-
 
 @pytest.fixture
 def house(runner, patch, tmp_path, caplog):
@@ -204,7 +198,7 @@ async def test_a_model_is_loaded_from_its_tuned_file_or_the_log_says_why_not(hou
     assert (await house.idle(B)).tuned is None
     house.room = 9
     assert (await house.idle(C)).tuned is None
-    assert house.warnings() == [untuned(B, why), untuned(C, "there is no tuned file")]
+    assert warnings_in(house.caplog) == [untuned(B, why), untuned(C, "there is no tuned file")]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -224,7 +218,7 @@ async def test_a_tuned_file_that_does_not_fit_or_is_damaged_is_not_used(house, d
     assert not other.stopping  # nothing was unloaded in vain
     why = "its tuned file needs 9 MB, and 2 MB can be freed beside the reserve"
     why = "its tuned file cannot be used: it is damaged" if damaged else why
-    assert house.warnings() == [untuned(B, why), untuned(A, why)]
+    assert warnings_in(house.caplog) == [untuned(B, why), untuned(A, why)]
 
 
 async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
@@ -241,7 +235,7 @@ async def test_a_model_that_does_not_fit_gets_a_shorter_context(house):
     settings = (await house.idle()).tuned.settings
     assert (settings.n_ctx, settings.sequences) == (2560, 2)
     allowed = "memory allows only a context of 2,560 tokens and 2 at a time"
-    assert house.warnings() == [f"model {A}: {allowed}"]
+    assert warnings_in(house.caplog) == [f"model {A}: {allowed}"]
     house.patch(plan, "needed", memory.needed)
     assert not (await house.listed(C))["available"]  # its file is damaged
 
