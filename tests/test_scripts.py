@@ -371,7 +371,6 @@ def test_a_completion_is_summed_up_and_an_error_does_not_end_the_conversation(re
     assert repl.prompts() == ["a", "    def f():", "def f():\n\n    :help"]
 
 
-ALL, PART = {"parts": ["all"]}, {"parts": ["window", "suffix"]}
 NO_FILE = "the last result belongs to no file; save it by :save PATH"
 NOT_WHOLE = "the last result is not whole; :save PATH saves it nevertheless"
 
@@ -561,20 +560,21 @@ def test_a_file_and_a_completion_are_changed_by_instructions(repl: Repl):
 
 
 REFUSES = ", so :write will refuse it"
-OF_A_PART = "made from a part of the text, which is too long for the model"
-UNFIT = [  # an answer that is not written, what is said
-    (instructed("on", finish_reason="length", kept=ALL), f"cut off at 512 tokens{REFUSES}"),
-    (instructed("on", finish_reason="stop", kept=PART), OF_A_PART + REFUSES),
-    (instructed("on", finish_reason="repeat"), f"the model began to repeat itself{REFUSES}"),
-    (instructed("on", finish_reason="preempted"), f"the answer broke off{REFUSES}"),
-    (instructed(" \n"), f"the answer is empty{REFUSES}"),
-    (FAILED_MIDWAY, "VPS_UNAVAILABLE: backend died"),
-]
+
+# An answer that is not written, what the server says of it, and what is said.
+UNFIT = json.loads(r"""[
+    ["on", {"finish_reason": "length", "kept": {"parts": ["all"]}}, "cut off at 512 tokens"],
+    ["on", {"finish_reason": "stop", "kept": {"parts": ["window", "suffix"]}},
+     "made from a part of the text, which is too long for the model"],
+    ["on", {"finish_reason": "repeat"}, "the model began to repeat itself"],
+    ["on", {"finish_reason": "preempted"}, "the answer broke off"],
+    [" \n", {}, "the answer is empty"]]""")
 
 
 def test_half_an_answer_is_not_written(repl: Repl):
     path = repl.file("x.py", "one\ntwo\n")
-    for steps, said in UNFIT:
+    unfit = [(instructed(text, **more), said + REFUSES) for text, more, said in UNFIT]
+    for steps, said in [*unfit, (FAILED_MIDWAY, "VPS_UNAVAILABLE: backend died")]:
         repl.answers(steps)
         assert repl.converse(f":do @{path} it", ":write")[1] == [said, NOT_WHOLE]
         assert path.read_text() == "one\ntwo\n"

@@ -4,6 +4,7 @@ ends by them.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from statistics import mean
@@ -19,7 +20,8 @@ from cerebrum.request import GenerationRequest
 from cerebrum.vps.llama import Llama
 
 # By temperature and threshold: why a text ends that goes on after its line with an unlikely token.
-ENDS = [(0.5, None, "block"), (0.6, None, None), (0.5, 0.2, "unsure"), (0.6, 0.2, "unsure")]
+ENDS = json.loads("""[
+    [0.5, null, "block"], [0.6, null, null], [0.5, 0.2, "unsure"], [0.6, 0.2, "unsure"]]""")
 
 
 def test_an_unlikely_token_at_a_high_temperature() -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 import doctest
 import itertools
 import json
-import logging
 import math
 import random
 import re
+import string
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from typing import Any
 
 import families
 import pytest
-from harness import NO_FILE, PATIENCE, rows, wait_until
+from harness import NO_FILE, PATIENCE, rows, wait_until, warnings_in
 from test_engine import Loads, ask, running, worker_of
 from test_engine import loads as loads  # a fixture
 from test_families import EXACT, check_against_a_greedy_loop
@@ -35,7 +35,7 @@ from cerebrum.vps.drafts import AGAIN, TRIAL_TOKENS, Drafter, Gain, pair_rate
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.llama import MB, ModelError, Settings, Slot, start_library
 from cerebrum.vps.memory import Parts
-from cerebrum.vps.plan import plan_pair
+from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.prefixes import Sequences
 from cerebrum.vps.schedule import Costs
 from cerebrum.vps.worker import Loader, Worker
@@ -246,13 +246,13 @@ def test_a_draft_model_that_cannot_be_loaded_is_left_out_with_a_line_in_the_log(
     with running(worker_of(loader)) as worker:
         assert (worker.draft, worker.decoder.draft_model) == (None, None)
         assert ask(worker, "def f", max_tokens=3).outcome()[1]["done"]
-    logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert logged == [f"model tiny: damaged writes no drafts: {DAMAGED}"]
+    assert warnings_in(caplog) == [f"model tiny: damaged writes no drafts: {DAMAGED}"]
 
 
 # ----------------------------------------------------------------------------- when it is asked
 
 DRAFT = {1: 0.031, 16: 0.1}
+LETTERS = string.ascii_lowercase * 5  # as both models write them
 
 
 class Clock:
@@ -323,7 +323,7 @@ def test_it_writes_as_far_as_that_is_worth_its_time(sure, most, pair: Worker, cl
     for prompt in ("a", "k", "u", "e", "o"):
         text, done = ask(pair, prompt, max_tokens=24).outcome()
         assert done["total_tokens"] == 24
-        assert text == "".join(chr((ord(prompt) - 96 + i) % 26 + 97) for i in range(24))
+        assert text == LETTERS[ord(prompt) - 96 :][:24]
     sizes = clock.sizes("target")
     assert max(sizes) == most
     tally = pair.tally
@@ -441,7 +441,7 @@ def test_what_it_reads_for_later_drafts_is_kept(pair: Worker, clock: Clock, patc
         short = ask(pair, "a", max_tokens=1)
         pair.give_way(short.job)
     assert short.outcome()[0] == "b"
-    assert long.outcome()[0] == "".join(chr((25 + i) % 26 + 97) for i in range(100))
+    assert long.outcome()[0] == LETTERS[25:125]
     assert clock.sizes("draft")[:2] == [128, 81]
 
 
@@ -515,8 +515,12 @@ def test_what_is_loaded_of_a_pair(case, tmp_path, patch) -> None:
     patch(vps_plan, "needed", measured)
     patch(vps_plan, "find_tuned", find_tuned)
     patch(vps_plan, "check_pair", lambda *_: None)
-    settings = Settings(state_dir=tmp_path)
-    plan = plan_pair(large, HALF, tmp_path, settings, free * MB)
+
+    def plan_with(small: Model | None, draft: bool = True) -> LoadPlan:
+        settings = Settings(state_dir=tmp_path, draft=draft)
+        return plan_pair(large, small, tmp_path, settings, free * MB)
+
+    plan = plan_with(HALF)
     file = plan.tuned.path.name if plan.tuned else SEVEN.file
     assert [file, plan.settings.n_ctx, plan.settings.sequences] == loaded
     assert plan.note == note
@@ -526,14 +530,11 @@ def test_what_is_loaded_of_a_pair(case, tmp_path, patch) -> None:
         form = plan.draft.settings
         assert [form.n_ctx, form.sequences] == loaded[1:]
         assert (form.cache_mb, form.outputs, form.early) == (0, 1, loaded[2] * large.early)
-    assert plan_pair(large, None, tmp_path, settings, free * MB).note == ""
-    without = replace(settings, draft=False)
-    assert plan_pair(large, HALF, tmp_path, without, free * MB).draft is None
+    assert plan_with(None).note == ""
+    assert plan_with(HALF, draft=False).draft is None
     patch(vps_plan, "check_pair", unlike)
-    alone = plan_pair(large, None, tmp_path, settings, free * MB)
+    alone = plan_with(None)
     note = "half writes no drafts: its token 7 is another one"
-    assert plan_pair(large, HALF, tmp_path, settings, free * MB) == alone._replace(note=note)
+    assert plan_with(HALF) == alone._replace(note=note)
     (tmp_path / HALF.file).unlink()
-    assert plan_pair(large, HALF, tmp_path, settings, free * MB).note == (
-        "half is not here to write drafts"
-    )
+    assert plan_with(HALF).note == "half is not here to write drafts"

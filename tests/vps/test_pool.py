@@ -651,8 +651,13 @@ async def test_a_model_that_is_listed_no_more_is_unloaded(house):
     assert (await house.error(waiting)).message == "it is damaged"
 
 
-CHANGES = [(A, {"file": "newer.gguf"}), (A, {"sha256": "1" * 64}), (B, {"early": False})]
-CHANGES += [(B, {"fim": ("<a>", "<b>", "<c>")}), (B, {"fim_layout": "spm"})]
+# A model, and what changes of it.
+CHANGES = json.loads("""[
+    ["qwen_0_5b", {"file": "newer.gguf"}],
+    ["qwen_0_5b", {"sha256": "1111111111111111111111111111111111111111111111111111111111111111"}],
+    ["qwen_1_5b", {"early": false}],
+    ["qwen_1_5b", {"fim": ["<a>", "<b>", "<c>"]}],
+    ["qwen_1_5b", {"fim_layout": "spm"}]]""")
 
 
 @pytest.mark.parametrize(("changed", "change"), CHANGES, ids=str)

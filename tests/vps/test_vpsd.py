@@ -38,6 +38,7 @@ from harness import (
     Daemon,
     program,
     settings,
+    variables,
     wait_until,
 )
 from test_engine import MANY, ONE
@@ -153,18 +154,21 @@ sys.exit(vpsd.main([]))
     return [sys.executable, "-u", "-c", code]
 
 
+# Two threads would mostly wait, where another test runs at the same time.
+USUAL = """
+CEREBRUM_MAX_CPU_PERCENT=100
+CEREBRUM_MIN_FREE_MB=256
+CEREBRUM_N_CTX=2048
+CEREBRUM_THREADS=1
+"""
+
+
 @contextlib.contextmanager
 def start(
     folder: Path, models: Path, command: Sequence[str] = (), faults: bool = False, **more: str
 ) -> Iterator[Vps]:
     """vpsd with the models of a folder, and with the folder's models.toml if there is one."""
-    given = {
-        "CEREBRUM_MODELS_DIR": str(models),
-        "CEREBRUM_MAX_CPU_PERCENT": "100",
-        "CEREBRUM_MIN_FREE_MB": "256",
-        "CEREBRUM_N_CTX": "2048",
-        "CEREBRUM_THREADS": "1",  # two would mostly wait, where another test runs at the same time
-    }
+    given = variables(f"{USUAL} CEREBRUM_MODELS_DIR={models}")
     if (catalog := models / "models.toml").exists():
         given["CEREBRUM_MODELS_FILE"] = str(catalog)
     environment = settings(folder, **(given | more))
