@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import wait_until
+from harness import rows, wait_until
 from test_draft_model import Clock, Held, pair_of, scripted
 from test_draft_model import clock as clock  # a fixture
 from test_draft_model import models as models  # a fixture
@@ -143,55 +144,44 @@ def test_a_guest_waits_while_others_need_the_cpu(pair: Worker):
 # ------------------------------------------------------------------------------------------- faults
 
 
-def fails_at(number: int) -> Callable[[Worker], None]:
-    """Its decode of this number fails."""
+def fails_at(pair: Worker, number: int) -> None:
+    """The draft model's decode of this number fails."""
+    model: Any = pair.decoder.draft_model.model
+    real, calls = model.decode, list[int]()
 
-    def prepare(pair: Worker) -> None:
-        model: Any = pair.decoder.draft_model.model
-        real, calls = model.decode, list[int]()
+    def decode(parts) -> int:
+        calls.append(1)
+        if len(calls) != number:
+            return int(real(parts))
+        return 1  # llama.cpp has no free cells
 
-        def decode(parts) -> int:
-            calls.append(1)
-            if len(calls) != number:
-                return int(real(parts))
-            return 1  # llama.cpp has no free cells
-
-        model.decode = decode
-
-    return prepare
+    model.decode = decode
 
 
-def has_context(tokens: int) -> Callable[[Worker], None]:
-    def prepare(pair: Worker) -> None:
-        pair.decoder.draft_model.model.n_ctx = tokens
-
-    return prepare
-
-
-def lacks_ids(pair: Worker) -> None:
-    pair.decoder.draft_model.model.n_vocab = ord("x")
-
-
-CUT = len(LINES) + 1
-PREPARED: list[tuple[str, Callable[[Worker], None], list[str], str, int]] = [
-    ("it cannot read the prompt", fails_at(1), [ONE, "m"], "bcde", NEARER),
-    ("nor a later piece", fails_at(3), [ONE, "m"], "bcde", NEARER),
-    ("it cannot have all of the prompt", has_context(2000), [ONE], "bcde", NEAR),
-    ("nor what is near", has_context(1000), [], "bcde", NEARER),
-    ("it lacks a token", lacks_ids, [], "bcde", NEARER),
-]
+# What is wrong: the decode that fails, or what the draft model has. Then who answers, and how many
+# tokens of the prompt are read.
+PREPARED = f"""
+it cannot read the prompt        | fails   | 1    | small m | {NEARER}
+nor a later piece                | fails   | 3    | small m | {NEARER}
+it cannot have all of the prompt | n_ctx   | 2000 | small   | {NEAR}
+nor what is near                 | n_ctx   | 1000 |         | {NEARER}
+it lacks a token                 | n_vocab | 120  |         | {NEARER}
+"""
 
 
-@pytest.mark.parametrize("case", PREPARED, ids=lambda case: case[0])
-def test_the_large_model_answers_instead(case, pair: Worker):
-    _, prepare, writers, text, read = case
-    prepare(pair)
-    assert told(hint(pair)) == (writers, text, read, True)
+@pytest.mark.parametrize("row", rows(PREPARED), ids=itemgetter(0))
+def test_the_large_model_answers_instead(row: list[str], pair: Worker):
+    _, what, number, writers, read = row
+    if what == "fails":
+        fails_at(pair, int(number))
+    else:
+        setattr(pair.decoder.draft_model.model, what, int(number))
+    assert told(hint(pair)) == (writers.split(), "bcde", int(read), True)
     assert pair.decoder.draft_model.runs == []
 
 
 def test_a_text_that_has_begun_ends_with_an_error(pair: Worker):
-    fails_at(20)(pair)
+    fails_at(pair, 20)
     asked = hint(pair)
     text, error = asked.outcome()
     assert (asked.writers, text, error.code) == ([ONE], "", "INTERNAL_ERROR")
