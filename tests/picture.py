@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness import ROOT, wait_until
 
-sys.path += [str(ROOT / "tests/pi"), str(ROOT / "tests/bench")]
+sys.path += [f"{ROOT}/tests/pi", f"{ROOT}/tests/bench"]
 import servers
 from test_lsp_clients import HOME, LUA, editing, home, installed, settings
 

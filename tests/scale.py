@@ -80,15 +80,15 @@ def prepare() -> None:
     wanted, installed = "\n".join(PACKAGES), VENV / "installed.txt"
     if not (installed.exists() and installed.read_text() == wanted):
         shutil.rmtree(VENV, ignore_errors=True)
-        run([sys.executable, "-m", "venv", str(VENV)], FAULT)
-        pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
+        run([sys.executable, "-m", "venv", f"{VENV}"], FAULT)
+        pip = [f"{PYTHON}", "-m", "pip", "--disable-pip-version-check"]
         run([*pip, "install", *PACKAGES], FAULT)
         run([*pip, "uninstall", "-y", *UNFIT], FAULT)
-        run([str(PYTHON), "-c", "import vllm"], FAULT)
+        run([f"{PYTHON}", "-c", "import vllm"], FAULT)
         installed.write_text(wanted)
     if not WEIGHTS.exists():
         with tempfile.TemporaryDirectory(prefix="weights-", dir=CACHE) as folder:
-            run([str(PYTHON), __file__, str(FILES["qwen_0_5b"]), folder], FAULT)
+            run([f"{PYTHON}", __file__, str(FILES["qwen_0_5b"]), folder], FAULT)
             Path(folder).rename(WEIGHTS)
             Path(folder).mkdir()  # for TemporaryDirectory to remove
 

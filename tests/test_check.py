@@ -18,7 +18,7 @@ import families
 import llama_cpp
 import psutil
 import pytest
-from harness import CAPTURED, KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings
+from harness import CAPTURED, KEY, PATIENCE, ROOT, Daemon, command_of, daemon, settings, variables
 from scripted import HEALTH, MODELS, Backend, answer, in_a_thread
 from test_encoding import PASSPORT
 
@@ -66,8 +66,8 @@ def given(folder: Path, catalog: str = CATALOG, **more: str) -> dict[str, str]:
     (folder / "models").mkdir(exist_ok=True)
     (folder / "models/tiny.gguf").write_bytes(WEIGHTS)
     (folder / "catalog.toml").write_text(catalog)
-    more["CEREBRUM_MODELS_FILE"] = str(folder / "catalog.toml")
-    return settings(folder, None, CREDENTIALS_DIRECTORY=str(folder / "none"), **more)
+    more["CEREBRUM_MODELS_FILE"] = f"{folder}/catalog.toml"
+    return settings(folder, None, CREDENTIALS_DIRECTORY=f"{folder}/none", **more)
 
 
 Check = Callable[..., list[str]]
@@ -127,9 +127,9 @@ def test_all_is_well(vps, tmp_path):
         return lines_of(done.stdout, done.returncode)
 
     with daemon("cm4d", tmp_path / "pi") as pi:
-        ports = {"CEREBRUM_VPS_PORT": str(vps.port), "CEREBRUM_CM4_PORT": str(pi.port)}
-        url = f"http://127.0.0.1:{vps.port}"
-        environment = given(tmp_path, **ports, CEREBRUM_VPS_URL=url, CEREBRUM_MIN_FREE_MB="0")
+        ports = f"CEREBRUM_VPS_PORT={vps.port} CEREBRUM_CM4_PORT={pi.port}"
+        others = f"CEREBRUM_VPS_URL=http://127.0.0.1:{vps.port} CEREBRUM_MIN_FREE_MB=0"
+        environment = given(tmp_path, **variables(f"{ports} {others}"))
         before = sorted(tmp_path.rglob("*"))
         address = f"ok address 127.0.0.1 {pi.port}"
         backend = ("ok backend vps ms", "ok models tiny")
@@ -253,7 +253,7 @@ def test_systemd_and_another_llama_cpp(vps, tmp_path, check, patch):
     units = [tmp_path / "none", tmp_path / "catalog.toml"]
     patch(cerebrum_check, "SOCKET_UNITS", units)
     patch(llama_cpp, "__version__", "0.0.1")
-    environment = given(tmp_path, CEREBRUM_VPS_PORT=str(vps.port))
+    environment = given(tmp_path, CEREBRUM_VPS_PORT=f"{vps.port}")
     assert_found(check("vpsd", environment, "address"), "ok address catalog.toml")
     wanted = f"warn packages llama-cpp-python=={cerebrum_check.LLAMA_CPP} 0.0.1"
     assert_found(check("vpsd", environment, "packages"), wanted)
@@ -316,7 +316,7 @@ def test_version_help_and_wrong_arguments(name, main, capsys):
 
 
 def test_a_python_without_the_packages():
-    command = [sys.executable, "-S", str(ROOT / "vpsd.py"), "--check"]
+    command = [sys.executable, "-S", f"{ROOT}/vpsd.py", "--check"]
     done = subprocess.run(command, **CAPTURED)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("vpsd.py: expected a Python with llama-cpp-python and psutil")

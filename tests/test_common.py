@@ -135,7 +135,7 @@ def test_the_first_place_that_has_a_variable_wins(tmp_path):
         (folder / "CEREBRUM_C").write_text(f"{folder.name}\n")
         (folder / "not.a.variable").write_text(folder.name)
     environ = {"CEREBRUM_B": "environment", "CEREBRUM_C": "environment"}
-    environ |= {"CREDENTIALS_DIRECTORY": str(credentials), "RUNTIME_DIRECTORY": str(runtime)}
+    environ |= {"CREDENTIALS_DIRECTORY": f"{credentials}", "RUNTIME_DIRECTORY": f"{runtime}"}
     read = read_environment(environ, tmp_path)
     for name, value in {"A": "file", "B": "environment", "C": "credentials"}.items():
         assert read.text(f"CEREBRUM_{name}") == value

@@ -332,8 +332,8 @@ async def test_the_disk_is_full(disk, tmp_path):
     """
     state, logs = disk / "state", disk / "logs"
     kv = state / "kv" / SMALL
-    given = {"CEREBRUM_STATE_DIR": str(state), "CEREBRUM_LOG_FILE": str(logs / "vpsd.log")}
-    of_pi = {"CEREBRUM_LOG_FILE": str(logs / "cm4d.log")}
+    given = variables(f"CEREBRUM_STATE_DIR={state} CEREBRUM_LOG_FILE={logs}/vpsd.log")
+    of_pi = variables(f"CEREBRUM_LOG_FILE={logs}/cm4d.log")
     with both(tmp_path, pi=of_pi, **given) as (vps, pi, client):
 
         async def complete(request_id):
@@ -423,11 +423,11 @@ async def test_a_model_file_is_damaged_while_it_is_served(folder):
             opened.write(random.Random(1).randbytes(1 << 20))
         os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
-    with both(folder, CEREBRUM_MODELS_DIR=str(file.parent)) as (vps, _, client):
+    with both(folder, CEREBRUM_MODELS_DIR=f"{file.parent}") as (vps, _, client):
 
         async def outcome():
             reply = (await client.complete(**fields(max_tokens=16))).json
-            assert str(folder) not in str(reply)
+            assert f"{folder}" not in str(reply)
             return str(reply.get("completion") or reply["code"])
 
         good = await outcome()
@@ -499,13 +499,10 @@ async def test_thousands_of_requests_leave_nothing(folder, requests):  # noqa: C
     models = folder / "models"
     models.mkdir()
     (models / WEIGHTS.name).symlink_to(WEIGHTS)  # the only one, so also that of the dialects
-    given = {
-        "CEREBRUM_LOG_LEVEL": "DEBUG",
-        "CEREBRUM_MODELS_DIR": str(models),
-        "CEREBRUM_MAX_CONCURRENT": str(PLACES),
-    }
+    places = f"CEREBRUM_LOG_LEVEL=DEBUG CEREBRUM_MAX_CONCURRENT={PLACES}"
+    given = variables(f"{places} CEREBRUM_MODELS_DIR={models}")
     # The warm-up fills the cache of parked sequences.
-    small = {"CEREBRUM_N_CTX": "512", "CEREBRUM_CACHE_MB": "16"}
+    small = variables("CEREBRUM_N_CTX=512 CEREBRUM_CACHE_MB=16")
     with both(folder, pi=given, **small, **given) as (vps, pi, _):
         sent = {}  # what each request was to become, by its id
 

@@ -4,7 +4,6 @@ tests/pi/test_lsp_clients.py.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -201,7 +200,7 @@ def pi() -> Iterator[Pi]:
 @contextlib.contextmanager
 def editing(folder: Path, url: str, setup: str = "pass", **environment: str) -> Iterator[Editor]:
     """An editor whose server does not read ahead, so that a test knows what the Pi is asked."""
-    home = str(folder)
+    home = f"{folder}"
     usual = {"CEREBRUM_URL": url, "XDG_CONFIG_HOME": home, "HOME": home}
     editor = Editor(usual | environment, setup)
     try:
@@ -277,7 +276,7 @@ def test_other_settings_forget_what_is_known_also_what_is_on_its_way(editor: Edi
     editor.start()
     assert editor.ghost(0, 4) == "a + b"
     go = threading.Event()
-    pi.scripts = [[lambda: asyncio.to_thread(go.wait, PATIENCE), answer(200, {"content": "old"})]]
+    pi.scripts = [[wait_for(go), answer(200, {"content": "old"})]]
     editor.configure({"tokens": 9})
     pi.asked.clear()
     number = editor.at(0, 4)
@@ -904,7 +903,7 @@ def test_no_settings_and_bad_ones() -> None:
 
 def test_settings_of_a_file_and_of_the_environment(tmp_path, monkeypatch) -> None:
     folder = configured(tmp_path, "lsp.toml", "tokens = ")
-    environment = {"XDG_CONFIG_HOME": str(tmp_path)}
+    environment = {"XDG_CONFIG_HOME": f"{tmp_path}"}
     here = f"the settings in {folder}: expected "
     message = "a file of TOML or JSON, got one that cannot be read"
     assert first_settings(environment) == (Settings(), [here + message])
@@ -928,7 +927,7 @@ OPTIONS = [("--help", 0, USAGE), ("--version", 0, "cerebrum_lsp.py 1."), ("--por
 
 def test_options() -> None:
     for option, status, says in OPTIONS:
-        command = [sys.executable, str(ROOT / "cerebrum_lsp.py"), option]
+        command = [sys.executable, f"{ROOT}/cerebrum_lsp.py", option]
         done = subprocess.run(command, **CAPTURED)
         assert (done.returncode, done.stdout[: len(says)]) == (status, says)
 

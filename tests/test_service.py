@@ -19,7 +19,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import HEALTH, ROOT, Client, command_of, daemon, reload, settings, until, warnings_in
+from harness import (
+    HEALTH,
+    ROOT,
+    Client,
+    command_of,
+    daemon,
+    reload,
+    settings,
+    until,
+    variables,
+    warnings_in,
+)
 from scripted import Backend
 
 import cm4d
@@ -52,7 +63,7 @@ def test_log_form(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # 14 hours ahead; the log is in UTC
     time.tzset()
     try:
-        set_up_logging("INFO", str(path))
+        set_up_logging("INFO", f"{path}")
         request_id_var.set("65652caa")
         log.info("POST %s", "/x")
         log.debug("not seen")
@@ -74,7 +85,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("text", OUTSIDE)
 def test_outside_text_stays_on_its_line(tmp_path, capsys, text):
-    set_up_logging("INFO", str(tmp_path / "log"))
+    set_up_logging("INFO", f"{tmp_path}/log")
     log.info("%s", text)
     log.error("internal error", exc_info=ValueError(text))
     first, second, *rest = (tmp_path / "log").read_text().split("\n")
@@ -89,7 +100,7 @@ def test_outside_text_stays_on_its_line(tmp_path, capsys, text):
 
 
 def test_notify_nobody(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/none")
     notify("STOPPING=1")
 
 
@@ -106,7 +117,7 @@ def test_a_log_file_is_made_again_after_it_is_removed(tmp_path, capsys, full):
     file = tmp_path / "cerebrum.log"
     if full:
         file.symlink_to("/dev/full")
-    set_up_logging("INFO", str(file))
+    set_up_logging("INFO", f"{file}")
     log.info("one")
     log.info("two")
     file.unlink()
@@ -115,14 +126,14 @@ def test_a_log_file_is_made_again_after_it_is_removed(tmp_path, capsys, full):
     reported = f"cannot write {file}: No space left on device; going on without it"
     assert said == [f"CEREBRUM_LOG_FILE: {reported}"] * full  # once, not for each line
     assert logged(file) == ["three"]
-    set_up_logging("INFO", str(file / "x.log"))
+    set_up_logging("INFO", f"{file}/x.log")
     log.info("four")
     assert "x.log: Not a directory; going on without it" in capsys.readouterr().out
 
 
 def test_the_log_is_bounded(tmp_path, patch):
     patch("cerebrum.service.MAX_LOG_BYTES", 1000)
-    set_up_logging("INFO", str(tmp_path / "log"))
+    set_up_logging("INFO", f"{tmp_path}/log")
     for number in range(200):
         log.info("line %d", number)
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
@@ -131,7 +142,7 @@ def test_the_log_is_bounded(tmp_path, patch):
 
 
 def test_requests_are_not_written_twice(tmp_path, capsys):
-    set_up_logging("INFO", str(tmp_path / "log"))
+    set_up_logging("INFO", f"{tmp_path}/log")
     file = tmp_path / "log"
     log.info("request", extra={"is_request": True})
     log.info("else")
@@ -152,9 +163,9 @@ def systemd(tmp_path, monkeypatch) -> Iterator[Callable[[], list[str]]]:
     """What a daemon has told its supervisor."""
     path, said = tmp_path / "notify", []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as hearing:
-        hearing.bind(str(path))
+        hearing.bind(f"{path}")
         hearing.setblocking(False)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{path}")
 
         def heard():
             with contextlib.suppress(BlockingIOError):
@@ -181,7 +192,7 @@ async def test_the_watchdog_is_fed_only_while_nothing_is_stuck(systemd, monkeypa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_reloads_and_the_end(systemd, caplog, monkeypatch, tmp_path, number):
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{tmp_path}")
     caplog.set_level(logging.INFO)
     wrong = ConfigError("CEREBRUM_X: expected a number, got 'x'")
     faults = [None, wrong, ValueError("a fault of ours"), None]
@@ -220,7 +231,7 @@ async def test_a_reason_that_has_no_encoding_is_an_answer_too(tmp_path, monkeypa
         raise ConfigError("/\udc80")
 
     set_up_logging("CRITICAL", "")  # pytest-xdist cannot send such a text
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{tmp_path}")
     Service(reload, lambda now: "")._reload_settings()
     assert (tmp_path / "reload").read_text().endswith(": /\\udc80")
 
@@ -288,8 +299,8 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path, name, k
         assert await asyncio.to_thread(reload, process.process, tmp_path) == expected
         return await statuses()
 
-    given = {"CREDENTIALS_DIRECTORY": str(credentials), "CEREBRUM_API_KEY": "not-used"}
-    given["RUNTIME_DIRECTORY"] = str(tmp_path)
+    folders = f"CREDENTIALS_DIRECTORY={credentials} RUNTIME_DIRECTORY={tmp_path}"
+    given = variables(f"{folders} CEREBRUM_API_KEY=not-used")
     with daemon(name, tmp_path, **given) as process:
         assert await statuses() == [200, 401, 401]
         assert await reloaded("two,one\n") == [200, 200, 401]
@@ -297,8 +308,8 @@ async def test_a_reload_takes_keys_and_level_if_they_are_right(tmp_path, name, k
         assert await reloaded("th ree\n", wrong) == [200, 200, 401]
         client, page = Client(port=process.port), {"Origin": "https://page", "X_API_Key": "two"}
         assert (await client.get("/v1/stats", **page)).status == 403
-        changes = {"LOG_LEVEL": "DEBUG", "N_CTX": "2048", "CM4_PORT": "1"}
-        for setting, value in {**changes, "ALLOWED_ORIGINS": "https://page"}.items():
+        changes = "LOG_LEVEL=DEBUG N_CTX=2048 CM4_PORT=1 ALLOWED_ORIGINS=https://page"
+        for setting, value in variables(changes).items():
             (credentials / f"CEREBRUM_{setting}").write_text(value)
         assert await reloaded("two") == [401, 200, 401]
         assert (await client.get("/v1/stats", **page)).status == 200
@@ -326,10 +337,10 @@ RELOADS = {
 def test_a_reload_without_an_answer_fails(tmp_path, monkeypatch, fault):
     command = [sys.executable, "-c", RELOADER.format(RELOADS[fault])]
     monkeypatch.setattr("cerebrum.reload.SECONDS", 120.0 if fault == "ends" else 0.2)
-    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{tmp_path}")
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"\n"
-        monkeypatch.setenv("MAINPID", str(process.pid))
+        monkeypatch.setenv("MAINPID", f"{process.pid}")
         said = reload_command.main()
         process.kill()
     late = "not reloaded: expected an answer within 0.2 s, got none; does the daemon hang?"
@@ -342,7 +353,7 @@ def test_reloads_at_the_same_time_all_get_an_answer(tmp_path):
     for.
     """
     with (
-        daemon("cm4d", tmp_path, RUNTIME_DIRECTORY=str(tmp_path)) as pi,
+        daemon("cm4d", tmp_path, RUNTIME_DIRECTORY=f"{tmp_path}") as pi,
         ThreadPoolExecutor(8) as pool,
     ):
         asked = [pool.submit(reload, pi.process, tmp_path) for _ in range(8)]
@@ -368,7 +379,7 @@ def test_a_daemon_takes_the_socket_of_its_supervisor(tmp_path):
         number = listening.fileno()
         environment = settings(tmp_path, LISTEN_FDS="1", CEREBRUM_VPS_HOST="192.0.2.1")
         started = {"env": environment, "stdout": subprocess.PIPE, "pass_fds": [number]}
-        command = [sys.executable, "-c", STARTER, str(number), *command_of("vpsd")]
+        command = [sys.executable, "-c", STARTER, f"{number}", *command_of("vpsd")]
         for _ in range(2):
             with subprocess.Popen(command, **started) as process:
                 line = f"listening on http://127.0.0.1:{port}\n"

@@ -29,6 +29,7 @@ from harness import (
     ROOT,
     certificate,
     daemon,
+    variables,
     wait_until,
 )
 from scripted import pi_with
@@ -111,7 +112,7 @@ def test_the_template_for_jetbrains_ides(tmp_path: Path):
     assert template["fileTypeMappings"] == [{"fileType": {"patterns": ["*"]}}]
     command = template["programArgs"]["default"]
     assert template["programArgs"]["windows"] == command.replace("python3", "py")
-    run = [*shlex.split(command.replace("$USER_HOME$", str(home))), "--version"]
+    run = [*shlex.split(command.replace("$USER_HOME$", f"{home}")), "--version"]
     assert subprocess.check_output(run, text=True) == f"cerebrum_lsp.py {VERSION}\n"
     options = json.loads((folder / "initializationOptions.json").read_text())
     assert read_settings(options, Settings()) == Settings("http://pi.local:7000", "")
@@ -148,7 +149,7 @@ def test_its_rules(tmp_path: Path):
     trusted = certificate(tmp_path, "trusted", "IP:127.0.0.2")
     files = [*trusted.values(), *certificate(tmp_path, "strange").values()]
     done = subprocess.run(
-        [node, "--test", "--test-reporter=tap", str(ROOT / "tests/vscode/extension.test.cjs")],
+        [node, "--test", "--test-reporter=tap", f"{ROOT}/tests/vscode/extension.test.cjs"],
         env={**os.environ, "CERTIFICATES": " ".join(files), "SSL_CERT_FILE": files[0]},
         **CAPTURED,
     )
@@ -164,7 +165,7 @@ def test_its_types() -> None:
         "--noEmit --allowJs --checkJs --strict --skipLibCheck --module commonjs --target es2022"
     )
     roots = ["--typeRoots", f"{folder}/@types", "--types", "node,vscode"]
-    files = [str(path) for path in sorted(FOLDER.glob("*.js"))]
+    files = [f"{path}" for path in sorted(FOLDER.glob("*.js"))]
     compiler = f"{folder}/typescript/bin/tsc"
     command = [f"{folder}/node/bin/node", compiler, *options.split(), *roots, *files]
     done = subprocess.run(command, cwd=CACHE, **CAPTURED)
@@ -223,7 +224,7 @@ def install(version: str) -> Path:
         gyp = place / "node_modules/node-gyp/bin/node-gyp.js"
         modules = [of_vscode / "node_modules" / name for name in NATIVE]
         for module in filter(Path.exists, modules):
-            subprocess.run([node, str(gyp), "rebuild", "--nodedir=/usr"], cwd=module, check=True)
+            subprocess.run([node, f"{gyp}", "rebuild", "--nodedir=/usr"], cwd=module, check=True)
         (place / "complete").touch()
     return place
 
@@ -253,10 +254,10 @@ def code_server(place: Path, folder: Path, vsix_file: Path, **environ: str) -> I
     data, extensions = folder / "data", folder / "extensions"
     (data / "User").mkdir(parents=True)
     (data / "User/settings.json").write_text(QUIET)
-    entry = [str(place / "node_modules/node/bin/node"), str(place / CODE / "out/node/entry.js")]
-    folders = ["--user-data-dir", str(data), "--extensions-dir", str(extensions)]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **environ}
-    adding = [*entry, *folders, "--install-extension", str(vsix_file)]
+    entry = [f"{place}/node_modules/node/bin/node", str(place / CODE / "out/node/entry.js")]
+    folders = ["--user-data-dir", f"{data}", "--extensions-dir", f"{extensions}"]
+    environment = {"PATH": os.environ["PATH"], "HOME": f"{folder}", **environ}
+    adding = [*entry, *folders, "--install-extension", f"{vsix_file}"]
     subprocess.run(adding, env=environment, check=True, capture_output=True)
     port = free_port()
     command = [*entry, "--auth", "none", "--bind-addr", f"127.0.0.1:{port}", *folders]
@@ -280,8 +281,8 @@ def driven(place: Path, **given) -> Iterator[Iterator[tuple[str, Any]]]:
         **given,
     }
     driver = subprocess.Popen(
-        [needs("node"), str(ROOT / "tests/vscode/real.cjs")],
-        env={**os.environ, "NODE_PATH": str(place / "node_modules")},
+        [needs("node"), f"{ROOT}/tests/vscode/real.cjs"],
+        env={**os.environ, "NODE_PATH": f"{place}/node_modules"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -311,7 +312,7 @@ def test_in_the_real_one(version, tmp_path) -> None:
     make_project(project)
     with ExitStack() as stack:
         # It takes requests however busy VS Code keeps the machine.
-        easy = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "256"}
+        easy = variables("CEREBRUM_MAX_CPU_PERCENT=100 CEREBRUM_MIN_FREE_MB=256")
         models = str(FILES["qwen_0_5b"].parent)
         started = daemon("vpsd", tmp_path / "vps", CEREBRUM_MODELS_DIR=models, **easy)
         vps = stack.enter_context(started)
@@ -327,7 +328,7 @@ def test_in_the_real_one(version, tmp_path) -> None:
         environ = {"SSL_CERT_FILE": authority}  # of a system that trusts this CA
         code = stack.enter_context(code_server(place, tmp_path / "code", file, **environ))
         of_pi = {"pi": url, "key": KEY, "instruction": "add type hints"}
-        steps = stack.enter_context(driven(place, url=code, folder=str(project), **of_pi))
+        steps = stack.enter_context(driven(place, url=code, folder=f"{project}", **of_pi))
         seen, accepted = {}, 0
         for step, what in steps:
             seen[step] = what
@@ -335,7 +336,7 @@ def test_in_the_real_one(version, tmp_path) -> None:
                 accepted = first.stdout().count("POST /v1/accepted 200")
                 pi.close()
             if step == "start":
-                again = {**given, "CEREBRUM_CM4_PORT": str(first.port)}
+                again = {**given, "CEREBRUM_CM4_PORT": f"{first.port}"}
                 stack.enter_context(daemon("cm4d", tmp_path / "pi", **again))
     assert "failed" not in seen, seen["failed"]
     assert seen["a wrong key"] == "Cerebrum: the Pi asks for a key, or for another one"

@@ -191,7 +191,7 @@ NO_KEY = "vpsd: CEREBRUM_API_KEY: expected a key, got none; make one with ./gene
 
 def test_command_line(tmp_path: Path):
     copy_program("vpsd", tmp_path)  # because a .env may lie beside the original
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    environment = {"HOME": f"{tmp_path}", "PATH": "/usr/bin:/bin"}
     command = [sys.executable, tmp_path / "vpsd.py"]
     for arguments, code, message in ((["fetch", "x"], 1, UNKNOWN), ([], 2, NO_KEY)):
         ended = subprocess.run([*command, *arguments], env=environment, **CAPTURED)

@@ -141,9 +141,9 @@ def run(tmp_path, monkeypatch, capsys) -> Any:
     monkeypatch.setattr(vpsd, "time_types", lambda *_: {})
     monkeypatch.setattr(vpsd.psutil, "virtual_memory", memory)
     monkeypatch.setattr(vpsd, "wait_for_quiet", lambda: None)
-    monkeypatch.setenv("CEREBRUM_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setenv("CEREBRUM_MODELS_FILE", str(tmp_path / "models.toml"))
-    monkeypatch.setenv("CEREBRUM_MODELS_DIR", str(tmp_path))
+    monkeypatch.setenv("CEREBRUM_STATE_DIR", f"{tmp_path}/state")
+    monkeypatch.setenv("CEREBRUM_MODELS_FILE", f"{tmp_path}/models.toml")
+    monkeypatch.setenv("CEREBRUM_MODELS_DIR", f"{tmp_path}")
     start_library()  # which keeps llama.cpp's log off stderr
     make(tmp_path / "here.gguf", FAMILIES["dense"])
 

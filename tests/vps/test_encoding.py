@@ -338,7 +338,7 @@ def test_a_file_that_is_replaced_or_gone_is_untuned(lab, tmp_path):
 
 
 def vpsd(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = daemon_settings(home, CEREBRUM_MODELS_DIR=str(MODEL.parent), **more)
+    environment = daemon_settings(home, CEREBRUM_MODELS_DIR=f"{MODEL.parent}", **more)
     command = [*command_of("vpsd"), *arguments]
     return subprocess.run(
         command, env=environment, cwd=home, capture_output=True, text=True, timeout=600
@@ -358,8 +358,8 @@ def test_the_command_tells_what_is_wrong(tmp_path):
 def test_a_busy_machine_is_not_measured(patch, tmp_path):
     loads = iter([80.0] * backend.QUIET_SECONDS)
     patch(backend.psutil, "cpu_percent", lambda _seconds: next(loads))
-    given = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
-    given["CEREBRUM_MODELS_DIR"] = str(MODEL.parent)
+    given = {"CEREBRUM_MODELS_FILE": f"{ROOT}/models.toml"}
+    given["CEREBRUM_MODELS_DIR"] = f"{MODEL.parent}"
     config = backend.load_config(Environment(given))
     message = "expected other programs to use at most 25 % of the CPU, got 80 %"
     with pytest.raises(TuneError, match=message):

@@ -15,7 +15,7 @@ from typing import Any
 
 import families
 import pytest
-from harness import NO_FILE, disk_of
+from harness import NO_FILE, disk_of, variables
 
 import vpsd
 from cerebrum.vps import fetch as vps_fetch
@@ -252,7 +252,7 @@ def wheel(folder: Path, number: int, data: bytes) -> Path:
 def index(tmp_path, monkeypatch) -> Path:
     """The index of the real pip: a folder of wheels."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_FIND_LINKS", f"{tmp_path}/index")
     return tmp_path / "index"
 
 
@@ -321,8 +321,8 @@ def test_fetch_gives_no_key_to_pip(tmp_path, monkeypatch):
     catalog.write_text(CATALOG)
     pip.write_text(f"#!/bin/sh\nenv >{tmp_path}/seen\nexit 1\n")
     pip.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(pip))
-    places = {"CEREBRUM_MODELS_FILE": str(catalog), "CEREBRUM_MODELS_DIR": str(tmp_path)}
+    monkeypatch.setattr(sys, "executable", f"{pip}")
+    places = variables(f"CEREBRUM_MODELS_FILE={catalog} CEREBRUM_MODELS_DIR={tmp_path}")
     keys = dict.fromkeys(vpsd.KEYS, "secret")
     for name, value in {**keys, **places, "MONKEY": "no key"}.items():
         monkeypatch.setenv(name, value)

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from families import tuned_passport
-from harness import PATIENCE, ROOT, until, warnings_in
+from harness import PATIENCE, ROOT, until, variables, warnings_in
 
 import vpsd
 from cerebrum.settings import Environment
@@ -36,7 +36,7 @@ from vpsd import Admission, Engine, events_of, load_config
 A = "qwen_0_5b"
 B = "qwen_1_5b"
 C = "qwen_7b"
-CATALOG = {"CEREBRUM_MODELS_FILE": str(ROOT / "models.toml")}
+CATALOG = {"CEREBRUM_MODELS_FILE": f"{ROOT}/models.toml"}
 DAMAGED = HttpError("MODEL_LOAD_FAILED", "it is damaged")
 
 
@@ -155,9 +155,9 @@ def house(runner, patch, tmp_path, caplog):
     """A house in which the files of all models exist, and none has a draft model. After the test
     every place must be free again.
     """
-    given = {**CATALOG, "CEREBRUM_IDLE_MINUTES": "0", "CEREBRUM_MODELS_DIR": str(tmp_path)}
-    given["CEREBRUM_STATE_DIR"] = str(tmp_path / "state")
-    config = load_config(Environment(given))
+    folders = f"CEREBRUM_MODELS_DIR={tmp_path} CEREBRUM_STATE_DIR={tmp_path}/state"
+    given = variables(f"CEREBRUM_IDLE_MINUTES=0 {folders}")
+    config = load_config(Environment(CATALOG | given))
     for model in config.models:
         (tmp_path / model.file).write_bytes(b"GGUF")
     config = replace(config, models=tuple(replace(model, draft="") for model in config.models))
@@ -592,8 +592,8 @@ def test_housekeeping_that_fails_ends_the_daemon(patch, tmp_path, task):
         raise OSError(5, "of /proc")
 
     patch(Engine, task, fail)
-    given = {**CATALOG, "CEREBRUM_VPS_PORT": "0", "CEREBRUM_API_KEY": "key"}
-    environ = Environment({**given, "CEREBRUM_STATE_DIR": str(tmp_path / "state")})
+    given = f"CEREBRUM_VPS_PORT=0 CEREBRUM_API_KEY=key CEREBRUM_STATE_DIR={tmp_path}/state"
+    environ = Environment(CATALOG | variables(given))
     served = asyncio.wait_for(vpsd.serve(environ, load_config(environ)), PATIENCE)
     assert asyncio.run(served) == 1
 

@@ -170,7 +170,7 @@ def start(
     """vpsd with the models of a folder, and with the folder's models.toml if there is one."""
     given = variables(f"{USUAL} CEREBRUM_MODELS_DIR={models}")
     if (catalog := models / "models.toml").exists():
-        given["CEREBRUM_MODELS_FILE"] = str(catalog)
+        given["CEREBRUM_MODELS_FILE"] = f"{catalog}"
     environment = settings(folder, **(given | more))
     with program("vpsd", [*(command or changed())], folder, environment) as process:
         yield Vps(process)
@@ -488,8 +488,8 @@ def test_a_limit_of_time_counts_from_the_first_line_end(vps):
 @pytest.fixture(scope="module")
 def small(models, tmp_path_factory):
     """A daemon with a short context that drafts nothing and keeps nothing for long."""
-    least = {"CEREBRUM_CACHE_MB": "0", "CEREBRUM_IDLE_MINUTES": "0", "CEREBRUM_DRAFT": "0"}
-    with start(tmp_path_factory.mktemp("small"), models, CEREBRUM_N_CTX="256", **least) as vps:
+    least = "CEREBRUM_N_CTX=256 CEREBRUM_CACHE_MB=0 CEREBRUM_IDLE_MINUTES=0 CEREBRUM_DRAFT=0"
+    with start(tmp_path_factory.mktemp("small"), models, **variables(least)) as vps:
         yield vps
 
 
@@ -650,7 +650,7 @@ def test_sigterm_lets_a_short_stream_end_and_ends_a_long_one_with_an_error(tmp_p
 needs_large = pytest.mark.skipif(
     not FILES[LARGE].exists(), reason="the 1.5B is missing: python3 vpsd.py fetch qwen_1_5b"
 )
-EAGER = [sys.executable, "-u", str(vpsd.HERE / "tests/eager.py")]
+EAGER = [sys.executable, "-u", f"{vpsd.HERE}/tests/eager.py"]
 
 
 @pytest.mark.slow
@@ -687,8 +687,8 @@ def test_the_small_model_writes_ahead_of_the_large_one(tmp_path):
 )
 def test_a_pair_makes_room_as_one_and_takes_it_as_one(room_mb, drafts, line, tmp_path):
     """A third model is loaded in its place, and it in the third one's, as far as both fit."""
-    more = {"CEREBRUM_MIN_FREE_MB": "1000", "CEREBRUM_CACHE_MB": "64", "ROOM_MB": f"{room_mb}"}
-    with start(tmp_path, MODELS, EAGER, **more) as vps:
+    more = f"CEREBRUM_MIN_FREE_MB=1000 CEREBRUM_CACHE_MB=64 ROOM_MB={room_mb}"
+    with start(tmp_path, MODELS, EAGER, **variables(more)) as vps:
         for _ in range(2):
             vps.complete(CODE, max_tokens=1)
             assert vps.loaded() == [SMALL]
