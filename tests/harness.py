@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for the benchmarks and the fuzzer, which run without pytest
+sys.path.insert(0, f"{ROOT}")  # for the benchmarks and the fuzzer, which run without pytest
 
 from cerebrum.settings import load_catalog  # noqa: E402
 from cerebrum.text.languages import LANGUAGES  # noqa: E402
@@ -52,7 +52,7 @@ def rows(table: str) -> list[list[str]]:
     """A row a line, with bars between its cells. Behind a backslash is an escape of Python, and
     behind two spaces and # a comment.
     """
-    lines = table.strip("\n").splitlines()
+    lines = table.strip().splitlines()
     return [[*map(_cell, line.partition("  # ")[0].split("|"))] for line in lines]
 
 
@@ -399,7 +399,7 @@ def with_weights(folder: Path, **more: Any) -> Iterator[tuple[Daemon, Daemon]]:
         pytest.skip(f"{weights} is missing: python3 vpsd.py fetch")
     models.mkdir()
     (models / weights.name).symlink_to(weights)
-    easy: dict[str, Any] = {"CEREBRUM_MAX_CPU_PERCENT": "100", "CEREBRUM_MIN_FREE_MB": "0"}
+    easy = variables("CEREBRUM_MAX_CPU_PERCENT=100 CEREBRUM_MIN_FREE_MB=0")
     with daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=f"{models}", **easy) as vps:
         more["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{vps.port}"
         with daemon("cm4d", folder / "cm4d", **more) as pi:

@@ -88,6 +88,12 @@ class Terminal:
         self.type(f"{line}\r")
         self.expect(ENTER)
 
+    def talk(self, dialogue: str) -> None:
+        """Each row is a text that must appear, and the keys that are typed then."""
+        for expected, keys in rows(dialogue):
+            self.expect(expected)
+            self.type(keys)
+
     def expect(self, text: str) -> str:
         """Reads up to and including the text; returns what came before it."""
         deadline = time.monotonic() + PATIENCE
@@ -746,37 +752,37 @@ def test_ctrl_c_stops_the_generation_and_neither_the_repl_nor_the_last_result(re
     left = threading.Event()
     repl.answers(completion("A\n"), [head(), asked.set, HANG, left.set])
     screen = repl.terminal()
-    screen.enter(f":file {a}")
-    screen.expect("block]")
-    screen.enter(f":file {b}")
+    screen.talk(rf"""
+        python> | :file {a}\r
+        block]  |
+        python> | :file {b}\r
+        """)
     assert asked.wait(PATIENCE)
     screen.type("\x03")
     screen.expect("cerebrum_repl.sh: interrupted")
     assert left.wait(PATIENCE)
-    screen.enter(":write")
-    screen.expect(f"wrote {a}")
+    screen.talk(rf"""
+        python>   | :write\r
+        wrote {a} |
+        python>   | \x04
+        """)
     assert texts(a, b) == ["a\nA\n", "b\n"]
-    screen.expect(PROMPT)
-    screen.type("\x04")
     assert screen.status() == 0
 
 
 def test_ctrl_c_at_a_prompt_drops_what_was_typed(repl: Repl):
     repl.answers(completion("yes"))
-    screen = repl.terminal()
-    screen.expect(PROMPT)
-    screen.type("not this")
-    screen.expect("not this")
-    screen.type("\x03")
-    screen.enter(":multi")
-    screen.expect("... ")
-    screen.type("one\r")
     # Return draws the old prompt once more; the next one says that Ctrl-C is a key again.
-    screen.expect("one\r\n")
-    screen.expect("... ")
-    screen.type("two\x03")
-    screen.enter("three")
-    screen.expect("yes")
+    repl.terminal().talk(r"""
+        python>  | not this
+        not this | \x03
+        python>  | :multi\r
+        ...      | one\r
+        one\r\n  |
+        ...      | two\x03
+        python>  | three\r
+        yes      |
+        """)
     assert repl.prompts() == ["three"]
 
 
@@ -795,18 +801,20 @@ def test_the_line_can_be_edited_and_history_lasts(repl: Repl):
     """Pasted lines are one prompt, and one entry."""
     repl.answers(*[completion("one."), completion("two.")] * 2)
     screen = repl.terminal()
-    screen.expect(PROMPT)
-    screen.type("ef f()\x01d\x05:\r")  # Ctrl-A, Ctrl-E
-    screen.expect("one.")
-    screen.enter("\x1b[200~def g():\n\tx = 1\n\x1b[201~    return")
-    screen.expect("two.")
-    screen.enter(":exit")
+    screen.talk(r"""
+        python> | ef f()\x01d\x05:\r  # Ctrl-A, Ctrl-E
+        one.    |
+        python> | \x1b[200~def g():\n\tx = 1\n\x1b[201~    return\r
+        two.    |
+        python> | :exit\r
+        """)
     assert screen.status() == 0
-    again = repl.terminal()
-    again.enter("\x1b[A\x1b[A")  # up, up
-    again.expect("one.")
-    again.enter("\x1b[A\x1b[A\x1b[A\x1b[A")
-    again.expect("two.")
+    repl.terminal().talk(r"""
+        python> | \x1b[A\x1b[A\r  # up, up
+        one.    |
+        python> | \x1b[A\x1b[A\x1b[A\x1b[A\r
+        two.    |
+        """)
     pasted = "def g():\n\tx = 1\n    return"
     assert repl.prompts() == ["def f():", pasted, pasted, "def f():"]
     history = repl.folder / "home/.local/state/cerebrum/repl_history"
