@@ -63,7 +63,7 @@ lint: ## run ruff, mypy --strict, vermin and shellcheck, and print how much a st
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	MYPYPATH=tests:tests/text:tests/pi:tests/vps $(PYTHON) -m mypy --config-file= $(FAKES:%=--disable-error-code=%) tests
+	MYPYPATH=tests:tests/text:tests/pi:tests/vps $(PYTHON) -m mypy --config-file= --check-untyped-defs $(FAKES:%=--disable-error-code=%) tests
 	.venv/bin/vermin --quiet --target=3.9- --violations --eval-annotations cerebrum_lsp.py
 	shellcheck $(SCRIPTS)
 	$(PYTHON) tests/test_structure.py

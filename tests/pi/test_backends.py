@@ -624,7 +624,7 @@ FILES = [
 ]
 
 
-async def test_a_balancer_learns_which_requests_belong_together() -> None:
+async def test_a_balancer_learns_which_requests_belong_together():
     async with (
         Backend([VLLM], models=LISTED) as backend,
         pi_for(engine(backend.port, affinity_header="X-Replica")) as pi,
@@ -644,7 +644,7 @@ async def test_a_balancer_learns_which_requests_belong_together() -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(("after", "pause"), [("7", 7), ("900000000", 60)])
-async def test_a_pause_that_an_engine_asks_for(status: int, after: str, pause: int) -> None:
+async def test_a_pause_that_an_engine_asks_for(status, after, pause):
     """Nobody asks it before."""
     refused = head(status, "Content-Length: 2", f"Retry-After: {after}", kind="text/html") + b"no"
     async with pi_before([refused], VLLM) as (pi, backend):
@@ -659,7 +659,7 @@ async def test_a_pause_that_an_engine_asks_for(status: int, after: str, pause: i
         assert len(backend.completions) == 1
 
 
-async def test_a_later_refusal_shortens_no_pause() -> None:
+async def test_a_later_refusal_shortens_no_pause():
     gate = asyncio.Event()
     plain = head(429, "Content-Length: 0")
     patient = head(429, "Content-Length: 0", "Retry-After: 30")
@@ -674,14 +674,14 @@ async def test_a_later_refusal_shortens_no_pause() -> None:
 
 
 @pytest.mark.parametrize("after", ["0", "-1", "soon", "Wed, 02 Dec 2026 00:00:00 GMT"])
-async def test_a_pause_that_is_no_number_of_seconds(after: str) -> None:
+async def test_a_pause_that_is_no_number_of_seconds(after):
     refused = head(503, "Content-Length: 0", f"Retry-After: {after}")
     async with pi_before([refused], VLLM) as (pi, _):
         assert (await pi.complete()).json["code"] == UNAVAILABLE
         assert (await pi.complete()).status == 200
 
 
-async def test_another_replica_is_asked() -> None:
+async def test_another_replica_is_asked():
     """Here the balancer's own error."""
     async with (
         Backend([[head(502, "Content-Length: 0")], VLLM], models=LISTED) as backend,
@@ -791,9 +791,7 @@ async def test_an_engine_that_makes_no_progress_for_too_long_has_failed(script, 
         assert part in (await pi.complete()).json["message"]
 
 
-async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(
-    monkeypatch,
-):
+async def test_an_engine_that_thinks_or_is_silent_is_not_given_up(monkeypatch):
     """Meanwhile its client gets comments, which keep the connection alive: before the head, which
     comes once the prompt has been read, between thoughts, and before the text.
     """
@@ -869,9 +867,7 @@ LISTINGS = [
 
 
 @pytest.mark.parametrize(("models", "part"), LISTINGS)
-async def test_what_an_engine_lists(
-    models: bytes, part: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_what_an_engine_lists(models, part, caplog):
     async with pi_before(VLLM, models=models) as (pi, backend):
         assert part in (await pi.complete(model="qwen_7b")).json["message"]
         unknown = "gpu: expected a model of models.toml, got one, org/Other"

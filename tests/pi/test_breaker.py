@@ -37,7 +37,7 @@ def half_open() -> Breaker:
 
 
 @pytest.mark.parametrize(("outcomes", "failures"), OUTCOMES)
-def test_the_third_failure_in_a_row_opens(outcomes: tuple[str, ...], failures: list[int]):
+def test_the_third_failure_in_a_row_opens(outcomes, failures):
     breaker, seen = Breaker(), []
     for now, outcome in enumerate(outcomes):
         assert breaker.admits

@@ -259,7 +259,7 @@ def axe() -> str:
 # --------------------------------------------------------------------------------------- completing
 
 
-async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any):
+async def test_a_completion_streams_in_is_marked_and_accepted(chrome):
     gate = asyncio.Event()
     scripts = completion("a", gate.wait, " + b\r", "\n"), completion("c")
     async with visiting(chrome, *scripts) as visit:
@@ -282,9 +282,7 @@ async def test_a_completion_streams_in_is_marked_and_accepted(chrome: Any):
         assert "suffix" not in sent
 
 
-async def test_typing_accepts_and_esc_keeps_what_is_there_and_both_stop_the_rest(
-    chrome: Any,
-):
+async def test_typing_accepts_and_esc_keeps_what_is_there_and_both_stop_the_rest(chrome):
     async with visiting(chrome, [CHUNKED, A, HANG]) as visit:
         await visit.ask(CODE, mark="a")
         assert not visit.backend.left.is_set()
@@ -301,7 +299,7 @@ async def test_typing_accepts_and_esc_keeps_what_is_there_and_both_stop_the_rest
         await visit.press("Escape", holds=CODE)
 
 
-async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any):
+async def test_an_infill_sends_what_is_around_the_cursor(chrome):
     """With a selection, its end is the cursor. The buttons do the same as the keys."""
     suffix = "\n\n\nprint(add(1, 2))\n"
     async with visiting(chrome) as visit:
@@ -320,7 +318,7 @@ async def test_an_infill_sends_what_is_around_the_cursor(chrome: Any):
         assert visit.backend.completions[-1]["mode"] == "complete"
 
 
-async def test_a_user_who_scrolls_keeps_the_position(chrome: Any):
+async def test_a_user_who_scrolls_keeps_the_position(chrome):
     """Until then, the end of the text that comes stays in view. The mark lies behind its text."""
     more, rest = asyncio.Event(), asyncio.Event()
     script = completion("a\n" * 40, more.wait, "b\n" * 40, rest.wait, "c\n" * 40)
@@ -348,7 +346,7 @@ async def test_a_user_who_scrolls_keeps_the_position(chrome: Any):
 # -------------------------------------------------------------------------------------- instructing
 
 
-async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any):
+async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome):
     gate = asyncio.Event()
     before = "".join(f"line {n}\n" for n in range(20))
     after = before.replace("line 9\n", "line nine\nmore\n")
@@ -373,9 +371,7 @@ async def test_an_instruction_shows_its_diff_before_it_is_taken(chrome: Any):
         assert sent["messages"][0]["content"] == f"say nine\n\n```python\n{before}```"
 
 
-async def test_an_instruction_for_a_selection_and_for_a_text_that_has_changed(
-    chrome: Any,
-):
+async def test_an_instruction_for_a_selection_and_for_a_text_that_has_changed(chrome):
     async with visiting(chrome, completion("TWO"), completion("print(1)\n")) as visit:
         await visit.write("one\ntwo\nthree\n")
         await visit.select(4, 8)
@@ -392,7 +388,7 @@ async def test_an_instruction_for_a_selection_and_for_a_text_that_has_changed(
         await visit.see_part("#error", "The text has changed since")
 
 
-async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any):
+async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome):
     wrong = {"length": "was cut off at 512 tokens", "repeat": "repeats itself"}
     wrong |= {"preempted": "made room for another request"}
     answers = [completion("y = 1", finish_reason=reason) for reason in wrong]
@@ -413,7 +409,7 @@ async def test_an_answer_that_may_lack_a_part_is_not_taken_unwarned(chrome: Any)
         )  # a third of the characters and 64 would be more
 
 
-async def test_lines_are_compared(chrome: Any):
+async def test_lines_are_compared(chrome):
     """Both texts can be made from the rows."""
     chance = random.Random(7)
     texts = ["", "a", "a\n", "\n", "a\nb\nc", "b\nc\nd\n"]
@@ -435,7 +431,7 @@ async def test_lines_are_compared(chrome: Any):
 # ------------------------------------------------------------------------------------------- errors
 
 
-async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any):
+async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome):
     """The error comes before the cut, so that the page can read it. The Pi's own end has no
     event.
     """
@@ -457,7 +453,7 @@ async def test_the_vps_dies_in_mid_stream_and_then_the_pi(chrome: Any):
         await visit.holds(CODE + "a", mark="a")
 
 
-async def test_a_stream_that_falls_silent(chrome: Any):
+async def test_a_stream_that_falls_silent(chrome):
     """The Pi sends a comment from time to time. Without any, its connection is lost, whatever the
     network says.
     """
@@ -476,7 +472,7 @@ async def test_a_stream_that_falls_silent(chrome: Any):
         await visit.holds(CODE + "a", mark="a")
 
 
-async def test_stages_and_the_time(chrome: Any):
+async def test_stages_and_the_time(chrome):
     loading, reading = asyncio.Event(), asyncio.Event()
     writing = asyncio.Event()
 
@@ -507,7 +503,7 @@ async def test_stages_and_the_time(chrome: Any):
         await visit.see_part("#slow", f"Your last request: {time}")
 
 
-async def test_a_key_is_asked_for_and_kept_in_this_tab_and_then_in_the_browser(chrome: Any):
+async def test_a_key_is_asked_for_and_kept_in_this_tab_and_then_in_the_browser(chrome):
     """In the browser only if the user wants that, and not one that the Pi refuses."""
     stores = "[sessionStorage.cerebrum, localStorage['cerebrum-key']]"
     async with visiting(chrome, client_keys=(KEY,)) as visit:
@@ -539,7 +535,7 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab_and_then_in_the_browser(c
             await visit.page.reload()
 
 
-async def test_hostile_texts_are_text(chrome: Any):
+async def test_hostile_texts_are_text(chrome):
     hostile = HOSTILE + BIDI
     spelled = HOSTILE + BIDI_SPELLED
     name = HOSTILE.replace("/", "")
@@ -573,7 +569,7 @@ async def test_hostile_texts_are_text(chrome: Any):
 # ---------------------------------------------------------------------------------- files, settings
 
 
-async def test_files_are_opened_by_dropping_and_by_button(chrome: Any, tmp_path: Path):
+async def test_files_are_opened_by_dropping_and_by_button(chrome, tmp_path):
     async with visiting(chrome) as visit:
         await visit.write("unsaved = 1\n")
         await visit.drop("main.RS", b"\xef\xbb\xbffn main() {\r\n    ")
@@ -607,7 +603,7 @@ a\nb\r\n                   |                      |
 """
 
 
-async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome: Any):
+async def test_a_saved_file_has_every_byte_that_was_not_changed(chrome):
     async with visiting(chrome) as visit:
         for content, text, saved in rows(SAVED):
             await visit.drop("a.py", content.encode("latin-1"))
@@ -626,7 +622,7 @@ WRONG_FILES = (
 )
 
 
-async def test_files_that_cannot_be_opened(chrome: Any):
+async def test_files_that_cannot_be_opened(chrome):
     async with visiting(chrome) as visit:
         await visit.write("x = 1\n")
         for name, content, is_wrong in WRONG_FILES:
@@ -637,7 +633,7 @@ async def test_files_that_cannot_be_opened(chrome: Any):
         await visit.see_part("#outcome", "The file name shows no language; using python.")
 
 
-async def test_settings_are_sent_and_remembered(chrome: Any):
+async def test_settings_are_sent_and_remembered(chrome):
     async with visiting(chrome) as visit:
 
         async def shown() -> list[str]:
@@ -675,7 +671,7 @@ if x:\n\ta           |   | Tab                           | if x:\n\ta\t
 """
 
 
-async def test_tab_indents(chrome: Any):
+async def test_tab_indents(chrome):
     async with visiting(chrome) as visit:
         for text, at, keys, expected in rows(INDENTED):
             await visit.write(text, int(at or len(text)))
@@ -683,7 +679,7 @@ async def test_tab_indents(chrome: Any):
         assert await visit.focused() == "editor"
 
 
-async def test_a_text_that_was_deleted_or_emptied_comes_back_and_can_be_copied(chrome: Any):
+async def test_a_text_that_was_deleted_or_emptied_comes_back_and_can_be_copied(chrome):
     async with visiting(chrome, context=CLIPBOARD) as visit:
         await visit.click("example")
         await visit.see("#mark", "a + b")
@@ -699,7 +695,7 @@ async def test_a_text_that_was_deleted_or_emptied_comes_back_and_can_be_copied(c
         assert await visit.evaluate("navigator.clipboard.readText()") == "x = 1"
 
 
-async def test_every_control_is_reached_by_tab(chrome: Any):
+async def test_every_control_is_reached_by_tab(chrome):
     """No trap: Esc, then Tab leaves the editor, and Shift-Tab too."""
     code = ["editor", "complete", "accept", "undo", "instruction", "send", "diff", "take", "leave"]
     async with visiting(chrome, completion("y = 1")) as visit:
@@ -740,7 +736,7 @@ async def check_looks(visit: Visit, screen: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "screen"), [("light", WIDE), ("dark", PHONE)])
-async def test_what_it_looks_like(chrome: Any, axe: str, scheme: str, screen: dict[str, Any]):
+async def test_what_it_looks_like(chrome, axe, scheme, screen):
     scripts = completion("y = 1\n"), completion("x = 1", finish_reason="length"), [CHUNKED, A]
     context = screen | {"color_scheme": scheme}
     async with visiting(chrome, *scripts, client_keys=(KEY,), context=context) as visit:
@@ -766,7 +762,7 @@ async def test_what_it_looks_like(chrome: Any, axe: str, scheme: str, screen: di
         await check_looks(visit, screen)
 
 
-async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any):
+async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome):
     clients = {KEY: Client("anna"), "toms-key": Client("tom", 1)}
     async with visiting(chrome, clients=clients) as visit:
         await visit.enter_key(KEY)
@@ -793,7 +789,7 @@ async def test_the_state_of_the_pi_of_its_models_and_of_its_people(chrome: Any):
         assert await visit.find("#plot path.failed").count() == 2  # a bar and its cross
 
 
-async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: Any, caplog: Any):
+async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome, caplog):
     keys = ("odd'key", KEY)
     async with visiting(chrome, client_keys=keys, context=CLIPBOARD) as visit:
         editors = visit.find("#recipe-editor")
@@ -824,7 +820,7 @@ async def test_the_settings_for_an_editor_have_the_address_and_the_key(chrome: A
         assert KEY not in visit.page.url + str(visit.asked) + caplog.text
 
 
-async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any):
+async def test_a_link_brings_a_key_and_a_greeting(chrome, caplog):
     """The key leaves the address at once, stays in this tab, and never replaces another one
     unasked.
     """
@@ -853,7 +849,7 @@ async def test_a_link_brings_a_key_and_a_greeting(chrome: Any, caplog: Any):
         assert "-key" not in caplog.text
 
 
-async def test_the_state_is_asked_for_every_five_seconds(chrome: Any):
+async def test_the_state_is_asked_for_every_five_seconds(chrome):
     """Less often while the Pi does not answer. The list of models is fetched only after a
     change.
     """

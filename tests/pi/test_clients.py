@@ -89,7 +89,7 @@ def client(openai: Any, pi: Pi) -> Any:
     return client_of(openai, pi.url + "/v1")
 
 
-def test_openai(client: Any, pi: Pi):
+def test_openai(client, pi: Pi):
     whole = client.completions.create(model="", prompt=PREFIX, max_tokens=16, stop="\n\n\n")
     assert (whole.choices[0].text, whole.usage.to_dict()) == (TEXT, COUNTS)
     pi.passed_on(mode="complete", prompt=PREFIX, max_tokens=16, stop=["\n\n\n"])
@@ -114,7 +114,7 @@ CUT = [[CHUNKED, chunk(token("a", 1))]]  # then the VPS closes the connection
 BROKEN = "VPS backend is unavailable (it ended in the middle of its answer)"
 
 
-def test_openai_raises_our_errors(openai: Any, client: Any, pi: Pi):
+def test_openai_raises_our_errors(openai, client, pi: Pi):
     wrong = {"model": "", "messages": [{"role": "user", "content": [IMAGE]}]}
     with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[0\].type: ") as bad:
         client.chat.completions.create(**wrong)
@@ -127,7 +127,7 @@ def test_openai_raises_our_errors(openai: Any, client: Any, pi: Pi):
     assert (broken.value.code, broken.value.message) == ("VPS_UNAVAILABLE", BROKEN)
 
 
-def test_openai_lists_models_without_a_vps(openai: Any, tmp_path: Path):
+def test_openai_lists_models_without_a_vps(openai, tmp_path):
     """One plugin of llm waits 0.1 s for the list. Here the VPS accepts and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -160,7 +160,7 @@ def test_ollama(pi: Pi):
         list(client.generate("m", "x", raw=True, stream=True))
 
 
-def test_ollama_and_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ollama_and_a_key(tmp_path, monkeypatch):
     ollama = pytest.importorskip("ollama", reason=INSTALL)
     with start_pi(tmp_path, [WHOLE], CEREBRUM_CM4_API_KEY=KEY) as pi:
         with pytest.raises(ollama.ResponseError, match="API key") as refused:
@@ -171,7 +171,7 @@ def test_ollama_and_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert client.generate("m", PREFIX, raw=True).response == TEXT
 
 
-def test_llm(pi: Pi, tmp_path: Path):
+def test_llm(pi: Pi, tmp_path):
     """The models `pi` (chats) and `code` (completions)."""
     pytest.importorskip("llm", reason=INSTALL)
     models = [{"model_id": "pi", "model_name": "qwen_0_5b", "api_base": pi.url + "/v1"}]
@@ -241,7 +241,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_curl(pi: Pi, options: list[str]):
+def test_curl(pi: Pi, options):
     body = json.dumps({"prompt": PREFIX + LINE, "suffix": SUFFIX})
     command = [needs("curl"), "-sS", "--noproxy", "*", *options, "-d", body]
     done = subprocess.run([*command, f"{pi.url}/v1/completions"], **CAPTURED)
@@ -250,7 +250,7 @@ def test_curl(pi: Pi, options: list[str]):
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_plugin_with_weights(weights: Pi, name: str):
+def test_a_plugin_with_weights(weights: Pi, name):
     text = completed(weights, name)
     assert "<|" not in text
     assert text.strip() if name == "codecompanion" else completes_the_sum(text), text

@@ -11,8 +11,6 @@ import socket
 import sys
 import time
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import KEY, PATIENCE, ROOT, SHIPPED, Client, daemon, run_to_the_end, until
@@ -51,7 +49,7 @@ PATHS = ("/v1/complete", "/v1/complete/stream")
 # ------------------------------------------------------------------------------------ configuration
 
 
-def test_defaults() -> None:
+def test_defaults():
     config = load_config(Environment({}))
     endpoint = Endpoint("127.0.0.1", 9000, "127.0.0.1:9000", "", False)
     backends = (config_of("vps", endpoint, key_env="CEREBRUM_API_KEY"),)
@@ -77,7 +75,7 @@ def test_defaults() -> None:
         ("CEREBRUM_MODELS_FILE", "/nonexistent/models.toml"),
     ],
 )
-def test_a_bad_variable_is_named(name: str, value: str) -> None:
+def test_a_bad_variable_is_named(name, value):
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         load_config(Environment({name: value}))
     assert "KEY" not in name or value not in str(caught.value)
@@ -105,9 +103,7 @@ PASTED: list[tuple[dict[str, str], str]] = [  # variables, and the backends of m
 
 
 @pytest.mark.parametrize(("variables", "backends"), PASTED)
-def test_no_text_is_shown_that_may_be_a_key(
-    variables: dict[str, str], backends: str, tmp_path: Path
-):
+def test_no_text_is_shown_that_may_be_a_key(variables, backends, tmp_path):
     (tmp_path / "models.toml").write_text(backends + "\n" + (ROOT / "models.toml").read_text())
     with pytest.raises(ConfigError) as caught:
         load_config(
@@ -116,7 +112,7 @@ def test_no_text_is_shown_that_may_be_a_key(
     assert SECRET not in str(caught.value)
 
 
-def test_a_key_in_key_env_is_not_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_key_in_key_env_is_not_shown(tmp_path, caplog):
     """Nor in the answer to a client, if the backend refuses it."""
     (tmp_path / "models.toml").write_text(
         f'{TABLE}key_env = "{SECRET}"\n' + (ROOT / "models.toml").read_text()
@@ -151,7 +147,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("field", "good", "bad"), FIELDS)
-def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]) -> None:
+def test_a_bad_field_is_named(field, good, bad):
     for value in good:
         read = getattr(read_native(GOOD_FIELDS | {field: value}, SHIPPED), field)
         assert read in (value, [value])
@@ -165,7 +161,7 @@ def test_a_bad_field_is_named(field: str, good: list[Any], bad: list[Any]) -> No
         assert caught.value.code == "INVALID_REQUEST"
 
 
-async def test_defaults_of_a_completion_and_what_reaches_the_vps() -> None:
+async def test_defaults_of_a_completion_and_what_reaches_the_vps():
     async with pi_with() as (pi, backend):
         await pi.stream()
         more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "max_tokens": 9}
@@ -220,7 +216,7 @@ async def test_complete_has_the_fields_of_the_text_and_the_vps():
         assert backend.completions[1]["prompt"] == "# \u00fc\n"
 
 
-async def test_health_and_stats_and_models_while_the_vps_is_up() -> None:
+async def test_health_and_stats_and_models_while_the_vps_is_up():
     async with pi_with() as (pi, backend):
         await pi.stream()
         asked = len(backend.asked)
@@ -250,7 +246,7 @@ async def test_a_vps_that_refuses_our_key_is_not_healthy():
 @pytest.mark.parametrize(
     "health", [answer(500, {}), answer(200, [1]), head(302, "Location: /x"), b"nonsense"]
 )
-async def test_a_bad_health_is_no_health(health: bytes):
+async def test_a_bad_health_is_no_health(health):
     async with Backend(health=health) as backend, pi_for(backend.port) as pi:
         assert (await pi.get("/health")).status == 503
 
@@ -258,7 +254,7 @@ async def test_a_bad_health_is_no_health(health: bytes):
 @pytest.mark.parametrize(
     ("told", "loaded"), [(["a", 1, None, "b"], ["a", "b"]), ("no", []), (None, [])]
 )
-async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: list[str]):
+async def test_a_health_that_lies_about_the_models_in_memory(told, loaded):
     async with (
         Backend(health=answer(200, {"models_loaded": told})) as backend,
         pi_for(backend.port) as pi,
@@ -266,7 +262,7 @@ async def test_a_health_that_lies_about_the_models_in_memory(told: Any, loaded: 
         assert pi.first.models_loaded == loaded
 
 
-async def test_an_answer_has_the_request_id_and_the_vps_gets_it() -> None:
+async def test_an_answer_has_the_request_id_and_the_vps_gets_it():
     async with pi_with() as (pi, backend):
         reply = await pi.post("/v1/complete", GOOD_FIELDS, X_Request_ID="abc-1")
         assert reply.one("X-Request-ID") == backend.asked[-1][1]["x-request-id"] == "abc-1"
@@ -285,7 +281,7 @@ HANGS = {
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("hang", HANGS)
-async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, hang: str):
+async def test_a_client_that_leaves_frees_its_place_and_the_vps(path, hang):
     async with pi_with(HANGS[hang]) as (pi, backend):
         _, writer = await pi.open("POST", path, GOOD_FIELDS)
         await backend.begun.wait()
@@ -301,9 +297,7 @@ async def test_a_client_that_leaves_frees_its_place_and_the_vps(path: str, hang:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("hang", HANGS)
 @pytest.mark.parametrize("by", ["the Pi", "the VPS"])
-async def test_a_newer_completion_of_a_session_ends_the_older(
-    hang: str, path: str, by: str
-) -> None:
+async def test_a_newer_completion_of_a_session_ends_the_older(hang, path, by):
     """The Pi needs no VPS for this: one that hangs keeps neither the older completion nor its
     place. Two Pis with the same client are one client to the VPS, so it ends the older request
     itself, which is no failure.
@@ -330,9 +324,7 @@ async def test_a_newer_completion_of_a_session_ends_the_older(
         assert pi.gateway.counting.failed == (by == "the Pi"), "the 429 alone has failed"
 
 
-async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session(
-    monkeypatch: pytest.MonkeyPatch,
-):
+async def test_a_client_that_reads_nothing_cannot_keep_the_place_of_its_session(monkeypatch):
     monkeypatch.setattr(pi_backend, "MAX_TEXT_BYTES", sys.maxsize)
     scripts = [[CHUNKED, Flood(TOKEN_A * 1000)], GOOD]
     async with pi_with(*scripts, max_concurrent=1) as (pi, backend):
@@ -350,9 +342,7 @@ REFUSED = [({"model": "gpt"}, "MODEL_NOT_FOUND"), ({}, "VPS_UNAVAILABLE")]
 
 
 @pytest.mark.parametrize(("more", "code"), REFUSED)
-async def test_a_newer_completion_that_is_refused_or_another_clients_ends_nothing(
-    more: dict[str, Any], code: str
-):
+async def test_a_newer_completion_that_is_refused_or_another_clients_ends_nothing(more, code):
     go = asyncio.Event()
     async with pi_with(gated(go)) as (pi, backend):
         older = asyncio.create_task(pi.stream(session="editor"))
@@ -377,7 +367,7 @@ CHOSEN = [({"suffix": "\n)"}, "qwen_0_5b"), ({"instruction": "Write it"}, "qwen_
 
 
 @pytest.mark.parametrize(("asked", "model"), CHOSEN)
-async def test_which_model_answers(asked: dict[str, Any], model: str) -> None:
+async def test_which_model_answers(asked, model):
     """The first that is preferred, and lists the language; test_dispatcher.py has more cases. The
     prompt may be empty beside a suffix or an instruction.
     """
@@ -386,7 +376,7 @@ async def test_which_model_answers(asked: dict[str, Any], model: str) -> None:
         assert reply.json["model"] == backend.completions[0]["model"] == model
 
 
-async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path: Path):
+async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path):
     path = tmp_path / "models.toml"
     text = (ROOT / "models.toml").read_text()
     path.write_text(text.replace('languages = ["rust"', 'languages = ["cobol", "C#", "rust"'))
@@ -464,7 +454,7 @@ async def test_a_long_prompt_is_fitted_and_refitted_once_before_the_first_token(
 # ----------------------------------------------------------------------------------- a real process
 
 
-async def test_from_start_to_stop(tmp_path: Path):
+async def test_from_start_to_stop(tmp_path):
     """A stream that runs when SIGTERM comes is finished."""
     go, file = asyncio.Event(), tmp_path / "logs" / "cm4.log"
     async with Backend([GOOD, [CHUNKED, TOKEN_A, go.wait, *GOOD[2:]]]) as backend:
@@ -488,7 +478,7 @@ async def test_from_start_to_stop(tmp_path: Path):
         assert KEY not in process.stdout() + process.stderr()
 
 
-def test_an_address_that_is_not_there_yet_is_no_wrong_configuration(tmp_path: Path):
+def test_an_address_that_is_not_there_yet_is_no_wrong_configuration(tmp_path):
     """The unit restarts the daemon after a status of 1, and never after 2."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

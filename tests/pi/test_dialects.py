@@ -61,7 +61,7 @@ EMPTY = [{}, dict.fromkeys(NULLED)]
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("more", EMPTY, ids=["empty", "nulls"])
-def test_defaults(name: str, more: Any) -> None:
+def test_defaults(name, more):
     asked = CompletionRequest(*DEFAULTS[name])
     assert DIALECTS[name].read(BASES[name] | more) == asked
 
@@ -115,7 +115,7 @@ SAMPLING = [
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("members", "expected"), SAMPLING, ids=str)
-def test_sampling(name: str, members: Any, expected: Any) -> None:
+def test_sampling(name, members, expected):
     asked = DIALECTS[name].read(BASES[name] | members)
     assert asked.fields == replace(DEFAULTS[name][1], **expected)
 
@@ -179,7 +179,7 @@ READ = [
 
 
 @pytest.mark.parametrize(("name", "members", "kind", "fields"), READ, ids=str)
-def test_what_is_asked(name: str, members: Any, kind: str, fields: dict[str, Any]) -> None:
+def test_what_is_asked(name, members, kind, fields):
     asked = DIALECTS[name].read(BASES[name] | members)
     assert (asked.kind, asked.fields) == (kind, replace(DEFAULTS[name][1], **fields))
 
@@ -194,7 +194,7 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize(("given", "role", "content"), MESSAGES, ids=str)
-def test_messages(given: Any, role: str, content: str) -> None:
+def test_messages(given, role, content):
     asked = OPENAI_CHAT.read({"messages": [given, *SAID]})
     assert asked.fields.messages == [{"role": role, "content": content}, *SAID]
 
@@ -213,7 +213,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("name", "members", "expected"), FORMS)
-def test_the_form_of_the_answer(name: str, members: Any, expected: tuple[Any, ...]) -> None:
+def test_the_form_of_the_answer(name, members, expected):
     asked = DIALECTS[name].read(BASES[name] | members)
     assert (asked.stream, asked.usage, asked.caching, asked.only) == expected
 
@@ -221,7 +221,7 @@ def test_the_form_of_the_answer(name: str, members: Any, expected: tuple[Any, ..
 HALF, MENDED = "a\ud83d", "a\ufffd"  # half of an emoji
 
 
-def test_half_an_emoji_becomes_a_replacement_character() -> None:
+def test_half_an_emoji_becomes_a_replacement_character():
     extra = [{"filename": HALF, "text": f"{HALF}\U0001f600"}]
     members = {
         "prompt": [HALF],
@@ -263,7 +263,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "members", "where"), REFUSED, ids=str)
-def test_what_cannot_be_served_is_named(name: str, members: Any, where: str) -> None:
+def test_what_cannot_be_served_is_named(name, members, where):
     with pytest.raises(HttpError) as refused:
         DIALECTS[name].read(BASES[name] | members)
     assert refused.value.code == "INVALID_REQUEST"
@@ -309,7 +309,7 @@ OF_OLLAMA = [
 
 
 @pytest.mark.parametrize(("members", "kind", "fields"), OF_OLLAMA, ids=str)
-def test_what_is_asked_of_ollama(members: Any, kind: str, fields: Any) -> None:
+def test_what_is_asked_of_ollama(members, kind, fields):
     asked = GENERATE.read(members)
     assert (asked.kind, asked.fields, asked.stream) == (kind, fields, True)
     assert not CHATS.read(members | {"stream": False}).stream
@@ -326,7 +326,7 @@ REFUSED_AS_OLLAMA = [
 
 
 @pytest.mark.parametrize(("members", "where"), REFUSED_AS_OLLAMA, ids=str)
-def test_what_ollama_could_serve_is_named(members: Any, where: str) -> None:
+def test_what_ollama_could_serve_is_named(members, where):
     with pytest.raises(HttpError, match=rf"^{re.escape(where)}: expected ") as refused:
         GENERATE.read(members)
     assert write_ollama_error(refused.value) == {"error": refused.value.message}
@@ -354,7 +354,7 @@ CODE_TEXT = st.text(alphabet="ab<|>_ \n").filter(lambda text: not any(map(text.c
 
 
 @given(CODE_TEXT, CODE_TEXT)
-def test_any_text_without_marks_may_be_completed(prefix: str, suffix: str) -> None:
+def test_any_text_without_marks_may_be_completed(prefix, suffix):
     for marks in FIM:
         assert split_fim(written(*marks, prefix, suffix)) == split(prefix, suffix)
 
@@ -364,8 +364,8 @@ MENTION = 'FIM = ("{}", "{}", "{}")\nfor token in FIM:\n    '
 
 @pytest.mark.parametrize(("before", "after", "middle"), FIM)
 def test_the_suffix_may_come_first_and_a_text_that_mentions_the_tokens_is_not_split(
-    before: str, after: str, middle: str
-) -> None:
+    before, after, middle
+):
     assert split_fim(MENTION.format(before, after, middle)) is None
     begun = (
         "",
@@ -400,7 +400,7 @@ SPLIT = [
 
 
 @pytest.mark.parametrize(("prompt", "expected"), SPLIT)
-def test_the_spaces_and_beginnings_of_families(prompt: str, expected: Any) -> None:
+def test_the_spaces_and_beginnings_of_families(prompt, expected):
     assert split_fim(prompt) == (split(*expected) if expected else None)
 
 
@@ -422,7 +422,7 @@ PREAMBLES = [
 
 
 @pytest.mark.parametrize(("preamble", "filename", "extra"), PREAMBLES)
-def test_what_precedes_the_marks(preamble: str, filename: str, extra: Any) -> None:
+def test_what_precedes_the_marks(preamble, filename, extra):
     expected = split("p", "s", filename, extra)
     assert split_fim(f"{preamble}<|fim_prefix|>p<|fim_suffix|>s<|fim_middle|>") == expected
     assert split_fim(f"{preamble}<fim_suffix>s<fim_prefix>p<fim_middle>") == expected
@@ -467,7 +467,7 @@ def sse(*answers: bytes) -> bytes:
     return b"".join(b"data: %b\n\n" % answer for answer in answers)
 
 
-def test_openai_text() -> None:
+def test_openai_text():
     choice = b'{"index":0,"text":"%b","logprobs":null,"finish_reason":%b}'
     framed = TEXT_HEAD + choice + b"]"
     whole = reply_to("text").whole('x"\n', RESULT)
@@ -483,7 +483,7 @@ def test_openai_text() -> None:
     assert counting.end(RESULT) == sse(end, TEXT_HEAD + b"]," + COUNTS + b"}", b"[DONE]")
 
 
-def test_openai_chat() -> None:
+def test_openai_chat():
     choice = b'{"index":0,%b,"logprobs":null,"finish_reason":%b}]'
     message = b'"message":{"role":"assistant","content":"x"}'
     whole = reply_to("chat").whole("x", RESULT | {"finish_reason": "length"})
@@ -502,7 +502,7 @@ def test_openai_chat() -> None:
     assert gap.end(RESULT) == sse(end, b"[DONE]")
 
 
-def test_llama() -> None:
+def test_llama():
     reply = reply_to("infill", stop="q")
     answer = (
         b'{"content":"%b","stop":true,"model":"m","tokens_predicted":4,"tokens_evaluated":10,'
@@ -521,7 +521,7 @@ def test_llama() -> None:
     ("dialect", "said"),
     [(GENERATE, b'"response":%b'), (CHATS, b'"message":{"role":"assistant","content":%b}')],
 )
-def test_ollama(dialect: Any, said: bytes) -> None:
+def test_ollama(dialect, said):
     reply = dialect.reply(dialect.read({"prompt": "x", "raw": True}), "42", 7, BEGUN)
     piece = b'{"model":"m","created_at":"1970-01-01T00:00:07Z",%b,"done":%b%b}'
     counts = (
@@ -538,7 +538,7 @@ def test_ollama(dialect: Any, said: bytes) -> None:
     assert (cut["done_reason"], cut["replaced"], cut["load_duration"]) == ("length", True, 0)
 
 
-def test_a_model_in_ollamas_list() -> None:
+def test_a_model_in_ollamas_list():
     (model,) = (model for model in SHIPPED if model.id == "qwen_0_5b")
     details = {"format": "gguf", "family": "cerebrum", "parameter_size": "0.5B"}
     assert write_ollama_model(model, 4096, 7) == {
@@ -570,7 +570,7 @@ ONLY = [
 
 
 @pytest.mark.parametrize(("only", "expected"), ONLY)
-def test_response_fields(only: list[str], expected: bytes) -> None:
+def test_response_fields(only, expected):
     reply = reply_to("infill", response_fields=only)
     assert reply.whole("x", RESULT) == expected
     last = expected.replace(b'"content":"x"', b'"content":""')
@@ -591,7 +591,7 @@ REASONS = [
 
 
 @pytest.mark.parametrize(("reason", "finish_reason", "stop_type"), REASONS)
-def test_why_a_text_ends(reason: str | None, finish_reason: str, stop_type: str) -> None:
+def test_why_a_text_ends(reason, finish_reason, stop_type):
     result = {"finish_reason": reason} if reason else {}
     for name in ("text", "chat"):
         reply = reply_to(name)
@@ -605,7 +605,7 @@ TRUNCATED = [({}, False), ({"parts": ["all"]}, False), ({"parts": ["suffix"]}, T
 
 
 @pytest.mark.parametrize(("kept", "truncated"), TRUNCATED)
-def test_a_prompt_that_was_cut_is_truncated(kept: Any, truncated: bool) -> None:
+def test_a_prompt_that_was_cut_is_truncated(kept, truncated):
     reply = reply_to("infill", {"model": "m", "n_ctx": 4096, "kept": kept})
     assert json.loads(reply.whole("", RESULT))["truncated"] is truncated
 
@@ -615,14 +615,14 @@ OWN_MEMBERS = [({"type_through": True}, "type_through"), (REPLACED, "replaced")]
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(("more", "member"), OWN_MEMBERS)
-def test_what_no_dialect_has_a_member_for(name: str, more: Any, member: str) -> None:
+def test_what_no_dialect_has_a_member_for(name, more, member):
     reply, result = reply_to(name), RESULT | more
     assert json.loads(reply.whole("x", result))[member] is True
     assert read_event(reply.end(result))[member] is True
     assert member not in json.loads(reply.whole("x", RESULT))
 
 
-def test_llama_vim_gets_no_content_that_it_could_keep_of_a_replaced_request() -> None:
+def test_llama_vim_gets_no_content_that_it_could_keep_of_a_replaced_request():
     chosen = reply_to("infill", response_fields=["content", "stop_type"]).whole("", REPLACED)
     assert chosen == b'{"replaced":true,"stop_type":"limit"}'
 
@@ -635,7 +635,7 @@ PIECE = st.one_of(st.sampled_from(SHORT_ESCAPES), ESCAPE, PLAIN_TEXT)
 
 
 @given(st.lists(PIECE).map("".join))
-def test_any_escapes_of_a_token_event_stay_as_they_are(escaped: str) -> None:
+def test_any_escapes_of_a_token_event_stay_as_they_are(escaped):
     event = f'data: {{"token": "{escaped}", "total_tokens": 1}}\n\n'.encode()
     for name in ALL:
         written = reply_to(name).text(event)
@@ -655,7 +655,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("read", "written", "result", "expected"), FIGURES)
-def test_timings(read: int, written: int, result: Any, expected: list[float]) -> None:
+def test_timings(read, written, result, expected):
     counts = {"prompt_tokens": read + 9, "total_tokens": written, "cached_tokens": 9}
     assert list(timings(counts | result).values()) == [9, *expected]
 
@@ -673,7 +673,7 @@ TYPES = {
 
 
 @pytest.mark.parametrize(("code", "kind"), TYPES.items())
-def test_errors(code: str, kind: str) -> None:
+def test_errors(code, kind):
     error = HttpError(code, 'why "so"', extra={"prompt_tokens": 1})
     members = {"message": 'why "so"', "type": kind, "param": None, "code": code}
     assert write_error(error) == {"error": members}
@@ -692,7 +692,7 @@ NEXT_EDITS = [
 
 
 @pytest.mark.parametrize("prompt", NEXT_EDITS)
-def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt: str) -> None:
+def test_a_prompt_for_the_next_edit_passes_as_it_is(prompt):
     stops = ["<|file_sep|>", "<|endoftext|>", "\n\n\n"]
     asked = OPENAI_TEXT.read({"prompt": [prompt], "stop": stops, "max_tokens": 512})
     assert asked.fields == replace(CODE, prompt=prompt, stop_at="none", special=True, stop=stops)
@@ -707,6 +707,6 @@ ABOUT_MARKS = [
 
 
 @pytest.mark.parametrize("prompt", ABOUT_MARKS)
-def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt: str) -> None:
+def test_a_text_about_marks_is_no_prompt_for_the_next_edit(prompt):
     asked = OPENAI_TEXT.read({"prompt": prompt, "stop": "<|file_sep|>"})
     assert (asked.fields.special, asked.fields.stop) == (False, [])

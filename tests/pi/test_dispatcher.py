@@ -339,11 +339,11 @@ DECISIONS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("case", "expected"), DECISIONS)
-def test_decide(case: dict[str, Any], expected: str) -> None:
+def test_decide(case, expected):
     assert decided(Case(**case)) == expected
 
 
-def test_the_file_of_a_request() -> None:
+def test_the_file_of_a_request():
     """It is the client's, unless our own API names none."""
     for kind in ("", "infill"):
         assert Case(kind=kind).request.file == "me f.py"
@@ -365,7 +365,7 @@ IN_TURN = [
 ]
 
 
-def test_people_take_turns() -> None:
+def test_people_take_turns():
     state = State(Fleet(), turns=TURNS)
     held = Counter(dora=1)
     waiting = list[Completion]()

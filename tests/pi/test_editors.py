@@ -99,7 +99,7 @@ HANGS = [([HANG], False), (BEGUN, False), (BEGUN, True)]
 
 
 @pytest.mark.parametrize(("hang", "stream"), HANGS)
-async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang, stream, caplog) -> None:
+async def test_a_newer_infill_of_the_file_ends_the_older_one_quietly(hang, stream, caplog):
     caplog.set_level("WARNING")
     async with pi_with(hang, GOOD) as (pi, backend):
         older = infill(pi, stream=stream)
@@ -157,7 +157,7 @@ one has a name     | a\n           |          | x.py | a\n            |         
 
 
 @pytest.mark.parametrize("case", rows(TEXTS), ids=itemgetter(0))
-def test_is_typed_on(case) -> None:
+def test_is_typed_on(case):
     _, *gaps, same = [text.replace("~", "a" * 1000) for text in case]
     first, second = (
         GenerationRequest(prompt, suffix=suffix, filename=filename)
@@ -273,9 +273,7 @@ async def busy(pi: Pi, backend: Backend, path: str, body: dict[str, Any]) -> Asy
     await backend.left.wait()
 
 
-async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-):
+async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypatch):
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.5)
     body = {"prompt": "x"}
     async with pi_with([HANG], max_concurrent=1) as (pi, backend), busy(pi, backend, CHATS, CHAT):
@@ -290,7 +288,7 @@ async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(
         assert pi.line == {}
 
 
-async def test_a_stream_that_waits_is_told_its_place(monkeypatch: pytest.MonkeyPatch):
+async def test_a_stream_that_waits_is_told_its_place(monkeypatch):
     monkeypatch.setattr(broadcast, "WAITING_SECONDS", 0.01)
     go = asyncio.Event()
     async with pi_with(gated(go), GOOD, max_concurrent=1) as (pi, backend):
@@ -322,9 +320,7 @@ WAITED = [
 
 
 @pytest.mark.parametrize(("path", "body", "seconds", "status"), WAITED)
-async def test_an_error_is_an_event_only_behind_a_place(
-    path: str, body: dict[str, Any], seconds: float, status: int, monkeypatch: pytest.MonkeyPatch
-):
+async def test_an_error_is_an_event_only_behind_a_place(path, body, seconds, status, monkeypatch):
     assert completion.WAIT_SECONDS["infill"] < broadcast.WAITING_SECONDS
     monkeypatch.setattr(broadcast, "WAITING_SECONDS", seconds)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", 0.2)
@@ -337,9 +333,7 @@ async def test_an_error_is_an_event_only_behind_a_place(
             assert data(reply)[-1]["error"]["code"] == "RATE_LIMIT"
 
 
-async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(
-    monkeypatch,
-):
+async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(monkeypatch):
     # Otherwise the end of the wait or a probe would do it.
     monkeypatch.setitem(completion.WAIT_SECONDS, "infill", PATIENCE)
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
@@ -358,9 +352,7 @@ async def test_a_place_that_passes_to_another_client_lets_the_first_one_go_on(
 
 
 @pytest.mark.parametrize("path", [CHATS, "/tokenize"])
-async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(
-    monkeypatch, path
-) -> None:
+async def test_a_trial_that_succeeds_admits_the_jobs_that_wait_for_its_end(monkeypatch, path):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     monkeypatch.setitem(completion.WAIT_SECONDS, "completion", PATIENCE)
     go = asyncio.Event()
@@ -386,7 +378,7 @@ WARM_UP = json.loads("""{
     "input_extra": [{"filename": "b.py", "text": "import os\\n"}], "t_max_prompt_ms": 1}""")
 
 
-async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do() -> None:
+async def test_a_warm_up_is_answered_at_once_and_read_when_nothing_else_is_to_do():
     go = asyncio.Event()
     async with pi_with(gated(go), script(prompt_tokens=7)) as (pi, backend):
         running = infill(pi)
@@ -426,7 +418,7 @@ async def test_the_newest_place_of_a_client_is_read_and_its_older_one_never_agai
         assert prompts == ["one", "two", "    ret", "two"]
 
 
-async def test_the_rest_of_a_cut_prompt_is_read_before_an_older_place() -> None:
+async def test_the_rest_of_a_cut_prompt_is_read_before_an_older_place():
     async with pi_with([HANG], script("a", **TOLD)) as (pi, backend):
         await read(pi, "old")
         await backend.begun.wait()
@@ -587,7 +579,7 @@ TYPED = {
 
 
 @pytest.mark.parametrize("name", TYPED)
-def test_typed_of(name) -> None:
+def test_typed_of(name):
     asked, text, prompt, typed = TYPED[name]
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
@@ -637,7 +629,7 @@ async def test_the_window_is_sent_whole_with_the_time_for_reading(limit):
             assert backend.completions[1] == asked | {"max_tokens": 0}
 
 
-async def test_what_is_typed_of_a_hint_is_read_once_the_rest_of_its_prompt_is() -> None:
+async def test_what_is_typed_of_a_hint_is_read_once_the_rest_of_its_prompt_is():
     """No key ends a reading, whose chunk would be lost."""
     go = asyncio.Event()
     scripts = script("yzw", **TOLD), script(go.wait, **TOLD), script(**TOLD)
@@ -652,7 +644,7 @@ async def test_what_is_typed_of_a_hint_is_read_once_the_rest_of_its_prompt_is() 
         assert typed == rest | {"prompt": f"{rest['prompt']}yz"}
 
 
-async def test_a_jump_down_a_file_ends_the_reading_above() -> None:
+async def test_a_jump_down_a_file_ends_the_reading_above():
     async with pi_with(script("y", **TOLD), [CHUNKED, HANG], script(**TOLD)) as (pi, backend):
         await infill(pi, **PLACE | {"input_suffix": AFTER})
         await until(pi.reads_ahead)
@@ -710,7 +702,7 @@ async def test_a_chat_that_is_too_long_keeps_the_system_turn_and_the_latest_and_
         assert whole.all("X-Cerebrum-Kept") == []
 
 
-async def test_an_unknown_model_means_the_default() -> None:
+async def test_an_unknown_model_means_the_default():
     body = {"prompt": "x", "suffix": None, "stop": None}
     async with pi_with() as (pi, backend):
         for model, serves in (
@@ -723,9 +715,7 @@ async def test_an_unknown_model_means_the_default() -> None:
             assert backend.completions[-1]["model"] == reply.json["model"] == serves
 
 
-async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(
-    monkeypatch,
-):
+async def test_counting_tokens_opens_the_breaker_of_a_dead_vps_and_waits_for_no_other(monkeypatch):
     def count(pi):
         return start(pi, "/tokenize", {"content": "a b"})
 

@@ -196,7 +196,7 @@ def check_result(result: Any, kind: EngineKind) -> None:
     assert kind is not LLAMA_CPP or "prompt_tokens" not in result, "it tells none"
 
 
-async def test_complete(kind: EngineKind, pi: Pi) -> None:
+async def test_complete(kind, pi: Pi):
     """The body of a function, and nothing behind it."""
     for text, result in await pi.both(prompt=FIBONACCI, max_tokens=100):
         assert (result["mode"], result["finish_reason"]) == ("complete", "block"), (text, result)
@@ -206,7 +206,7 @@ async def test_complete(kind: EngineKind, pi: Pi) -> None:
         check_result(result, kind)
 
 
-async def test_infill(kind: EngineKind, pi: Pi) -> None:
+async def test_infill(kind, pi: Pi):
     for text, result in await pi.both(prompt=PREFIX + LINE, suffix=SUFFIX, max_tokens=48):
         assert result["mode"] == "infill"
         assert result["finish_reason"] != "length", text
@@ -215,7 +215,7 @@ async def test_infill(kind: EngineKind, pi: Pi) -> None:
         check_result(result, kind)
 
 
-async def test_instruct(kind: EngineKind, pi: Pi) -> None:
+async def test_instruct(kind, pi: Pi):
     """Code alone: no fence, no chatter."""
     instruction = "Write a function add(a, b) that returns the sum of two numbers."
     for text, result in await pi.both(prompt="", instruction=instruction, max_tokens=200):
@@ -227,7 +227,7 @@ async def test_instruct(kind: EngineKind, pi: Pi) -> None:
         check_result(result, kind)
 
 
-async def test_chat_as_openai_does(pi: Pi) -> None:
+async def test_chat_as_openai_does(pi: Pi):
     body = {"model": "", "messages": CHAT, "max_tokens": 80, "temperature": 0}
     whole = (await pi.answered("/v1/chat/completions", **body)).json
     (choice,) = whole["choices"]
@@ -248,9 +248,7 @@ SHORT = [(LLAMA_SERVER, {}), pytest.param(LLAMA_CPP, {"n_ctx": 512}, marks=NIGHT
 
 
 @pytest.mark.parametrize(("short", "more"), SHORT, ids=str)
-async def test_a_prompt_is_fitted_to_a_short_context(
-    short: EngineKind, more: dict[str, int], tmp_path: Path
-) -> None:
+async def test_a_prompt_is_fitted_to_a_short_context(short, more, tmp_path):
     """The Pi knows the length from llama-server's /props. llama_cpp.server does not report it, so
     the table does. The answer has its room, also once the Pi has learned how the engine counts
     tokens.

@@ -243,9 +243,7 @@ def listing(api: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("kind", "stream"), CASES)
 @pytest.mark.parametrize("api", APIS)
-async def test_each_kind_of_request_against_each_error(
-    api: str, kind: str, stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_each_kind_of_request_against_each_error(api, kind, stream, monkeypatch):
     monkeypatch.setattr(pi_backend, "BUSY_SECONDS", 0.01)
     async with Backend(**listing(api)) as backend, pi_for(backend_at(backend.port, api=api)) as pi:
         people = pi.gateway.counting.people.total
@@ -274,9 +272,7 @@ FINAL = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("api", FINAL)
-async def test_which_requests_go_to_the_next_backend(
-    api: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_which_requests_go_to_the_next_backend(api, kind, monkeypatch):
     """A prompt that is too long fits, the second time."""
     async with (
         Backend(**listing(api)) as backend,

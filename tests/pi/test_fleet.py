@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 from harness import Reply, until
 from scripted import (
     CHUNKED,
@@ -154,7 +153,7 @@ def check_way(seen: list[tuple[str, str]]) -> None:
         assert set(ends[:-1]) <= REPEATED
 
 
-async def test_no_request_is_lost_or_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_request_is_lost_or_sent_twice(monkeypatch):
     monkeypatch.setattr(fleet, "PROBE_SECONDS", 0.05)
     monkeypatch.setattr(breaker, "OPEN_SECONDS", 0.1)
     places = {"a": 4, "b": 2, "visitor": 3, "c": 4, "d": 1}

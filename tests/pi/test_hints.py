@@ -61,16 +61,14 @@ def answer(
 
 
 @pytest.mark.parametrize(("steps", "seconds", "shown", "kept"), ANSWERS)
-def test_a_hint_counts_once_and_as_far_as_it_stays(
-    steps: list[str], seconds: float, shown: int, kept: int
-) -> None:
+def test_a_hint_counts_once_and_as_far_as_it_stays(steps, seconds, shown, kept):
     broadcasts, used = watch()
     for number, step in enumerate(steps):
         answer(broadcasts, step, number * seconds)
     assert (used["anna"].shown, used["anna"].kept) == (shown, kept)
 
 
-def test_each_client_and_file_has_a_hint_of_its_own() -> None:
+def test_each_client_and_file_has_a_hint_of_its_own():
     broadcasts, used = watch()
     answer(broadcasts, "x = |foo")
     answer(broadcasts, "x = foo|", client="ben")
@@ -85,7 +83,7 @@ async def counts(pi: Pi) -> tuple[int, int]:
     return today["shown"], today["kept"]
 
 
-async def test_editors_answers_count_and_others_do_not(tmp_path: Path) -> None:
+async def test_editors_answers_count_and_others_do_not(tmp_path):
     async with pi_with(script("urn", " a"), script(" + b"), state_dir=tmp_path) as (pi, _):
         await infill(pi)
         assert await counts(pi) == (5, 0)
@@ -121,7 +119,7 @@ def spans(people: People) -> list[tuple[str, int, int]]:
     return [(one["name"], one["today"]["shown"], one["month"]["shown"]) for one in entries]
 
 
-def test_the_days_are_kept_over_a_restart(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_days_are_kept_over_a_restart(tmp_path, monkeypatch):
     clock = SimpleNamespace(today=lambda: date(2025, 12, 25))
     monkeypatch.setattr(counting, "date", clock)
     path = tmp_path / "state/people.json"
@@ -137,7 +135,7 @@ def test_the_days_are_kept_over_a_restart(tmp_path: Path, monkeypatch: Any) -> N
     assert spans(people) == [("", 0, 0), ("anna", 0, 1)]
 
 
-def test_it_is_written_seldom(tmp_path: Path) -> None:
+def test_it_is_written_seldom(tmp_path):
     path = tmp_path / "people.json"
     people = people_of(path)
     people.save(0.0)
@@ -154,7 +152,7 @@ DAMAGED = [b"\xff", b'{"2025-12-25 anna": {"shown": 1}}', b'{"2025-12-25 anna": 
 
 
 @pytest.mark.parametrize("text", DAMAGED, ids=len)
-def test_a_damaged_file_costs_the_figures_alone(text: bytes, tmp_path: Path, caplog: Any) -> None:
+def test_a_damaged_file_costs_the_figures_alone(text, tmp_path, caplog):
     path = tmp_path / "people.json"
     path.write_bytes(text)
     caplog.set_level("INFO")
@@ -166,14 +164,14 @@ def test_a_damaged_file_costs_the_figures_alone(text: bytes, tmp_path: Path, cap
     assert spans(people_of(path, "anna")) == [("", 0, 0), ("anna", 1, 1)]
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_else() -> None:
+def test_a_folder_that_cannot_be_written_costs_nothing_else():
     people = people_of(NOWHERE)
     people.add("anna", Usage(shown=1))
     people.save(0.0)
     assert spans(people) == [("", 1, 1)]
 
 
-async def test_a_daemon_writes_it_when_it_stops(tmp_path: Path) -> None:
+async def test_a_daemon_writes_it_when_it_stops(tmp_path):
     for times in (1, 2):
         with daemon("cm4d", tmp_path, CEREBRUM_CM4_API_KEY="") as process:
             pi = Asking(port=process.port)

@@ -82,9 +82,7 @@ KEYS_FILES = [
 
 
 @pytest.mark.parametrize(("text", "found"), KEYS_FILES)
-def test_the_keys_file(
-    text: str, found: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_keys_file(text, found, tmp_path, caplog):
     path = tmp_path / "client-keys"
     path.write_text(text)
     path.chmod(0o600)
@@ -117,9 +115,7 @@ async def figures(pi: Pi, key: str = ANNA) -> str:
     return ", ".join(written)
 
 
-async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(caplog):
     caplog.set_level(logging.INFO)
     async with pi_with(clients=HOUSE, client_keys=("shared",)) as (pi, vps):
         assert (await pi.complete()).status == 401
@@ -148,7 +144,7 @@ async def test_names_stand_in_the_log_and_the_figures_and_keys_nowhere(
         assert not [key for key in HOUSE if key in shown]
 
 
-async def test_a_revoked_client_ends_and_the_others_go_on() -> None:
+async def test_a_revoked_client_ends_and_the_others_go_on():
     gate = asyncio.Event()
     slow = (HEAD, chunk(token("a", 1)), gate.wait, *GOOD[2:])
     async with pi_with(slow, clients=HOUSE, max_concurrent=4) as (pi, vps):
@@ -175,7 +171,7 @@ async def test_a_revoked_client_ends_and_the_others_go_on() -> None:
         assert (await pi.complete()).status == 401
 
 
-async def test_a_request_whose_body_comes_while_its_key_is_revoked_ends() -> None:
+async def test_a_request_whose_body_comes_while_its_key_is_revoked_ends():
     body = b'{"prompt": "x =", "language": "python"}'
     async with pi_with(client_keys=("new", KEY)) as (pi, _), connect(pi.port) as (reader, writer):
         raw = post("/v1/complete", body)
@@ -193,7 +189,7 @@ async def read_ahead(pi: Pi, key: str) -> None:
     assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
 
 
-async def test_a_guests_prompt_is_read_after_those_of_others() -> None:
+async def test_a_guests_prompt_is_read_after_those_of_others():
     async with pi_with([HANG], GOOD, clients=HOUSE) as (pi, vps):
         for key, count in ((TOM, 1), (ANNA, 3)):
             await read_ahead(pi, key)
@@ -203,7 +199,7 @@ async def test_a_guests_prompt_is_read_after_those_of_others() -> None:
 
 
 @pytest.mark.parametrize("makes_room", [False, True])
-async def test_nothing_is_read_ahead_for_a_revoked_client(makes_room: bool, tmp_path: Path) -> None:
+async def test_nothing_is_read_ahead_for_a_revoked_client(makes_room, tmp_path):
     """Neither what a backend reads, even if it makes room just now, nor what waits for it."""
     keys = tmp_path / "client-keys"
     keys.write_text(f"ben {BEN}\n")
@@ -274,7 +270,7 @@ OWNERS = {"b": "ben", "a": "anna", "n": "new"}
 STAYS = "not reloaded, the old settings stay but for the keys that can be read: "
 
 
-async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path) -> None:
+async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path):
     copy_program("cm4d", tmp_path)
     env, file = tmp_path / ".env", tmp_path / "keys"
     given = settings(tmp_path, RUNTIME_DIRECTORY=str(tmp_path))
@@ -306,7 +302,7 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path: Path
             before = now
 
 
-async def test_two_places_that_come_at_once_go_to_two_people() -> None:
+async def test_two_places_that_come_at_once_go_to_two_people():
     async with pi_with([HANG], clients=HOUSE, max_concurrent=1) as (pi, vps):
         waiting = pi.line
         asked = []
@@ -337,7 +333,7 @@ def begin(pi: Pi, key: str, path: str, text: str, **more: Any) -> asyncio.Task[R
     return asyncio.create_task(pi.post(path, {**body, **more}, X_API_Key=key))
 
 
-async def test_a_guest_makes_room_with_the_text_so_far() -> None:
+async def test_a_guest_makes_room_with_the_text_so_far():
     slow = [HEAD, chunk(token("a", 1)), HANG]
     gate = asyncio.Event()
     async with pi_with(slow, slow, gated(gate), clients=GUESTS) as (pi, vps):
@@ -365,7 +361,7 @@ async def test_a_guest_makes_room_with_the_text_so_far() -> None:
         )
 
 
-async def test_a_guest_without_text_starts_again_behind_other_guests() -> None:
+async def test_a_guest_without_text_starts_again_behind_other_guests():
     reading, gate = [HEAD, HANG], asyncio.Event()
     async with pi_with(reading, gated(gate), GOOD, clients=GUESTS, max_concurrent=1) as (pi, vps):
         tom = begin(pi, TOM, CHATS, "of tom", stream=True)
@@ -382,9 +378,7 @@ async def test_a_guest_without_text_starts_again_behind_other_guests() -> None:
         assert (await begin(pi, TOM, "/v1/complete", "x =")).json["finish_reason"] == "stop"
 
 
-async def test_a_guest_makes_room_while_its_connection_is_opened(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_guest_makes_room_while_its_connection_is_opened(monkeypatch):
     monkeypatch.setattr(dispatcher, "ENDING_SECONDS", 0.05)
     asked = asyncio.Event()
     gate = asyncio.Event()
@@ -406,7 +400,7 @@ async def test_a_guest_makes_room_while_its_connection_is_opened(
         assert (await tom).json["finish_reason"] == "preempted"
 
 
-async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
+async def test_a_shared_or_typed_answer_counts_for_each_who_asked():
     """A guest reads no completion of the family, and nobody what another one has been told."""
     gate = asyncio.Event()
     infill = {
@@ -435,7 +429,7 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked() -> None:
         assert await figures(pi) == "anna 4 2 0, ben 3 4 0, tom 1 2 0"
 
 
-def test_guests_share_what_all_may_fill() -> None:
+def test_guests_share_what_all_may_fill():
     """However many they are: the largest body of the family has room."""
     bodies = Counter[str]()
     guests = [f"guest{number}" for number in range(32)]
@@ -446,9 +440,7 @@ def test_guests_share_what_all_may_fill() -> None:
     assert cerebrum_http.may_grow(bodies, "anna", guests, cerebrum_http.MAX_BODY_BYTES)
 
 
-async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(monkeypatch):
     monkeypatch.setattr(cerebrum_http, "MAX_BODIES_BYTES", 100_000)
     gate = asyncio.Event()
     counted = [gate.wait, answer(200, {"tokens": [1]})]
@@ -479,7 +471,7 @@ def curl(
     return done.returncode, done.stdout + done.stderr
 
 
-def test_https_of_the_daemon(tmp_path: Path) -> None:
+def test_https_of_the_daemon(tmp_path):
     first, second = certificate(tmp_path, "first"), certificate(tmp_path, "second")
     mine, other = first["CEREBRUM_CM4_TLS_CERT"], second["CEREBRUM_CM4_TLS_CERT"]
     body = '{"prompt": "x =", "language": "python"}'
@@ -509,7 +501,7 @@ def test_https_of_the_daemon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_tls_begins_and_ends_with_a_restart(scheme: str, tmp_path: Path) -> None:
+def test_tls_begins_and_ends_with_a_restart(scheme, tmp_path):
     tls = certificate(tmp_path, "pi")
     credentials = tmp_path / "credentials"
     credentials.mkdir()
@@ -537,7 +529,7 @@ def test_tls_begins_and_ends_with_a_restart(scheme: str, tmp_path: Path) -> None
         assert refused(foreign)
 
 
-def test_wrong_settings(tmp_path: Path) -> None:
+def test_wrong_settings(tmp_path):
     refused = run_to_the_end("cm4d", tmp_path, CEREBRUM_CM4_TLS_CERT="/x")
     said = refused.stdout + refused.stderr
     assert refused.returncode == 2

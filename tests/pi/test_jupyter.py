@@ -76,7 +76,7 @@ def jupyter_lab(program: Path, home: Path, pi: Pi) -> Iterator[str]:
             server.wait(PATIENCE)
 
 
-def test_ghost_text_in_a_cell(jupyter: Path, tmp_path: Path):
+def test_ghost_text_in_a_cell(jupyter, tmp_path):
     """It comes while one types, and Tab takes it."""
     playwright = pytest.importorskip("playwright.sync_api")
     with (

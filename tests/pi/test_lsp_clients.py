@@ -159,7 +159,7 @@ def accepted(pi: Pi) -> int:
 
 
 @pytest.mark.nightly
-def test_neovim(debian: Path, warm: Pi, tmp_path: Path):
+def test_neovim(debian, warm: Pi, tmp_path):
     lua = settings(LUA, warm.url) + settings(MORE_LUA, warm.url)
     home(tmp_path, ".config/init.lua", lua)
     before = accepted(warm)
@@ -195,9 +195,7 @@ hx    | its menu.\n | helix/languages.toml | | j A a C-x | Tab Enter | Escape | 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("row", rows(EDITING), ids=itemgetter(0))
-def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(
-    debian: Path, tmp_path: Path, row: list[str]
-):
+def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(debian, tmp_path, row):
     """Typing what is shown asks nothing. Helix runs no command of a completion."""
     program, block, name, *typed = row
     options, ask, accept, leave, save = map(str.split, typed)
@@ -229,9 +227,7 @@ def test_a_completion_of_several_lines_gets_the_line_ends_of_the_file(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("right", ["l", "C-f"])
-def test_the_pi_reads_a_file_that_is_opened_and_where_the_cursor_rests(
-    debian: Path, tmp_path: Path, right: str
-):
+def test_the_pi_reads_a_file_that_is_opened_and_where_the_cursor_rests(debian, tmp_path, right):
     program, block, name, options, *_ = rows(EDITING)[right == "C-f"]
     with in_a_thread(Scripted()) as pi:
         text = EMACS * (program == "emacs") + settings(block, pi.url)

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from harness import KEY, ROOT, Client, daemon
@@ -28,7 +27,7 @@ OPERATIONS = {
 TOKENS = answer(200, {"tokens": [1, 2]})
 
 
-def test_the_document_is_valid() -> None:
+def test_the_document_is_valid():
     OpenAPIV31SpecValidator(DOCUMENT).validate()
 
 
@@ -56,7 +55,7 @@ MORE = json.loads("""{
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", MORE)
-async def test_a_post_is_answered_as_described(path: str, stream: bool):
+async def test_a_post_is_answered_as_described(path, stream):
     async with Backend(tokens=TOKENS) as backend, pi_for(backend.port) as pi:
         await check_post(pi, path, stream)
 
@@ -73,7 +72,7 @@ async def check_post(pi: Client, path: str, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("path", [path for method, path in OPERATIONS if method == "GET"])
-async def test_a_get_is_answered_as_described(path: str):
+async def test_a_get_is_answered_as_described(path):
     async with Backend() as backend, pi_for(backend.port) as pi:
         reply = await pi.get(path.replace("{id}", "qwen_7b"))
         (kind,) = OPERATIONS["GET", path]["responses"]["200"]["content"]
@@ -82,7 +81,7 @@ async def test_a_get_is_answered_as_described(path: str):
 
 @pytest.mark.clients
 @pytest.mark.nightly
-def test_schemathesis_finds_nothing(tmp_path: Path):
+def test_schemathesis_finds_nothing(tmp_path):
     """Thousands of requests made from the document, valid and invalid, and each response held
     against it.
 

@@ -9,9 +9,7 @@ import hashlib
 import html
 import re
 from pathlib import Path
-from typing import Any
 
-import pytest
 from harness import KEY, ROOT, until
 from scripted import (
     GOOD,
@@ -36,7 +34,7 @@ MAX_BYTES = 50 << 10
 # ----------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_is_small_and_has_nothing_from_elsewhere() -> None:
+def test_the_page_is_small_and_has_nothing_from_elsewhere():
     text = FILE.read_text("utf-8")
     assert len(text.encode()) <= MAX_BYTES
     counts = [text.count(tag) for tag in ("<script", "<style", "<script>", "<style>")]
@@ -59,7 +57,7 @@ def settings_for_editors(address: str) -> list[str]:
     return [block.replace("http://pi.local:7000", address) for block in needed]
 
 
-def test_the_settings_for_editors_are_those_of_the_documents() -> None:
+def test_the_settings_for_editors_are_those_of_the_documents():
     shown = re.findall(
         r'<pre title="[^"]+"(?: class=\w+)?>\n(.*?)</pre>', FILE.read_text("utf-8"), re.S
     )
@@ -67,7 +65,7 @@ def test_the_settings_for_editors_are_those_of_the_documents() -> None:
     assert len(shown) == 13
 
 
-async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_server() -> None:
+async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_server():
     async with pi_with(client_keys=("k",)) as (pi, _):
         reply = await pi.get("/")
         assert reply.body == FILE.read_bytes()
@@ -85,9 +83,7 @@ async def test_the_page_is_confined_and_needs_no_key_nor_does_the_language_serve
         assert server.body == (ROOT / "cerebrum_lsp.py").read_bytes()
 
 
-async def test_without_its_files_the_daemon_lives(
-    monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+async def test_without_its_files_the_daemon_lives(monkeypatch, caplog):
     monkeypatch.setattr(cm4d, "HERE", Path("/nonexistent"))
     async with pi_with() as (pi, _):
         for path in FILES:
@@ -104,12 +100,12 @@ async def test_without_its_files_the_daemon_lives(
     ]
 
 
-def test_a_page_from_a_checkout_with_crlf_and_one_with_no_script() -> None:
+def test_a_page_from_a_checkout_with_crlf_and_one_with_no_script():
     assert headers_of(b"<script>\r\nf()\r\n</script>") == headers_of(b"<script>\nf()\n</script>")
     assert "; script-src 'none';" in dict(headers_of(b"<p>a"))["Content-Security-Policy"]
 
 
-async def test_its_requests_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_its_requests_fill_no_log(caplog):
     """It asks every few seconds, and the Pi's log is on an SD card."""
     caplog.set_level("INFO")
     async with pi_for(1, probing=False, client_keys=(KEY,)) as pi:
@@ -122,7 +118,7 @@ async def test_its_requests_fill_no_log(caplog: pytest.LogCaptureFixture) -> Non
 # ------------------------------------------------------------------------------- the last half hour
 
 
-def test_the_history_is_one_of_steps_and_forgets() -> None:
+def test_the_history_is_one_of_steps_and_forgets():
     history = History(now=1000.0)
     for step, counts in ((0, (1, 0, 10)), (1, (1, 1, 40)), (3, (4, 1, 40))):
         history.sample(1000.0 + step * HISTORY_STEP_SECONDS, counts)
@@ -135,7 +131,7 @@ def test_the_history_is_one_of_steps_and_forgets() -> None:
     assert history.describe()["requests"] == [0, 0, 3] + [0] * 56 + [1]
 
 
-async def test_activity() -> None:
+async def test_activity():
     scripts = [GOOD, [error(500, "MODEL_LOAD_FAILED")]]
     health = answer(200, {"status": "healthy", "models_loaded": ["qwen_0_5b"]})
     async with Backend(scripts, health=health) as backend, pi_for(backend.port) as pi:
@@ -153,7 +149,7 @@ async def test_activity() -> None:
 LISTED = {"id", "name", "languages", "parameters", "quantization", "available", "backends"}
 
 
-async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_models_have_what_the_vps_reports(monkeypatch):
     monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 0.02)
     known = {"loaded": True, "encoding": "Q8_0", "memory_mb": 612.5, "n_ctx": 2048}
     loaded = {"id": "qwen_0_5b", **known, "path": "/x"}
@@ -175,7 +171,7 @@ async def test_models_have_what_the_vps_reports(monkeypatch: pytest.MonkeyPatch)
         await until(lambda: [*pi.gateway.fleet.models] == ["qwen_0_5b"])
 
 
-async def test_what_users_accept_is_counted() -> None:
+async def test_what_users_accept_is_counted():
     async with pi_for(1, probing=False) as pi:
         for characters, counts in (12, (1, 12)), (5, (2, 17)):
             told = (await pi.post("/v1/accepted", {"characters": characters})).json

@@ -237,7 +237,7 @@ def completed(pi: Pi, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_plugin(pi: Pi, name: str):
+def test_a_plugin(pi: Pi, name):
     """It gets a whole text, and an error where it looks for one."""
     path, body, wanted = REQUESTS[name]
     assert completed(pi, name) == TEXT
@@ -301,7 +301,7 @@ REFUSED = [  # a text, the VPS's reason, what the user is told
 ]
 
 
-def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path: Path):
+def test_the_language_server_changes_text_in_any_language(pi: Pi, tmp_path):
     """Also in one that the Pi does not know, or that has no name. Only a whole text counts."""
     with editing(tmp_path, pi.url) as editor:
         editor.start()

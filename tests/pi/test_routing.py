@@ -94,7 +94,7 @@ def reconfigure(pi: Pi, *backends: BackendConfig) -> None:
 # ------------------------------------------------------------------------------------- who is asked
 
 
-async def test_the_one_that_served_a_session_or_a_file_last() -> None:
+async def test_the_one_that_served_a_session_or_a_file_last():
     one = Backend([HANGING, script("a")])
     async with fleet(one, Backend()) as pi:
         async with running(pi, one):
@@ -119,7 +119,7 @@ async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back():
         assert pi.active == 0
 
 
-async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
+async def test_each_gets_its_own_key_alone_and_none_with_health():
     one, two = Backend([[RESET]]), Backend()
     async with fleet(one, two) as pi:
         assert await answered(pi) == "b"
@@ -135,7 +135,7 @@ async def test_each_gets_its_own_key_alone_and_none_with_health() -> None:
 # ------------------------------------------------------------------------------------------- models
 
 
-async def test_the_models_of_all_backends_are_listed() -> None:
+async def test_the_models_of_all_backends_are_listed():
     one = Backend(models=listing("qwen_0_5b"))
     two = Backend(models=listing("qwen_1_5b"))
     async with fleet(one, two) as pi:
@@ -156,7 +156,7 @@ async def test_the_models_of_all_backends_are_listed() -> None:
         [CHUNKED, chunk(event(progress={"stage": "loading", "done": 1, "total": 2})), RESET],
     ],
 )
-async def test_before_the_first_token_the_next_one_is_asked(failure) -> None:
+async def test_before_the_first_token_the_next_one_is_asked(failure):
     backends = Backend([failure]), Backend([failure]), Backend()
     async with fleet(*backends) as pi:
         reply = await pi.stream(progress=True)
@@ -171,7 +171,7 @@ async def test_before_the_first_token_the_next_one_is_asked(failure) -> None:
         assert [told["requests_failed"] for told in stats["backends"]] == [1, 1, 0]
 
 
-async def test_one_is_away() -> None:
+async def test_one_is_away():
     async with fleet(Backend(health=error(503, "SHUTTING_DOWN")), Backend()) as pi:
         health = (await pi.get("/health")).json
         assert health["vps_available"]
@@ -192,7 +192,7 @@ async def test_all_are_away():
         assert not any(model["available"] for model in (await pi.get("/v1/models")).json["models"])
 
 
-async def test_a_probe_ends_an_overdue_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_probe_ends_an_overdue_trial(monkeypatch):
     monkeypatch.setattr(breaker, "TRIAL_SECONDS", 0.0)
     async with pi_for(1, probing=False) as pi:
         first = pi.first
@@ -203,7 +203,7 @@ async def test_a_probe_ends_an_overdue_trial(monkeypatch: pytest.MonkeyPatch) ->
         assert first.breaker.state == "open"
 
 
-async def test_a_request_that_fails_over_gives_its_first_place_back() -> None:
+async def test_a_request_that_fails_over_gives_its_first_place_back():
     """While its second backend works on it, another request gets that place."""
     go = asyncio.Event()
     one = Backend([[RESET], script("a")])
@@ -263,7 +263,7 @@ async def test_a_newer_request_of_a_session_ends_the_older_one_at_another_backen
 
 
 @pytest.mark.parametrize(("status", "code"), [(500, "MODEL_LOAD_FAILED"), (404, "MODEL_NOT_FOUND")])
-async def test_another_model_of_the_backend_takes_over(status: int, code: str) -> None:
+async def test_another_model_of_the_backend_takes_over(status, code):
     refusal, ids = error(status, code), ("qwen_1_5b", "qwen_0_5b")
     one = Backend([[refusal], script("b"), script("c")], models=listing(*ids))
     async with one, pi_for(one.port) as pi:

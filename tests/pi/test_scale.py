@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import scale
@@ -29,7 +28,7 @@ async def metric(engine: Engine, name: str) -> float:
 
 
 @pytest.mark.scale
-async def test_vllm_behind_the_pi(tmp_path: Path):
+async def test_vllm_behind_the_pi(tmp_path):
     with ExitStack() as stack:
         vllm = scale.vllm(tmp_path / "vllm", KEY, "--max-num-seqs", str(SEQUENCES))
         engine = stack.enter_context(vllm)

@@ -84,7 +84,7 @@ OTHER_FIELDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", OTHER_FIELDS, ids=str)
-async def test_another_request_is_computed(fields: dict[str, Any]) -> None:
+async def test_another_request_is_computed(fields):
     async with pi_with(HINT, NEXT) as (pi, backend):
         await infill(pi)
         await ahead(pi)
@@ -99,7 +99,7 @@ CUT: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("result", CUT, ids=str)
-async def test_a_text_that_was_cut_is_no_answer_later(result: dict[str, Any]):
+async def test_a_text_that_was_cut_is_no_answer_later(result):
     async with pi_with(script(" +", " b", **result)) as (pi, backend):
         await ahead(pi)
         await accepted(pi)
@@ -149,9 +149,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("path", "body"), OTHERS, ids=str)
 @pytest.mark.parametrize("hang", [[HANG], WRITING], ids=["reading", "writing"])
-async def test_any_other_request_ends_it_for_all_who_read_it(
-    path: str, body: dict[str, Any], hang: list[Any]
-) -> None:
+async def test_any_other_request_ends_it_for_all_who_read_it(path, body, hang):
     async with pi_with(hang, GOOD, max_concurrent=1) as (pi, backend):
         readers = [ahead(pi)]
         await backend.begun.wait()
@@ -307,7 +305,7 @@ async def test_llama_vims_own_are_known():
 
 
 @pytest.mark.parametrize("fields", NOT_CERTAIN, ids=str)
-async def test_what_is_not_certainly_llama_vims_own_has_a_place(fields: dict[str, Any]):
+async def test_what_is_not_certainly_llama_vims_own_has_a_place(fields):
     async with pi_with(HINT, WRITING) as (pi, backend):
         await start(pi, "/infill", FIRST)
         first = start(pi, "/infill", {**SECOND, **fields})

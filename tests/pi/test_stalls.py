@@ -153,7 +153,7 @@ NO_TOKENS = (
 
 
 @pytest.mark.parametrize("given", [*TOKEN_ANSWERS, *NO_TOKENS])
-def test_the_answer_of_tokens(given) -> None:
+def test_the_answer_of_tokens(given):
     if given in TOKEN_ANSWERS:
         assert read_tokens(given) == TOKEN_ANSWERS[given]
     else:

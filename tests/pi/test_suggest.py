@@ -25,7 +25,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("more", "least"), WORDS)
-async def test_a_word_is_a_chance(more: dict[str, Any], least: float | None) -> None:
+async def test_a_word_is_a_chance(more, least):
     async with pi_with(SURE) as (pi, backend):
         reply = (await infill(pi, filename="a.py", **more)).json
         assert (reply["content"], reply["unsure"]) == ("urn a", True)
@@ -40,7 +40,7 @@ async def test_a_word_is_a_chance(more: dict[str, Any], least: float | None) -> 
 WRONG: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
 
 
-async def test_never_asks_nobody_and_a_wrong_word_is_refused() -> None:
+async def test_never_asks_nobody_and_a_wrong_word_is_refused():
     async with pi_with(SURE) as (pi, backend):
         reply = await infill(pi, suggest="never")
         assert (reply.status, reply.json["content"], reply.json["unsure"]) == (200, "", True)
@@ -87,7 +87,7 @@ LLAMA: dict[str, tuple[list[bytes], tuple[str, str, float | None]]] = {
 
 
 @pytest.mark.parametrize("name", LLAMA)
-async def test_llama_server_tells_its_probabilities(name: str) -> None:
+async def test_llama_server_tells_its_probabilities(name):
     events, expected = LLAMA[name]
     answered = [CHUNKED, *map(chunk, events), chunk(data(LAST)), b"0\r\n\r\n"]
     async with pi_before(answered, api="llama.cpp") as (pi, backend):
@@ -101,7 +101,7 @@ async def test_llama_server_tells_its_probabilities(name: str) -> None:
 
 
 @pytest.mark.parametrize("least", [0.2, 1])
-async def test_a_chat_is_never_cut(least: float) -> None:
+async def test_a_chat_is_never_cut(least):
     answered = [
         CHUNKED,
         *map(chunk, [told("Hello wor"), told("ld")]),

@@ -287,12 +287,7 @@ SENT_AGAIN = [
 
 @pytest.mark.parametrize(("fault", "then", "status", "asked", "failures"), SENT_AGAIN)
 async def test_a_spare_connection_that_closes_as_the_request_goes_out(
-    fault,
-    then,
-    status,
-    asked,
-    failures,
-    monkeypatch,
+    fault, then, status, asked, failures, monkeypatch
 ):
     """The request is sent again, once, and only if nobody can have had an answer."""
     monkeypatch.setattr(native, "BEGIN_SECONDS", 0.5)
@@ -303,9 +298,7 @@ async def test_a_spare_connection_that_closes_as_the_request_goes_out(
         assert failures_at(pi) == failures
 
 
-async def test_an_address_that_drops_packets_does_not_hide_the_next_one(
-    monkeypatch,
-):
+async def test_an_address_that_drops_packets_does_not_hide_the_next_one(monkeypatch):
     """A listener with a full queue drops new connections."""
     with contextlib.ExitStack() as stack:
         deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))

@@ -194,7 +194,7 @@ TRIED += [pytest.param(*each, marks=NIGHTLY) for each in itertools.product(WORKS
 @pytest.mark.parametrize(
     ("work", "language"), TRIED, ids=lambda part: getattr(part, "__name__", part)
 )
-def test_no_text_is_expensive(work: Work, language: str) -> None:
+def test_no_text_is_expensive(work, language):
     units = UNITS if language in QUICK else UNITS + MORE_UNITS
     # The others take text character by character.
     starts = ("", *STARTS) if work in (ask, fit) else ("",)
@@ -215,7 +215,7 @@ MODES_SLOWLY = pytest.param(end_in_each_mode, marks=pytest.mark.slow, id="end_in
 
 
 @pytest.mark.parametrize("work", [begin, MODES_SLOWLY, stop])
-def test_no_character_copies_what_is_there(work: Work) -> None:
+def test_no_character_copies_what_is_there(work):
     text = repeated("\n", WIDE)
     assert growth(work, "python", text, MANY_CHARACTERS, MAX_COPY_GROWTH) < MAX_COPY_GROWTH
 
@@ -388,7 +388,7 @@ MANY_PADS = pytest.param((*UNITS, *MORE_UNITS), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("pads", [PADS, MANY_PADS], ids=["few", "many"])
-def test_no_pattern_is_expensive(pads: Iterable[str]) -> None:
+def test_no_pattern_is_expensive(pads):
     patterns = patterns_of_the_product()
     assert {"OPENED", "NEXT_EDIT", "HEADERS"} <= {*patterns.values()}
     expensive = {}
@@ -400,6 +400,6 @@ def test_no_pattern_is_expensive(pads: Iterable[str]) -> None:
     assert expensive == {}
 
 
-def test_an_expensive_pattern_is_noticed() -> None:
+def test_an_expensive_pattern_is_noticed():
     pattern = re.compile(r"\A<a>.*<b>.*<c>\Z", re.S)
     assert worst(pattern, "search", MORE_CHARACTERS, PADS)[0] > MAX_GROWTH

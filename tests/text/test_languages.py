@@ -421,7 +421,7 @@ def lines_of(table: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "table"), cases(LINES))
-def test_definitions(name: str, table: str) -> None:
+def test_definitions(name, table):
     for case in lines_of(table):
         before, *marked = case.replace("»", "«").split("«")
         defined = marked[0] if marked else None
@@ -434,7 +434,7 @@ def test_definitions(name: str, table: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "table"), cases(IMPORTS))
-def test_imports(name: str, table: str) -> None:
+def test_imports(name, table):
     pattern = LANGUAGES[name].imports
     for case in lines_of(table):
         line, imports = case.removeprefix("«"), case.startswith("«")
@@ -446,14 +446,14 @@ def test_imports(name: str, table: str) -> None:
 ENDS = {"[=[": "]=]", '##"': '"##', 'r#"': '"#', '$@"': '"', "$'": "'", '"""': '"""'}
 
 
-def test_the_ends_of_strings() -> None:
+def test_the_ends_of_strings():
     found = dict[str, str]()
     for language in LANGUAGES.values():
         found |= dict(language.literals)
     assert found | ENDS == found
 
 
-def test_no_name_means_two_languages() -> None:
+def test_no_name_means_two_languages():
     assert dict(cases(LINES)).keys() == LANGUAGES.keys()
     words, files = [*LANGUAGES], list[str]()
     for language in LANGUAGES.values():
@@ -678,5 +678,5 @@ GUESSES += [("", text, [], language.replace("none", "")) for language, text in c
 
 
 @pytest.mark.parametrize(("filename", "text", "others", "language"), GUESSES, ids=str)
-def test_guesses(filename: str, text: str, others: list[str], language: str) -> None:
+def test_guesses(filename, text, others, language):
     assert guess_language(filename, text, others) == language

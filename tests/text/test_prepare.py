@@ -228,7 +228,7 @@ Find all files that are larger than 1 GB
 
 
 @pytest.mark.parametrize(("prompts", "mode"), [(COMPLETE, "complete"), (INSTRUCT, "instruct")])
-def test_the_mode_of_a_prompt(prompts: str, mode: str) -> None:
+def test_the_mode_of_a_prompt(prompts, mode):
     for head, text in cases(prompts):
         assert (text, detect_mode({"language": head.split(",")[0], "prompt": text})) == (text, mode)
 
@@ -251,7 +251,7 @@ instruct {"prompt": "Write a stack", "mode": null, "suffix": null, "instruction"
 
 
 @pytest.mark.parametrize("row", DECIDED.strip().splitlines())
-def test_fields_decide_before_the_prompt(row: str) -> None:
+def test_fields_decide_before_the_prompt(row):
     mode, _, fields = row.partition(" ")
     assert detect_mode({"language": "python", **json.loads(fields)}) == mode
 
@@ -268,7 +268,7 @@ prompt: {"prompt": "", "mode": "instruct"}
 
 
 @pytest.mark.parametrize("row", CONTRADICTIONS.strip().splitlines())
-def test_fields_that_contradict_are_named(row: str) -> None:
+def test_fields_that_contradict_are_named(row):
     message, brace, fields = row.partition("{")
     with pytest.raises(HttpError, match=message) as caught:
         detect_mode({"language": "python", **json.loads(brace + fields)})
@@ -294,7 +294,7 @@ def instructed(text: str, instruction: str | None = None) -> tuple[str, list[str
 
 
 @pytest.mark.parametrize("prompt", ["x", FUNCTION, "\r\n\ta = '漢字'\r\n", "\n" * 500])
-def test_what_fits_is_sent_unchanged(prompt: str) -> None:
+def test_what_fits_is_sent_unchanged(prompt):
     result, around = prepared(prompt), {"suffix": "\n)\n", "filename": "a.py"}
     assert result.body == {"mode": "complete", "prompt": prompt, "heal": True}
     assert result.kept == {"characters": len(prompt), "of": len(prompt), "parts": ["all"]}
@@ -313,7 +313,7 @@ INSTRUCTIONS = [
 ]
 
 
-def test_an_instruction_is_answered_by_code() -> None:
+def test_an_instruction_is_answered_by_code():
     for prompt, instruction, content in INSTRUCTIONS:
         assert instructed(prompt, instruction)[0] == content
 
@@ -332,7 +332,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("language", LONG)
-def test_of_a_long_file_a_window_of_whole_statements_is_sent(language: str) -> None:
+def test_of_a_long_file_a_window_of_whole_statements_is_sent(language):
     statement = LONG[language]
     text = "".join([*(statement % n for n in range(2000)), "cursor"])
     result = prepared(text, language, budget=1200)
@@ -347,7 +347,7 @@ def test_of_a_long_file_a_window_of_whole_statements_is_sent(language: str) -> N
     assert result.kept["parts"] == ["window"]
 
 
-def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
+def test_an_infill_keeps_both_sides_of_the_cursor():
     """A window, however large the context is: half of it below the cursor, or what the text above
     leaves; an eighth where the suffix is read last.
     """
@@ -371,7 +371,7 @@ def test_an_infill_keeps_both_sides_of_the_cursor() -> None:
     assert prepare(fields, "complete", 3500).weight > 3 * WINDOW
 
 
-def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
+def test_an_instruction_on_a_long_file_gets_what_it_names():
     text = PYTHON_FILE + "\n\nx = 1\n" * 3000
     asked = "Let FileType open gzip files as well"
     content, parts = instructed(text, asked)
@@ -386,7 +386,7 @@ def test_an_instruction_on_a_long_file_gets_what_it_names() -> None:
     assert parts == ["instruction"]
 
 
-def test_someone_typing_keeps_the_cache() -> None:
+def test_someone_typing_keeps_the_cache():
     lines = PYTHON_FILE.splitlines(keepends=True)
     prompts = [prepared("".join(lines[:at])).body["prompt"] for at in range(1700, 1800)]
     pairs = itertools.pairwise(prompts)
@@ -414,7 +414,7 @@ ODD = {
 
 @pytest.mark.parametrize("language", ["python", "c"])
 @pytest.mark.parametrize("name", ODD)
-def test_odd_texts_fit(name: str, language: str) -> None:
+def test_odd_texts_fit(name, language):
     text = ODD[name]
     for budget, suffix in itertools.product((3500, 700, 60), (None, text)):
         mode = "infill" if suffix else "complete"
@@ -426,7 +426,7 @@ def test_odd_texts_fit(name: str, language: str) -> None:
 
 
 @pytest.mark.parametrize("lines", [60, 240, 1200])
-def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines: int) -> None:
+def test_typing_adds_to_a_prompt_that_has_the_suffix_first(lines):
     """Whether the file is short, just fits or is long: what is read for all keys together is little
     more than what is read once.
     """
@@ -450,7 +450,7 @@ BELOW = PYTHON_FILE[8000:9000]
 
 
 @pytest.mark.parametrize("layout", ["psm", "spm", "spmv2"])
-def test_what_may_be_read_instead_of_a_window(layout: str) -> None:
+def test_what_may_be_read_instead_of_a_window(layout):
     """All is from near the cursor, and the less the nearer."""
     fields = {"prompt": FAR, "suffix": BELOW, "extra": [], "language": "python"}
     whole = {**fields, **prepare(fields, "infill", 3000, layout).body}
@@ -468,14 +468,14 @@ def test_what_may_be_read_instead_of_a_window(layout: str) -> None:
     assert [part["suffix"] for part in nearer(end, layout)] == [None, None]
 
 
-def test_a_window_may_be_smaller() -> None:
+def test_a_window_may_be_smaller():
     fields = {"prompt": FAR, "suffix": BELOW, "language": "python"}
     sent = prepare(fields, "infill", 3000, around=SOON)
     assert 0.8 * SOON < sent.weight <= SOON
     assert prepare(fields, "complete", 3000, around=SOON).weight > SOON  # no editor's
 
 
-def test_nothing_is_left_out_of_a_layout_of_the_models_own() -> None:
+def test_nothing_is_left_out_of_a_layout_of_the_models_own():
     prompt = "<|file_sep|>original/a.py\n" + "x = 1\n" * 5000
     result = prepared(prompt, budget=100, special=True)
     assert result.body == {"mode": "complete", "prompt": prompt}

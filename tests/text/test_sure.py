@@ -51,7 +51,7 @@ CASES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_where_a_text_ends(name: str) -> None:
+def test_where_a_text_ends(name):
     (prompt, suffix, *stops), tokens, sent, *why = CASES[name]
     mode = "infill" if suffix else "complete"
     ending = Ending(mode, "python", prompt, suffix, "auto", stops=stops, least=0.25)
@@ -66,7 +66,7 @@ def test_where_a_text_ends(name: str) -> None:
     assert "|".join(texts) == sent
 
 
-def test_a_limit_leaves_what_precedes_the_suffix() -> None:
+def test_a_limit_leaves_what_precedes_the_suffix():
     """In a gap within a line, with a threshold or without."""
     for least in (None, 0.25):
         around = "function f() {\n  const x = foo(a, ", ", b);\n  return x;\n}\n"
@@ -75,7 +75,7 @@ def test_a_limit_leaves_what_precedes_the_suffix() -> None:
         assert (out + ending.flush(whole=False), reason) == ("c", None)
 
 
-def test_surprise_goes_on_with_its_text() -> None:
+def test_surprise_goes_on_with_its_text():
     """A gap charges a line for its own tokens, though a word waits until it is whole."""
     sure, found = Sure(1e-9), list[tuple[str, float]]()
     for text, sure.bits in (("a", 3.0), ("b c", 1.0), (" =", 2.0)):
@@ -83,19 +83,19 @@ def test_surprise_goes_on_with_its_text() -> None:
     assert found == [("", 0.0), ("ab", 3.0), (" c =", 3.0)]
 
 
-def test_a_limit_leaves_no_half_word() -> None:
+def test_a_limit_leaves_no_half_word():
     ending = Ending("infill", "python", *ASSIGNED, "auto", least=0.25)
     assert ending.feed("a + con", 0.9) == ("a +", None)
     assert ending.flush(whole=False) == ""
 
 
 @pytest.mark.parametrize("least", [None, 0.0])
-def test_nothing_waits_without_a_threshold(least: float | None) -> None:
+def test_nothing_waits_without_a_threshold(least):
     ending = Ending("infill", "python", *ASSIGNED, "auto", least=least)
     assert ending.feed("a + con", 0.0) == ("a + con", None)
 
 
-def test_a_long_text_without_words_goes_on() -> None:
+def test_a_long_text_without_words_goes_on():
     """As one word, and as words that never become one."""
     for text in ("a" * 10**5, "(" * 10**5, " " * 10**5):
         ending = Ending("complete", None, "", None, "none", least=0.25)
@@ -121,6 +121,6 @@ FIGURES: dict[str, tuple[str, int, str, tuple[float, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_how_sure_a_model_is(name: str) -> None:
+def test_how_sure_a_model_is(name):
     tokens, start, text, figures = FIGURES[name]
     assert tuple(confidence_of(tokens_of(tokens), start, text).values()) == figures

@@ -1059,12 +1059,12 @@ Text
 
 
 @pytest.mark.parametrize("case", [CRLF, *cases(TEXTS), *cases(GAPS)], ids=title)
-def test_ends(case: tuple[str, str]) -> None:
+def test_ends(case):
     check_case(case)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_an_instruction_about_each_language(language: str) -> None:
+def test_an_instruction_about_each_language(language):
     """Its answer is code alone, in any language, even between fences of shells."""
     asked = {"language": language, "prompt": "x\n", "instruction": "y"}
     question, begun = prepare(asked, "instruct", 1000).body["messages"]
@@ -1077,7 +1077,7 @@ def test_an_instruction_about_each_language(language: str) -> None:
     check(chat, f"{before}x\n```\n", ("x\n", reason), len(before))
 
 
-def test_an_instruction_about_a_text_with_fences() -> None:
+def test_an_instruction_about_a_text_with_fences():
     """Its answer does not end at the first of them."""
     text = "# Use\n\n```\nmake run\n```\n\nThe `x` is below.\n\n```\nx\n```\nEnd.\n"
     asked = {"language": "markdown", "prompt": text, "instruction": "y"}
@@ -1125,7 +1125,7 @@ SELDOM = [pytest.param(name, marks=pytest.mark.nightly) for name in LANGUAGES if
 
 @pytest.mark.slow
 @pytest.mark.parametrize("language", [*OFTEN, *SELDOM])
-def test_real_files(language: str) -> None:
+def test_real_files(language):
     """Cut at random places, with the rest of the file as what a model writes: no end is inside a
     string or comment.
     """
