@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness import SHIPPED
+from harness import SHIPPED, variables
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,47 +66,31 @@ def test_defaults(name, more):
     assert DIALECTS[name].read(BASES[name] | more) == asked
 
 
+# Stop strings that the model never writes as text, and some that look alike.
 SPECIALS = [
-    "</s>",
-    "<s>",
-    "<|endoftext|>",
-    "<|EOT|>",
-    "<MID>",
-    "<fim-middle>",
-    "<file_sep>",
-    "<reponame>",
-    "[/INST]",
-    "<\uff5cfim\u2581hole\uff5c>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "</s>", "<s>", "<|endoftext|>", "<|EOT|>", "<MID>", "<fim-middle>", "<file_sep>", "<reponame>",
+    "[/INST]", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "<[fim-suffix]>",
-]
-OTHERS = [
-    "x</s>",
-    "<div>",
-    "<|>",
-    "[a]",
-    "<fim>",
-    "<S>",
-    "<|x|> ",
-    "<|a b|>",
-]
+]  # fmt: skip
+OTHERS = ["x</s>", "<div>", "<|>", "[a]", "<fim>", "<S>", "<|x|> ", "<|a b|>"]
 SIXTEEN = [str(number) for number in range(16)]
-UNUSED = {"n": 3, "samplers": ["x"], "id_slot": 10**12, "user": {}}
-FLOATS = {"n_predict": 16.0, "seed": 3.0, "temperature": 0.0}
 # What each of these members becomes, in every dialect.
-SAMPLING = [
-    ({"temperature": 1.3}, {"temperature": 1.0}),
-    (FLOATS, {"max_tokens": 16, "seed": 3, "temperature": 0.0}),
-    (UNUSED, {}),
-    ({"top_p": 0.001}, {"top_p": 0.01}),
-    ({"seed": -1}, {"seed": None}),
-    ({"seed": 2**32 - 1}, {"seed": None}),
-    ({"seed": 2**32}, {"seed": 1}),
-    ({"n_predict": 0}, {"max_tokens": 0}),
-    ({"n_predict": -1}, {"max_tokens": 2048}),
-    ({"n_predict": 99_999}, {"max_tokens": 2048}),
-    ({"stop": "a"}, {"stop": ["a"]}),
-    ({"stop": ["", "a", ""]}, {"stop": ["a"]}),
+SAMPLING = json.loads("""[
+    [{"temperature": 1.3}, {"temperature": 1.0}],
+    [{"n_predict": 16.0, "seed": 3.0, "temperature": 0.0},
+        {"max_tokens": 16, "seed": 3, "temperature": 0.0}],
+    [{"n": 3, "samplers": ["x"], "id_slot": 1000000000000, "user": {}}, {}],
+    [{"top_p": 0.001}, {"top_p": 0.01}],
+    [{"seed": -1}, {"seed": null}],
+    [{"seed": 4294967295}, {"seed": null}],
+    [{"seed": 4294967296}, {"seed": 1}],
+    [{"n_predict": 0}, {"max_tokens": 0}],
+    [{"n_predict": -1}, {"max_tokens": 2048}],
+    [{"n_predict": 99999}, {"max_tokens": 2048}],
+    [{"stop": "a"}, {"stop": ["a"]}],
+    [{"stop": ["", "a", ""]}, {"stop": ["a"]}]
+]""")
+SAMPLING += [
     ({"stop": [*SPECIALS, "\n\n"]}, {"stop": ["\n\n"]}),
     ({"stop": OTHERS}, {"stop": OTHERS}),
     ({"stop": [*SIXTEEN, *SPECIALS]}, {"stop": SIXTEEN}),
@@ -120,62 +104,39 @@ def test_sampling(name, members, expected):
     assert asked.fields == replace(DEFAULTS[name][1], **expected)
 
 
-FILLS = {"mode": "infill"}
-LATE = {"prompt_ms": 600_000, "predict_ms": 600_000}
-MARKED = "<PRE> a <SUF>b <MID>"
 # Other members: (dialect, members, kind, and the fields that differ from the defaults).
-READ = [
-    (
-        "text",
-        {"max_tokens": 5, "max_completion_tokens": 6, "n_predict": 7},
-        "completion",
-        {"max_tokens": 6},
-    ),
-    ("text", {"prompt": ""}, "completion", {"prompt": "", "suffix": ""} | FILLS),
-    ("text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}),
-    (
-        "text",
-        {"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>", "suffix": ""},
-        "infill",
-        {"prompt": "a", "suffix": "b", "extra": []} | FILLS,
-    ),
-    ("text", {"prompt": "a", "suffix": "b"}, "infill", {"prompt": "a", "suffix": "b"} | FILLS),
-    ("text", {"prompt": MARKED}, "infill", {"prompt": "a", "suffix": "b", "extra": []} | FILLS),
-    (
-        "text",
-        {"prompt": MARKED, "suffix": "c"},
-        "infill",
-        {"prompt": MARKED, "suffix": "c"} | FILLS,
-    ),
-    (
-        "text",
+READ = json.loads(r"""[
+    ["text", {"max_tokens": 5, "max_completion_tokens": 6, "n_predict": 7}, "completion",
+        {"max_tokens": 6}],
+    ["text", {"prompt": ""}, "completion", {"prompt": "", "suffix": "", "mode": "infill"}],
+    ["text", {"prompt": "a", "suffix": ""}, "infill", {"prompt": "a"}],
+    ["text", {"prompt": "<fim_prefix>a<fim_suffix>b<fim_middle>", "suffix": ""}, "infill",
+        {"prompt": "a", "suffix": "b", "extra": [], "mode": "infill"}],
+    ["text", {"prompt": "a", "suffix": "b"}, "infill",
+        {"prompt": "a", "suffix": "b", "mode": "infill"}],
+    ["text", {"prompt": "<PRE> a <SUF>b <MID>"}, "infill",
+        {"prompt": "a", "suffix": "b", "extra": [], "mode": "infill"}],
+    ["text", {"prompt": "<PRE> a <SUF>b <MID>", "suffix": "c"}, "infill",
+        {"prompt": "<PRE> a <SUF>b <MID>", "suffix": "c", "mode": "infill"}],
+    ["text",
         {"prompt": "<file_sep>x.py\n<fim_prefix>a<fim_suffix><fim_middle>", "filename": "y.py"},
-        "infill",
-        {"prompt": "a", "filename": "x.py", "extra": []},
-    ),
-    ("completion", {"prompt": ["a"], "n_indent": 8}, "completion", {"prompt": "a", "indent": 8}),
-    ("completion", {"t_max_prompt_ms": -1, "t_max_predict_ms": 0}, "completion", {}),
-    ("completion", {"t_max_prompt_ms": 600_001, "t_max_predict_ms": 10**19}, "completion", LATE),
-    ("infill", {"input_prefix": "a\n", "prompt": "  b"}, "infill", {"prompt": "a\n  b"}),
-    ("infill", {"input_suffix": "c"}, "infill", {"suffix": "c"} | FILLS),
-    ("text", {"suggest": "never"}, "completion", {"min_confidence": 1.0}),
-    ("infill", {"prompt": MARKED}, "infill", {"prompt": MARKED}),
-    ("fim", {"suffix": "", "random_seed": 0, "min_tokens": 9}, "infill", {"seed": 0}),
-    ("fim", {"prompt": "", "suffix": "b"}, "infill", {"prompt": "", "suffix": "b"} | FILLS),
-    (
-        "infill",
-        {
-            "input_extra": [
-                {"text": "a", "filename": "f", "x": 1},
-                {"text": "", "filename": "g"},
-                {"text": "b"},
-            ]
-        },
-        "infill",
-        {"extra": [{"filename": "f", "text": "a"}, {"filename": "", "text": "b"}]},
-    ),
-    ("chat", {"tools": [{"type": "function"}], "tool_choice": "none"}, "chat", {}),
-]
+        "infill", {"prompt": "a", "filename": "x.py", "extra": []}],
+    ["completion", {"prompt": ["a"], "n_indent": 8}, "completion", {"prompt": "a", "indent": 8}],
+    ["completion", {"t_max_prompt_ms": -1, "t_max_predict_ms": 0}, "completion", {}],
+    ["completion", {"t_max_prompt_ms": 600001, "t_max_predict_ms": 10000000000000000000},
+        "completion", {"prompt_ms": 600000, "predict_ms": 600000}],
+    ["infill", {"input_prefix": "a\n", "prompt": "  b"}, "infill", {"prompt": "a\n  b"}],
+    ["infill", {"input_suffix": "c"}, "infill", {"suffix": "c", "mode": "infill"}],
+    ["text", {"suggest": "never"}, "completion", {"min_confidence": 1.0}],
+    ["infill", {"prompt": "<PRE> a <SUF>b <MID>"}, "infill", {"prompt": "<PRE> a <SUF>b <MID>"}],
+    ["fim", {"suffix": "", "random_seed": 0, "min_tokens": 9}, "infill", {"seed": 0}],
+    ["fim", {"prompt": "", "suffix": "b"}, "infill",
+        {"prompt": "", "suffix": "b", "mode": "infill"}],
+    ["infill", {"input_extra": [
+            {"text": "a", "filename": "f", "x": 1}, {"text": "", "filename": "g"}, {"text": "b"}]},
+        "infill", {"extra": [{"filename": "f", "text": "a"}, {"filename": "", "text": "b"}]}],
+    ["chat", {"tools": [{"type": "function"}], "tool_choice": "none"}, "chat", {}]
+]""")
 
 
 @pytest.mark.parametrize(("name", "members", "kind", "fields"), READ, ids=str)
@@ -184,13 +145,13 @@ def test_what_is_asked(name, members, kind, fields):
     assert (asked.kind, asked.fields) == (kind, replace(DEFAULTS[name][1], **fields))
 
 
-PARTS = [{"type": "input_text", "text": "a"}, {"text": "b "}, {"type": "output_text", "text": None}]
-MESSAGES = [
-    ({"role": "developer", "content": "a"}, "system", "a"),
-    ({"role": "user"}, "user", ""),
-    ({"role": "assistant", "content": "", "tool_calls": []}, "assistant", ""),
-    ({"role": "user", "content": PARTS}, "user", "a\nb \n"),
-]
+MESSAGES = json.loads(r"""[
+    [{"role": "developer", "content": "a"}, "system", "a"],
+    [{"role": "user"}, "user", ""],
+    [{"role": "assistant", "content": "", "tool_calls": []}, "assistant", ""],
+    [{"role": "user", "content": [{"type": "input_text", "text": "a"}, {"text": "b "},
+        {"type": "output_text", "text": null}]}, "user", "a\nb \n"]
+]""")
 
 
 @pytest.mark.parametrize(("given", "role", "content"), MESSAGES, ids=str)
@@ -236,30 +197,30 @@ def test_half_an_emoji_becomes_a_replacement_character():
     assert (fields.stop, fields.extra) == ([MENDED], extra)
 
 
-IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 # What cannot be served: (dialect, members, the place that the message names).
-REFUSED = [
-    ("text", {"prompt": ["a", "b"]}, "prompt"),
-    ("completion", {"prompt": {"prompt_string": "a"}}, "prompt"),
-    ("text", {"temperature": -1}, "temperature"),
-    ("text", {"top_p": 1.1}, "top_p"),
-    ("text", {"stop": 5}, "stop"),
-    ("text", {"stop": ["a", 5]}, "stop"),
-    ("text", {"stop": [*SIXTEEN, "16"]}, "stop"),
-    ("text", {"stream_options": True}, "stream_options"),
-    ("chat", {"messages": []}, "messages"),
-    ("chat", {"messages": [*SAID, {"role": "tool", "content": "a"}]}, "messages[1].role"),
-    ("chat", {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
-    ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-    (
-        "chat",
-        {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]},
-        "messages[0].tool_calls",
-    ),
-    ("chat", {"tools": [{}]}, "tools"),
-    ("infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text"),
-    ("infill", {"n_indent": 1001}, "n_indent"),
-]
+REFUSED = json.loads("""[
+    ["text", {"prompt": ["a", "b"]}, "prompt"],
+    ["completion", {"prompt": {"prompt_string": "a"}}, "prompt"],
+    ["text", {"temperature": -1}, "temperature"],
+    ["text", {"top_p": 1.1}, "top_p"],
+    ["text", {"stop": 5}, "stop"],
+    ["text", {"stop": ["a", 5]}, "stop"],
+    ["text", {"stop": ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14",
+        "15", "16", "17"]}, "stop"],
+    ["text", {"stream_options": true}, "stream_options"],
+    ["chat", {"messages": []}, "messages"],
+    ["chat", {"messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": "a"}]},
+        "messages[1].role"],
+    ["chat", {"messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
+        "messages[0].content[0].type"],
+    ["chat", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"],
+    ["chat", {"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]},
+        "messages[0].tool_calls"],
+    ["chat", {"tools": [{}]}, "tools"],
+    ["infill", {"input_extra": [{}, {"text": 1}]}, "input_extra[1].text"],
+    ["infill", {"n_indent": 1001}, "n_indent"]
+]""")
 
 
 @pytest.mark.parametrize(("name", "members", "where"), REFUSED, ids=str)
@@ -271,58 +232,48 @@ def test_what_cannot_be_served_is_named(name, members, where):
 
 
 GENERATE, CHATS = OLLAMA
-OPTIONS = {
-    "temperature": 0.5,
-    "top_p": 0.9,
-    "seed": 7,
-    "num_predict": 9,
-    "num_ctx": 8192,
-    "stop": "b",
-}
-CHOSEN_BY_OPTIONS = {
-    "temperature": 0.5,
-    "top_p": 0.9,
-    "seed": 7,
-    "max_tokens": 9,
-    "stop": ["b"],
-}
-GAP = {"prompt": "a", "suffix": "b"} | FILLS
 CHAT = DEFAULTS["chat"][1]
-SYSTEM = {"role": "system", "content": "s"}
-LOADS = ("completion", replace(CODE, prompt="\n", max_tokens=0))
-# What Ollama's requests ask for: (members, kind, fields).
-OF_OLLAMA = [
-    ({"prompt": "x", "raw": True}, "completion", CODE),
-    ({"prompt": "a", "suffix": "b"}, "infill", replace(CODE, **GAP)),
-    ({"prompt": MARKED}, "infill", replace(CODE, extra=[], **GAP)),
-    ({"prompt": "hi"}, "chat", CHAT),
-    ({"prompt": "hi", "suffix": "", "raw": False}, "chat", CHAT),
-    ({"prompt": "hi", "system": "s"}, "chat", replace(CHAT, messages=[SYSTEM, *SAID])),
-    ({"messages": SAID, "options": None, "keep_alive": "5m", "think": False}, "chat", CHAT),
-    ({"messages": SAID, "options": OPTIONS}, "chat", replace(CHAT, **CHOSEN_BY_OPTIONS)),
-    ({"prompt": "", "keep_alive": -1}, *LOADS),
-    ({"prompt": "", "raw": True}, *LOADS),
-    ({"messages": []}, *LOADS),
-    ({"max_tokens": 5}, *LOADS),
-    ({"messages": SAID, "prompt": "other", "raw": True, "suffix": "b"}, "chat", CHAT),
-]
+# What Ollama's requests ask for: (members, kind, and the fields that differ from the defaults).
+OF_OLLAMA = json.loads(r"""[
+    [{"prompt": "x", "raw": true}, "completion", {}],
+    [{"prompt": "a", "suffix": "b"}, "infill", {"prompt": "a", "suffix": "b", "mode": "infill"}],
+    [{"prompt": "<PRE> a <SUF>b <MID>"}, "infill",
+        {"prompt": "a", "suffix": "b", "extra": [], "mode": "infill"}],
+    [{"prompt": "hi"}, "chat", {}],
+    [{"prompt": "hi", "suffix": "", "raw": false}, "chat", {}],
+    [{"prompt": "hi", "system": "s"}, "chat",
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]}],
+    [{"messages": [{"role": "user", "content": "hi"}], "options": null, "keep_alive": "5m",
+        "think": false}, "chat", {}],
+    [{"messages": [{"role": "user", "content": "hi"}], "options": {
+        "temperature": 0.5, "top_p": 0.9, "seed": 7, "num_predict": 9, "num_ctx": 8192,
+        "stop": "b"}},
+        "chat", {"temperature": 0.5, "top_p": 0.9, "seed": 7, "max_tokens": 9, "stop": ["b"]}],
+    [{"prompt": "", "keep_alive": -1}, "completion", {"prompt": "\n", "max_tokens": 0}],
+    [{"prompt": "", "raw": true}, "completion", {"prompt": "\n", "max_tokens": 0}],
+    [{"messages": []}, "completion", {"prompt": "\n", "max_tokens": 0}],
+    [{"max_tokens": 5}, "completion", {"prompt": "\n", "max_tokens": 0}],
+    [{"messages": [{"role": "user", "content": "hi"}], "prompt": "other", "raw": true,
+        "suffix": "b"}, "chat", {}]
+]""")
 
 
 @pytest.mark.parametrize(("members", "kind", "fields"), OF_OLLAMA, ids=str)
 def test_what_is_asked_of_ollama(members, kind, fields):
     asked = GENERATE.read(members)
-    assert (asked.kind, asked.fields, asked.stream) == (kind, fields, True)
+    expected = replace(CHAT if kind == "chat" else CODE, **fields)
+    assert (asked.kind, asked.fields, asked.stream) == (kind, expected, True)
     assert not CHATS.read(members | {"stream": False}).stream
 
 
-PICTURE = [{"role": "user", "content": "hi", "images": ["iVBORw0KGgo="]}]
-REFUSED_AS_OLLAMA = [
-    ({"prompt": "x", "options": []}, "options"),
-    ({"prompt": "x", "options": {"temperature": "warm"}}, "temperature"),
-    ({"messages": "hi"}, "messages"),
-    ({"messages": PICTURE}, "messages[0].images"),
-    ({"prompt": "hi", "images": [""]}, "images"),
-]
+REFUSED_AS_OLLAMA = json.loads("""[
+    [{"prompt": "x", "options": []}, "options"],
+    [{"prompt": "x", "options": {"temperature": "warm"}}, "temperature"],
+    [{"messages": "hi"}, "messages"],
+    [{"messages": [{"role": "user", "content": "hi", "images": ["iVBORw0KGgo="]}]},
+        "messages[0].images"],
+    [{"prompt": "hi", "images": [""]}, "images"]
+]""")
 
 
 @pytest.mark.parametrize(("members", "where"), REFUSED_AS_OLLAMA, ids=str)
@@ -387,16 +338,16 @@ def test_the_suffix_may_come_first_and_a_text_that_mentions_the_tokens_is_not_sp
     assert split_fim(written(before, after, middle, other, "b")) == split(other, "b")
 
 
-SPLIT = [
-    ("<PRE>  a  <SUF> b  <MID>", (" a ", " b ")),
-    ("<PRE>a<SUF>b<MID>", ("a", "b")),
-    ("<PRE> <SUF>b <MID>", ("", "b")),
-    ("<PRE> <SUF>b <MID> a", ("a", "b")),
-    ("<s><PRE> a <SUF>b <MID>", ("a", "b")),
-    ("[PREFIX]a[SUFFIX]b", ("a", "b")),
-    ("<s>[SUFFIX]b[PREFIX]a", ("a", "b")),
-    ("x = 1 # [SUFFIX]b[PREFIX]a", None),
-]
+SPLIT = json.loads("""[
+    ["<PRE>  a  <SUF> b  <MID>", [" a ", " b "]],
+    ["<PRE>a<SUF>b<MID>", ["a", "b"]],
+    ["<PRE> <SUF>b <MID>", ["", "b"]],
+    ["<PRE> <SUF>b <MID> a", ["a", "b"]],
+    ["<s><PRE> a <SUF>b <MID>", ["a", "b"]],
+    ["[PREFIX]a[SUFFIX]b", ["a", "b"]],
+    ["<s>[SUFFIX]b[PREFIX]a", ["a", "b"]],
+    ["x = 1 # [SUFFIX]b[PREFIX]a", null]
+]""")
 
 
 @pytest.mark.parametrize(("prompt", "expected"), SPLIT)
@@ -404,21 +355,17 @@ def test_the_spaces_and_beginnings_of_families(prompt, expected):
     assert split_fim(prompt) == (split(*expected) if expected else None)
 
 
-B_PY, C_PY = ("b.py", "b = 1\n"), ("c.py", "c\n")
-PREAMBLES = [
-    ("<|repo_name|>cerebrum\n", "", ()),
-    ("<reponame>cerebrum<filename>src/a.py\n", "src/a.py", ()),
-    ("<file_sep>a.py", "a.py", ()),
-    (
-        "<repo_name>r<file_sep>b.py\nb = 1\n<file_sep>c.py\nc\n<file_sep>a.py\n",
-        "a.py",
-        (B_PY, C_PY),
-    ),
-    ("<|file_sep|>b.py\n \n<|file_sep|>a.py\n", "a.py", ()),
-    ("# other text\n", "", (("", "# other text\n"),)),
-    ("x\n<|file_sep|>b.py\nb = 1\n", "", (("", "x\n"), B_PY)),
-    ("\n", "", ()),
-]
+PREAMBLES = json.loads(r"""[
+    ["<|repo_name|>cerebrum\n", "", []],
+    ["<reponame>cerebrum<filename>src/a.py\n", "src/a.py", []],
+    ["<file_sep>a.py", "a.py", []],
+    ["<repo_name>r<file_sep>b.py\nb = 1\n<file_sep>c.py\nc\n<file_sep>a.py\n", "a.py",
+        [["b.py", "b = 1\n"], ["c.py", "c\n"]]],
+    ["<|file_sep|>b.py\n \n<|file_sep|>a.py\n", "a.py", []],
+    ["# other text\n", "", [["", "# other text\n"]]],
+    ["x\n<|file_sep|>b.py\nb = 1\n", "", [["", "x\n"], ["b.py", "b = 1\n"]]],
+    ["\n", "", []]
+]""")
 
 
 @pytest.mark.parametrize(("preamble", "filename", "extra"), PREAMBLES)
@@ -430,16 +377,11 @@ def test_what_precedes_the_marks(preamble, filename, extra):
 
 # ------------------------------------------------------------------------------------------ replies
 
-BEGUN = {"model": "m", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}
-RESULT = {
-    "finish_reason": "block",
-    "total_tokens": 4,
-    "prompt_tokens": 10,
-    "cached_tokens": 6,
-    "ttft": 0.25,
-    "inference_time": 1.75,
-    "load_time": 0.5,
-}
+BEGUN = json.loads("""{
+    "model": "m", "n_ctx": 4096, "kept": {"characters": 3, "of": 3, "parts": ["all"]}}""")
+RESULT = json.loads("""{
+    "finish_reason": "block", "total_tokens": 4, "prompt_tokens": 10, "cached_tokens": 6,
+    "ttft": 0.25, "inference_time": 1.75, "load_time": 0.5}""")
 REPLACED = {"finish_reason": "replaced"}
 SURROGATES = b'data: {"token": "\\ud83d\\ude00\\/", "total_tokens": 12}\n\n'
 
@@ -643,15 +585,14 @@ def test_any_escapes_of_a_token_event_stay_as_they_are(escaped):
         json.loads(written[6:])
 
 
-NO_TIMES = {"ttft": None, "inference_time": None, "load_time": None}
-TIMES = {"ttft": 0.1, "inference_time": 1.1, "load_time": 0.3}
-SHORT = {"ttft": 2.0, "inference_time": 1.0}
-FIGURES = [
-    (5, 0, NO_TIMES, [5, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0]),
-    (0, 4, {"inference_time": 2.0}, [0, 0.0, 0.0, 0.0, 4, 2000.0, 500.0, 2.0]),
-    (3, 7, TIMES, [3, 100.0, 33.333, 30.0, 7, 700.0, 100.0, 10.0]),
-    (1, 1, SHORT, [1, 2000.0, 2000.0, 0.5, 1, 0.0, 0.0, 0.0]),
-]
+FIGURES = json.loads("""[
+    [5, 0, {"ttft": null, "inference_time": null, "load_time": null},
+        [5, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0]],
+    [0, 4, {"inference_time": 2.0}, [0, 0.0, 0.0, 0.0, 4, 2000.0, 500.0, 2.0]],
+    [3, 7, {"ttft": 0.1, "inference_time": 1.1, "load_time": 0.3},
+        [3, 100.0, 33.333, 30.0, 7, 700.0, 100.0, 10.0]],
+    [1, 1, {"ttft": 2.0, "inference_time": 1.0}, [1, 2000.0, 2000.0, 0.5, 1, 0.0, 0.0, 0.0]]
+]""")
 
 
 @pytest.mark.parametrize(("read", "written", "result", "expected"), FIGURES)
@@ -660,19 +601,19 @@ def test_timings(read, written, result, expected):
     assert list(timings(counts | result).values()) == [9, *expected]
 
 
-TYPES = {
-    "INVALID_REQUEST": "invalid_request_error",
-    "SUPERSEDED": "invalid_request_error",
-    "FORBIDDEN": "permission_error",
-    "UNAUTHORIZED": "authentication_error",
-    "MODEL_NOT_FOUND": "not_found_error",
-    "INTERNAL_ERROR": "server_error",
-    "RATE_LIMIT": "rate_limit_error",
-    "VPS_UNAVAILABLE": "unavailable_error",
-}
+TYPES = """
+INVALID_REQUEST=invalid_request_error
+SUPERSEDED=invalid_request_error
+FORBIDDEN=permission_error
+UNAUTHORIZED=authentication_error
+MODEL_NOT_FOUND=not_found_error
+INTERNAL_ERROR=server_error
+RATE_LIMIT=rate_limit_error
+VPS_UNAVAILABLE=unavailable_error
+"""
 
 
-@pytest.mark.parametrize(("code", "kind"), TYPES.items())
+@pytest.mark.parametrize(("code", "kind"), variables(TYPES).items())
 def test_errors(code, kind):
     error = HttpError(code, 'why "so"', extra={"prompt_tokens": 1})
     members = {"message": 'why "so"', "type": kind, "param": None, "code": code}
