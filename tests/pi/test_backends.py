@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness import NO_FILE, SHIPPED, until
+from harness import NO_FILE, SHIPPED, rows, until
 from scripted import (
     CHUNKED,
     HANG,
@@ -75,16 +75,9 @@ def test_the_examples_of_a_module_are_true(name):
 # ---------------------------------------------------------------------------------------- the table
 
 ATTIC = {"id": "attic", "url": "http://100.64.0.1:9000"}
-GPU = {
-    "id": "gpu",
-    "url": "https://gpu.lan/llm/v1/",
-    "api": "openai",
-    "key_env": "GPU_KEY",
-    "max_concurrent": 16,
-    "n_ctx": 8192,
-    "infill": "suffix",
-    "affinity_header": "X-Session-Id",
-}
+GPU = json.loads("""{
+    "id": "gpu", "url": "https://gpu.lan/llm/v1/", "api": "openai", "key_env": "GPU_KEY",
+    "max_concurrent": 16, "n_ctx": 8192, "infill": "suffix", "affinity_header": "X-Session-Id"}""")
 
 
 def read(*tables: Any, **variables: str) -> tuple[BackendConfig, ...]:
@@ -105,27 +98,31 @@ def test_without_a_table_there_is_one_vps():
     assert vps == config_of("vps", address, key="k", key_env="CEREBRUM_API_KEY", max_concurrent=3)
 
 
-BAD_URL = "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], "
-BAD_API = "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string"
-BAD_N_CTX = "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"
-BAD_NAME = "backend 1: expected one of id, url, api, key_env, ca_file, infill, "
-BAD_CA = "backend 1: ca_file: expected a url with https for '/a.pem'"
-BAD_HEADER = "backend 1: affinity_header: expected a string of the form "
-BAD_TABLES = [
-    ([ATTIC | {"affinity_header": "Host"}], BAD_HEADER),
-    ([ATTIC | {"affinity_header": "X-A: b\r\nC"}], BAD_HEADER),
-    ([ATTIC | {"affinity_header": "X-request-ID"}], BAD_HEADER),
-    ([7], "backend 1: expected a table, got something else"),
-    ([{"id": "a b"}], "backend 1: id: expected a string of the form "),
-    ([{"id": "a"}], "backend 1: url: expected a string, got nothing"),
-    ([ATTIC, ATTIC | {"url": "ftp://x"}], BAD_URL),
-    ([ATTIC | {"api": "vllm"}], BAD_API),
-    ([ATTIC | {"n_ctx": True}], BAD_N_CTX),
-    ([ATTIC | {"max_concurent": 2}], BAD_NAME),
-    ([ATTIC | {"ca_file": "/a.pem"}], BAD_CA),
-    ([ATTIC, ATTIC], "backends: expected every id once"),
-    ([ATTIC | {"key_env": "BAD"}], "BAD: expected printable ASCII without spaces"),
-]
+BAD_TABLES = json.loads(r"""[
+    [[{"id": "a", "url": "http://b", "affinity_header": "Host"}],
+        "backend 1: affinity_header: expected a string of the form "],
+    [[{"id": "a", "url": "http://b", "affinity_header": "X-A: b\r\nC"}],
+        "backend 1: affinity_header: expected a string of the form "],
+    [[{"id": "a", "url": "http://b", "affinity_header": "X-request-ID"}],
+        "backend 1: affinity_header: expected a string of the form "],
+    [[7], "backend 1: expected a table, got something else"],
+    [[{"id": "a b"}], "backend 1: id: expected a string of the form "],
+    [[{"id": "a"}], "backend 1: url: expected a string, got nothing"],
+    [[{"id": "a", "url": "http://b"}, {"id": "a", "url": "ftp://x"}],
+        "backend 2: url: expected http://HOST[:PORT] or https://HOST[:PORT], "],
+    [[{"id": "a", "url": "http://b", "api": "vllm"}],
+        "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string"],
+    [[{"id": "a", "url": "http://b", "n_ctx": true}],
+        "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"],
+    [[{"id": "a", "url": "http://b", "max_concurent": 2}],
+        "backend 1: expected one of id, url, api, key_env, ca_file, infill, "],
+    [[{"id": "a", "url": "http://b", "ca_file": "/a.pem"}],
+        "backend 1: ca_file: expected a url with https for '/a.pem'"],
+    [[{"id": "a", "url": "http://b"}, {"id": "a", "url": "http://b"}],
+        "backends: expected every id once"],
+    [[{"id": "a", "url": "http://b", "key_env": "BAD"}],
+        "BAD: expected printable ASCII without spaces"]
+]""")
 
 
 @pytest.mark.parametrize(("tables", "says"), BAD_TABLES)
@@ -138,21 +135,22 @@ def test_a_bad_table(tables, says):
 
 NAMES = {"file": "m-q4.gguf", "aliases": ("org/M", "m:7b")}
 MODEL = Model("m", "M", ("python",), "7B", "Q4", **NO_FILE | NAMES)
-LISTS = [
-    (["m"], "m"),
-    (["other", "org/M"], "org/M"),
-    (["m:7b", "org/M"], "org/M"),
-    (["/srv/models/m-q4.gguf"], "/srv/models/m-q4.gguf"),
-    ([r"C:\models\m-q4.gguf"], r"C:\models\m-q4.gguf"),
-    (["m-q4"], "m-q4"),
-    (["m-q4.gguf", "m"], "m"),
-    (["M", "org/m", "m-q8.gguf"], None),
-]
+# What a backend lists, and its name for the model.
+LISTS = r"""
+m                     | m
+other org/M           | org/M
+m:7b org/M            | org/M
+/srv/models/m-q4.gguf | /srv/models/m-q4.gguf
+C:\\models\\m-q4.gguf | C:\\models\\m-q4.gguf
+m-q4                  | m-q4
+m-q4.gguf m           | m
+M org/m m-q8.gguf     |
+"""
 
 
-@pytest.mark.parametrize(("listed", "name"), LISTS)
+@pytest.mark.parametrize(("listed", "name"), rows(LISTS))
 def test_which_model_a_backend_has(listed, name):
-    assert find_models([MODEL], listed) == ({} if name is None else {"m": name})
+    assert find_models([MODEL], listed.split()) == ({"m": name} if name else {})
 
 
 def test_a_model_without_a_file_has_no_name_without_letters():
@@ -180,21 +178,11 @@ COMMON = {"model": "org/M", "stream": True, "temperature": 0}
 UNSTOPPED = {**COMMON, "max_tokens": 64, "stream_options": {"include_usage": True}}
 OPENAI = UNSTOPPED | {"stop": ASKED["stop"][:4]}
 LIVE = {"timings_per_token": True, "return_progress": True}
-LLAMA = {
-    **COMMON,
-    **LIVE,
-    "n_predict": 64,
-    "stop": ASKED["stop"][:4],
-    "cache_prompt": True,
+LLAMA = json.loads("""{
+    "model": "org/M", "stream": true, "temperature": 0, "n_predict": 64, "cache_prompt": true,
+    "stop": ["a", "b", "c", "d"], "timings_per_token": true, "return_progress": true,
     "response_fields": [
-        "content",
-        "stop",
-        "stop_type",
-        "tokens_evaluated",
-        "tokens_predicted",
-        "timings",
-    ],
-}
+        "content", "stop", "stop_type", "tokens_evaluated", "tokens_predicted", "timings"]}""")
 LLAMA_GAP = {
     "input_prefix": "x =",
     "input_suffix": "\ny",
@@ -235,47 +223,43 @@ LONG_MESSAGE = (
     "However, you requested 900 tokens (800 in …)."
 )
 LONG = {"error": {"message": LONG_MESSAGE}}
-MAXIMUM = "This model's maximum context length is 4096 tokens"
-# What engines say, with which members beside it, and the lengths that count; None: another error.
-OVERFLOWS = [
-    # llama-server
-    (
-        "request (1180 tokens) exceeds …",
-        {"n_prompt_tokens": 1180, "n_ctx": 512},
-        {"n_ctx": 512, "prompt_tokens": 1180},
-    ),
-    *(
-        (message, {}, {"n_ctx": 4096})
-        for message in (
-            f"{MAXIMUM}. However, you requested 5000 tokens (4488 in the messages, 512 in the …",
-            f"{MAXIMUM}, however you requested 5097 tokens (1000 in your prompt; 4097 for the …",
-            f"{MAXIMUM}. However, your prompt contains at least 4097 input tokens, which exceeds …",
-            f"'max_tokens' is too large: 512. {MAXIMUM} and your request has 4000 input …",
-            "You passed 3585 input tokens, but the model's context length is only 4096 tokens, …",
-            "maximum context length is 4096 tokens",
-            "max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …",
-        )
-    ),
-    ("It exceeds the context window.", {"code": "context_length_exceeded"}, {}),
-    *(
-        (message, {}, None)
-        for message in (
-            "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
-            "temperature must be <= 2",
-            "the context length is 16 tokens",
-            "the context length is 4096 characters",
-            5,
-        )
-    ),
-    ("x", {"n_ctx": True, "n_prompt_tokens": 800}, None),
-    ("x", {"n_ctx": 10**9, "n_prompt_tokens": 800}, None),
-    ("x", {"n_ctx": 512, "n_prompt_tokens": "800"}, {"n_ctx": 512}),
-]
+# What engines say of a context of 4096 tokens, and what is another error.
+SAID_TOO_LONG = """
+This model's maximum context length is 4096 tokens. However, you requested 5000 tokens (4488 in \
+the messages, 512 in the …
+This model's maximum context length is 4096 tokens, however you requested 5097 tokens (1000 in \
+your prompt; 4097 for the …
+This model's maximum context length is 4096 tokens. However, your prompt contains at least 4097 \
+input tokens, which exceeds …
+'max_tokens' is too large: 512. This model's maximum context length is 4096 tokens and your \
+request has 4000 input …
+You passed 3585 input tokens, but the model's context length is only 4096 tokens, …
+maximum context length is 4096 tokens
+max_tokens=5000 cannot be greater than max_model_len=4096. Please request fewer …
+"""
+SAID_OTHERWISE = """
+The input (5000 tokens) is longer than the model's context length (4096 tokens).
+temperature must be <= 2
+the context length is 16 tokens
+the context length is 4096 characters
+"""
+# Members of an error, and the lengths that count; null: another error. The first is llama-server's.
+OVERFLOWS = json.loads("""[
+    [{"message": "request (1180 tokens) exceeds …", "n_prompt_tokens": 1180, "n_ctx": 512},
+        {"n_ctx": 512, "prompt_tokens": 1180}],
+    [{"message": "It exceeds the context window.", "code": "context_length_exceeded"}, {}],
+    [{"message": 5}, null],
+    [{"message": "x", "n_ctx": true, "n_prompt_tokens": 800}, null],
+    [{"message": "x", "n_ctx": 1000000000, "n_prompt_tokens": 800}, null],
+    [{"message": "x", "n_ctx": 512, "n_prompt_tokens": "800"}, {"n_ctx": 512}]
+]""")
+for said, lengths in ((SAID_TOO_LONG, {"n_ctx": 4096}), (SAID_OTHERWISE, None)):
+    OVERFLOWS += [({"message": line}, lengths) for line in said.strip().splitlines()]
 
 
-@pytest.mark.parametrize(("message", "more", "lengths"), OVERFLOWS)
-def test_how_engines_say_that_a_prompt_is_too_long(message, more, lengths):
-    assert read_overflow({"message": message, **more}) == lengths
+@pytest.mark.parametrize(("error", "lengths"), OVERFLOWS, ids=str)
+def test_how_engines_say_that_a_prompt_is_too_long(error, lengths):
+    assert read_overflow(error) == lengths
 
 
 PROPS = [({"n_ctx": 512}, {"n_ctx": 512}), (1, {}), ({"n_ctx": True}, {}), ({"n_ctx": 7}, {})]
@@ -286,23 +270,19 @@ def test_the_length_of_the_context_in_props(settings, length):
     assert read_props({"default_generation_settings": settings, "n_ctx": 700}) == length
 
 
-OUR_KEY = "refuses our key: expected the right one in GPU_KEY"
-LOADING = {"error": {"message": "Loading model"}}
-UNAVAILABLE = "VPS_UNAVAILABLE"
-# The status and the body of a refusal; the client's code, part of the message, and whether the
-# breaker counts it.
+# The status and the body of a refusal; part of the message, and whether the breaker counts it.
 REFUSALS = [
-    (401, {"error": "x"}, UNAVAILABLE, OUR_KEY, False),
-    (501, {}, UNAVAILABLE, "refuses the request (501)", False),
-    (503, LOADING, UNAVAILABLE, "is loading its model", False),
-    (307, {}, UNAVAILABLE, "is unavailable (it answered 307)", True),
+    (401, {"error": "x"}, "refuses our key: expected the right one in GPU_KEY", False),
+    (501, {}, "refuses the request (501)", False),
+    (503, {"error": {"message": "Loading model"}}, "is loading its model", False),
+    (307, {}, "is unavailable (it answered 307)", True),
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "code", "says", "counted"), REFUSALS)
-def test_a_refusal_of_an_engine(status, body, code, says, counted):
+@pytest.mark.parametrize(("status", "body", "says", "counted"), REFUSALS)
+def test_a_refusal_of_an_engine(status, body, says, counted):
     error = OpenAI(CONFIG, []).refusal(status, body)
-    assert (error.code, isinstance(error, BackendFailure)) == (code, counted)
+    assert (error.code, isinstance(error, BackendFailure)) == ("VPS_UNAVAILABLE", counted)
     assert says in error.message
 
 
@@ -331,25 +311,16 @@ def llama_chunk(text: str, count: int, **more: Any) -> bytes:
     return data({"index": 0, "content": text, "stop": False, **counts, **more})
 
 
-TIMINGS = {
-    "cache_n": 4,
-    "prompt_n": 5,
-    "prompt_ms": 250.0,
-    "predicted_n": 2,
-    "predicted_per_second": 20.0,
-}
+TIMINGS = json.loads("""{
+    "cache_n": 4, "prompt_n": 5, "prompt_ms": 250.0, "predicted_n": 2,
+    "predicted_per_second": 20.0}""")
 USAGE = data(
     {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}
 )
 END = b"data: [DONE]\n\n"
-LAST = {
-    "index": 0,
-    "content": "",
-    "stop": True,
-    "stop_type": "eos",
-    "tokens_predicted": 2,
-    "tokens_evaluated": 9,
-}
+LAST = json.loads("""{
+    "index": 0, "content": "", "stop": true, "stop_type": "eos", "tokens_predicted": 2,
+    "tokens_evaluated": 9}""")
 
 
 def stream(*events: bytes, text: str = "1", asked: Any = None, **result: Any) -> Any:
@@ -554,11 +525,7 @@ def test_a_limit_of_time_counts_once_a_line_has_ended():
 
 PROGRESS = {"total": 90, "cache": 0, "processed": 64}
 READ = ("progress", {"stage": "prefill", "done": 64, "total": 90})
-PROGRESSES = [
-    (True, PROGRESS, [READ]),
-    (True, {"total": "x"}, []),
-    (False, PROGRESS, []),
-]
+PROGRESSES = [(True, PROGRESS, [READ]), (True, {"total": "x"}, []), (False, PROGRESS, [])]
 
 
 @pytest.mark.parametrize(("wanted", "progress", "pairs"), PROGRESSES)
@@ -677,7 +644,7 @@ async def test_a_later_refusal_shortens_no_pause():
 async def test_a_pause_that_is_no_number_of_seconds(after):
     refused = head(503, "Content-Length: 0", f"Retry-After: {after}")
     async with pi_before([refused], VLLM) as (pi, _):
-        assert (await pi.complete()).json["code"] == UNAVAILABLE
+        assert (await pi.complete()).json["code"] == "VPS_UNAVAILABLE"
         assert (await pi.complete()).status == 200
 
 
@@ -887,13 +854,13 @@ async def test_what_an_engine_lists(models, part, caplog):
 
 
 # The engine, what its list reports, our settings, and the length that counts.
-CONTEXTS = [
-    ("openai", {"max_model_len": 1000}, {}, 1000),
-    ("openai", {"metadata": {"max_request_context_length": 1000}}, {}, 1000),
-    ("openai", {"max_model_len": 1000}, {"n_ctx": 500}, 500),
-    ("openai", {"max_model_len": "long"}, {}, 4096),
-    ("llama.cpp", {}, {}, 512),
-]
+CONTEXTS = json.loads("""[
+    ["openai", {"max_model_len": 1000}, {}, 1000],
+    ["openai", {"metadata": {"max_request_context_length": 1000}}, {}, 1000],
+    ["openai", {"max_model_len": 1000}, {"n_ctx": 500}, 500],
+    ["openai", {"max_model_len": "long"}, {}, 4096],
+    ["llama.cpp", {}, {}, 512]
+]""")
 
 
 @pytest.mark.parametrize(("api", "about", "table", "n_ctx"), CONTEXTS)
