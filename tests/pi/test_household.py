@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -64,21 +65,12 @@ KEYS_FILES = [
     ("", {}),
     ("\ufeffanna k1\r\n# family\n\n  ben\tk2 \n", {"k1": Client("anna"), "k2": Client("ben")}),
     ("tom k3 2\n", {"k3": Client("tom", 2)}),
-    *(
-        (line, f"line 1: {FORM}")
-        for line in (
-            "anna\n",
-            "anna k1 0\n",
-            "anna k1 100\n",
-            "anna k1 2 x\n",
-            "an/na k1\n",
-            "anna k,1\n",
-        )
-    ),
     ("anna k1\n\nanna k2\n", "line 3: expected each name and each key once"),
     ("anna k1\nben k1\n", "line 2: expected each name and each key once"),
     ("".join(f"p{n} k{n}\n" for n in range(33)), "expected at most 32 names, got 33"),
 ]
+for line in ("anna", "anna k1 0", "anna k1 100", "anna k1 2 x", "an/na k1", "anna k,1"):
+    KEYS_FILES.append((f"{line}\n", f"line 1: {FORM}"))
 
 
 @pytest.mark.parametrize(("text", "found"), KEYS_FILES)
@@ -100,8 +92,17 @@ def test_the_keys_file(text, found, tmp_path, caplog):
     assert caplog.messages == [f"{path}: expected mode 600: others can read the keys"]
 
 
-async def ask(pi: Pi, key: str, path: str = "/v1/complete") -> Reply:
-    return await pi.post(path, {"prompt": "x =", "language": "python"}, X_API_Key=key)
+CHATS, TOKENIZE = "/v1/chat/completions", "/tokenize"
+
+
+def ask(
+    pi: Pi, key: str, path: str = "/v1/complete", text: str = "x =", **more: Any
+) -> asyncio.Task[Reply]:
+    """Ask for a completion of our own API, for a chat, or for tokens."""
+    chat = {"messages": [{"role": "user", "content": text}]}
+    bodies = {CHATS: chat, TOKENIZE: {"content": text}}
+    body = bodies.get(path, {"prompt": text, "language": "python"})
+    return asyncio.create_task(pi.post(path, {**body, **more}, X_API_Key=key))
 
 
 async def figures(pi: Pi, key: str = ANNA) -> str:
@@ -148,7 +149,7 @@ async def test_a_revoked_client_ends_and_the_others_go_on():
     gate = asyncio.Event()
     slow = (HEAD, chunk(token("a", 1)), gate.wait, *GOOD[2:])
     async with pi_with(slow, clients=HOUSE, max_concurrent=4) as (pi, vps):
-        asked = [asyncio.create_task(ask(pi, key, "/v1/complete/stream")) for key in (ANNA, BEN)]
+        asked = [ask(pi, key, "/v1/complete/stream") for key in (ANNA, BEN)]
         await until(lambda: vps.running == 2)
         await until(lambda: all(one.tokens for one in pi.at(0)))
         pi.gateway.reconfigure(
@@ -216,56 +217,33 @@ async def test_nothing_is_read_ahead_for_a_revoked_client(makes_room, tmp_path):
         assert (own.ahead, own.state.places, len(vps.completions)) == ({}, {}, 2)
 
 
-WHOLE = "CEREBRUM_CM4_API_KEY=c9\nKEYS"
 # .env, client-keys, what a reload says about them, and the keys that work then: those of people,
-# and the common one.
-RELOADS = [
-    (
-        "CEREBRUM_CM4_API_KEY=c2\nCEREBRUM_MAX_CONCURRENT=x\nKEYS",
-        "ben b\nanna a2",
-        "CEREBRUM_MAX_CONCURRENT: expected a number",
-        "b a2 c2",
-    ),
-    (
-        "CEREBRUM_CM4_API_KEY=c3\noops\nKEYS",
-        "ben b\nanna a3",
-        ".env: line 2: expected NAME=value",
-        "b a3 c3",
-    ),
-    (
-        "CEREBRUM_CM4_API_KEY=c4\nKEYS",
-        "ben b\n// tom x\nanna a4",
-        "keys: line 2: expected NAME KEY [PLACES]",
-        "b a4 c4",
-    ),
-    (
-        "CEREBRUM_CM4_API_KEY=c6\nCEREBRUM_MODELS_FILE=/none\nKEYS",
-        "ben b\nanna a6",
-        "CEREBRUM_MODELS_FILE: ",
-        "b a6 c6",
-    ),
-    # Where client-keys is and the common key stay known.
-    ("\xff", "ben b", ".env: ", "b c6"),
-    # Without keys, a reload that fails lets in nobody without one.
-    ("CEREBRUM_MAX_CONCURRENT=x", "ben b", "CEREBRUM_MAX_CONCURRENT: ", "b c6"),
-    ("CEREBRUM_CM4_API_KEY=c7\nKEYS", "ben b\nanna a7", "", "b a7 c7"),
-    # The common key's line has gone.
-    ("oops\nKEYS", "ben b\nanna a7", ".env: line 1: ", "b a7"),
-    (WHOLE, "ben b\nanna a9", "", "b a9 c9"),
-    (
-        "CEREBRUM_CM4_API_KEY=two words\nKEYS",
-        "ben b\nanna a10\nnew n",
-        "CEREBRUM_CM4_API_KEY: ",
-        "b a10 n",
-    ),
-    (WHOLE, "ben b", "", "b c9"),
-    # Nobody has a name: the common key stays as it was.
-    ("CEREBRUM_CM4_API_KEY=two words\nKEYS", "", "CEREBRUM_CM4_API_KEY: ", "c9"),
-    (WHOLE, "ben b\nanna a9", "", "b a9 c9"),
-    ("CEREBRUM_CM4_API_KEY c9\nKEYS", "ben b\nnew n", ".env: line 1: ", "b n"),
-    (WHOLE, "ben b", "", "b c9"),
-    ("CEREBRUM_CM4_API_KEY c9\nKEYS", "", ".env: line 1: ", "c9"),
-]
+# and the common one. While .env cannot be read, the common key and where client-keys is stay known,
+# and nobody without a key is let in; a line without the key's name revokes it, but as long as
+# nobody has a name the common key stays as it was.
+RELOADS = json.loads(r"""[
+    ["CEREBRUM_CM4_API_KEY=c2\nCEREBRUM_MAX_CONCURRENT=x\nKEYS", "ben b\nanna a2",
+        "CEREBRUM_MAX_CONCURRENT: expected a number", "b a2 c2"],
+    ["CEREBRUM_CM4_API_KEY=c3\noops\nKEYS", "ben b\nanna a3", ".env: line 2: expected NAME=value",
+        "b a3 c3"],
+    ["CEREBRUM_CM4_API_KEY=c4\nKEYS", "ben b\n// tom x\nanna a4",
+        "keys: line 2: expected NAME KEY [PLACES]", "b a4 c4"],
+    ["CEREBRUM_CM4_API_KEY=c6\nCEREBRUM_MODELS_FILE=/none\nKEYS", "ben b\nanna a6",
+        "CEREBRUM_MODELS_FILE: ", "b a6 c6"],
+    ["\u00ff", "ben b", ".env: ", "b c6"],
+    ["CEREBRUM_MAX_CONCURRENT=x", "ben b", "CEREBRUM_MAX_CONCURRENT: ", "b c6"],
+    ["CEREBRUM_CM4_API_KEY=c7\nKEYS", "ben b\nanna a7", "", "b a7 c7"],
+    ["oops\nKEYS", "ben b\nanna a7", ".env: line 1: ", "b a7"],
+    ["CEREBRUM_CM4_API_KEY=c9\nKEYS", "ben b\nanna a9", "", "b a9 c9"],
+    ["CEREBRUM_CM4_API_KEY=two words\nKEYS", "ben b\nanna a10\nnew n", "CEREBRUM_CM4_API_KEY: ",
+        "b a10 n"],
+    ["CEREBRUM_CM4_API_KEY=c9\nKEYS", "ben b", "", "b c9"],
+    ["CEREBRUM_CM4_API_KEY=two words\nKEYS", "", "CEREBRUM_CM4_API_KEY: ", "c9"],
+    ["CEREBRUM_CM4_API_KEY=c9\nKEYS", "ben b\nanna a9", "", "b a9 c9"],
+    ["CEREBRUM_CM4_API_KEY c9\nKEYS", "ben b\nnew n", ".env: line 1: ", "b n"],
+    ["CEREBRUM_CM4_API_KEY=c9\nKEYS", "ben b", "", "b c9"],
+    ["CEREBRUM_CM4_API_KEY c9\nKEYS", "", ".env: line 1: ", "c9"]
+]""")
 OWNERS = {"b": "ben", "a": "anna", "n": "new"}
 STAYS = "not reloaded, the old settings stay but for the keys that can be read: "
 
@@ -283,7 +261,7 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path):
         file.write_text(people)
 
     before = list[str]()
-    write(WHOLE, "ben b")
+    write("CEREBRUM_CM4_API_KEY=c9\nKEYS", "ben b")
     with program("cm4d", [sys.executable, "-S", str(tmp_path / "cm4d.py")], tmp_path, given) as pi:
         for variables, people, said, works in RELOADS:
             write(variables, people)
@@ -307,8 +285,7 @@ async def test_two_places_that_come_at_once_go_to_two_people():
         waiting = pi.line
         asked = []
         for number, key in enumerate((BEN, ANNA, ANNA, BEN)):
-            chat = {"messages": [{"role": "user", "content": str(number)}]}
-            asked.append(asyncio.create_task(pi.post("/v1/chat/completions", chat, X_API_Key=key)))
+            asked.append(ask(pi, key, CHATS, f"{number}"))
             await until(lambda: len(waiting) + vps.running == len(asked))
         (backend,) = pi.gateway.config.backends
         more = replace(pi.gateway.config, backends=(replace(backend, max_concurrent=3),))
@@ -321,27 +298,18 @@ async def test_two_places_that_come_at_once_go_to_two_people():
 
 # ------------------------------------------------------------------------------------------- guests
 
-CHATS, TOKENIZE = "/v1/chat/completions", "/tokenize"
 GUESTS = HOUSE | {TOM: Client("tom", 2), TIM: Client("tim", 1)}
-
-
-def begin(pi: Pi, key: str, path: str, text: str, **more: Any) -> asyncio.Task[Reply]:
-    """Ask for a chat, for a completion of our own API, or for tokens."""
-    chat = {"messages": [{"role": "user", "content": text}]}
-    bodies = {CHATS: chat, TOKENIZE: {"content": text}}
-    body = bodies.get(path, {"prompt": text, "language": "python"})
-    return asyncio.create_task(pi.post(path, {**body, **more}, X_API_Key=key))
 
 
 async def test_a_guest_makes_room_with_the_text_so_far():
     slow = [HEAD, chunk(token("a", 1)), HANG]
     gate = asyncio.Event()
     async with pi_with(slow, slow, gated(gate), clients=GUESTS) as (pi, vps):
-        whole = begin(pi, TOM, CHATS, "one")
+        whole = ask(pi, TOM, CHATS, "one")
         await until(lambda: [one.tokens for one in pi.at(0)] == [1])
-        stream = begin(pi, TOM, "/v1/complete/stream", "x =")
+        stream = ask(pi, TOM, "/v1/complete/stream")
         await until(lambda: [one.tokens for one in pi.at(0)] == [1, 1])
-        family = [begin(pi, ANNA, "/v1/complete", "x ="), begin(pi, BEN, CHATS, "two")]
+        family = [ask(pi, ANNA), ask(pi, BEN, CHATS, "two")]
         *tokens, done = (await stream).events
         assert [one["token"] for one in tokens] == ["a"]
         assert done == done | {"done": True, "finish_reason": "preempted", "total_tokens": 1}
@@ -364,18 +332,18 @@ async def test_a_guest_makes_room_with_the_text_so_far():
 async def test_a_guest_without_text_starts_again_behind_other_guests():
     reading, gate = [HEAD, HANG], asyncio.Event()
     async with pi_with(reading, gated(gate), GOOD, clients=GUESTS, max_concurrent=1) as (pi, vps):
-        tom = begin(pi, TOM, CHATS, "of tom", stream=True)
+        tom = ask(pi, TOM, CHATS, "of tom", stream=True)
         await until(lambda: vps.running)
-        tim = begin(pi, TIM, CHATS, "of tim")
+        tim = ask(pi, TIM, CHATS, "of tim")
         await until(lambda: pi.line)
-        anna = begin(pi, ANNA, CHATS, "of anna")
+        anna = ask(pi, ANNA, CHATS, "of anna")
         await until(lambda: len(vps.completions) == 2 and len(pi.line) == 2)
         gate.set()
         assert await statuses(tom, tim, anna) == [200] * 3
         order = [one["messages"][0]["content"] for one in vps.completions]
         assert order == ["of tom", "of anna", "of tim", "of tom"]
         assert '"finish_reason":"stop"' in (await tom).body.decode()
-        assert (await begin(pi, TOM, "/v1/complete", "x =")).json["finish_reason"] == "stop"
+        assert (await ask(pi, TOM)).json["finish_reason"] == "stop"
 
 
 async def test_a_guest_makes_room_while_its_connection_is_opened(monkeypatch):
@@ -392,7 +360,7 @@ async def test_a_guest_makes_room_while_its_connection_is_opened(monkeypatch):
 
     async with pi_with(clients=GUESTS, max_concurrent=1) as (pi, _):
         monkeypatch.setattr(Upstream, "_connect", connect_late)
-        tom = begin(pi, TOM, "/v1/complete", "x =")
+        tom = ask(pi, TOM)
         await asked.wait()
         assert (await ask(pi, ANNA)).json["completion"] == "ab"
         gate.set()
@@ -411,7 +379,7 @@ async def test_a_shared_or_typed_answer_counts_for_each_who_asked():
     }
     scripts = [gated(gate), gated(gate), script("turn 1", "2")]
     async with pi_with(*scripts, clients=HOUSE) as (pi, vps):
-        asked = [begin(pi, key, CHATS, "the same", temperature=0) for key in (ANNA, BEN, BEN, TOM)]
+        asked = [ask(pi, key, CHATS, "the same", temperature=0) for key in (ANNA, BEN, BEN, TOM)]
         await until(lambda: len(pi.readers) == 4 and vps.running == 2)
         gate.set()
         await asyncio.gather(*asked)
@@ -445,13 +413,13 @@ async def test_bodies_and_tokens_of_a_guest_leave_room_for_others(monkeypatch):
     gate = asyncio.Event()
     counted = [gate.wait, answer(200, {"tokens": [1]})]
     async with pi_with(counted, clients=GUESTS) as (pi, vps):
-        guests = [begin(pi, TOM, TOKENIZE, "x" * 4900) for _ in range(9)]
+        guests = [ask(pi, TOM, TOKENIZE, "x" * 4900) for _ in range(9)]
         await until(lambda: sum(one.done() for one in guests) == 5)  # a fifth is his
         for refused in [guest for guest in guests if guest.done()]:
             assert (await refused).json["error"]["code"] == "OVERLOADED"
-        guests.append(begin(pi, TIM, TOKENIZE, "y"))
+        guests.append(ask(pi, TIM, TOKENIZE, "y"))
         await until(lambda: len(pi.server.bodies) == 2)
-        family = [begin(pi, key, TOKENIZE, "z" * 25_000) for key in (ANNA, BEN)]
+        family = [ask(pi, key, TOKENIZE, "z" * 25_000) for key in (ANNA, BEN)]
         await until(lambda: vps.running == 3)  # one of anna, one of ben, and one of the guests
         assert sorted(fields["text"][0] for fields in vps.completions) == ["x", "z", "z"]
         gate.set()
