@@ -5,6 +5,7 @@ sessions, a process.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import socket
@@ -13,7 +14,18 @@ import time
 from itertools import product
 
 import pytest
-from harness import KEY, PATIENCE, ROOT, SHIPPED, Client, daemon, run_to_the_end, until
+from harness import (
+    KEY,
+    PATIENCE,
+    ROOT,
+    SHIPPED,
+    Client,
+    daemon,
+    rows,
+    run_to_the_end,
+    until,
+    variables,
+)
 from scripted import (
     CHUNKED,
     DONE,
@@ -59,22 +71,22 @@ def test_defaults():
     assert backend.endpoint == Endpoint("fd7a::1", 9000, "[fd7a::1]:9000", "", False)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("CEREBRUM_VPS_URL", "127.0.0.1:9000"),
-        ("CEREBRUM_VPS_URL", "ftp://vps"),
-        ("CEREBRUM_VPS_URL", "http://vps:0"),
-        ("CEREBRUM_VPS_URL", "http://user:pass@vps"),
-        ("CEREBRUM_VPS_URL", "http://vps/\r\nX: y"),
-        ("CEREBRUM_CM4_HOST", "two words"),
-        ("CEREBRUM_LOG_LEVEL", "LOUD"),
-        ("CEREBRUM_CM4_PORT", "7e3"),
-        ("CEREBRUM_MAX_CONCURRENT", "0"),
-        ("CEREBRUM_API_KEY", "two words"),
-        ("CEREBRUM_MODELS_FILE", "/nonexistent/models.toml"),
-    ],
-)
+BAD_VARIABLES = r"""
+CEREBRUM_VPS_URL        | 127.0.0.1:9000
+CEREBRUM_VPS_URL        | ftp://vps
+CEREBRUM_VPS_URL        | http://vps:0
+CEREBRUM_VPS_URL        | http://user:pass@vps
+CEREBRUM_VPS_URL        | http://vps/\r\nX: y
+CEREBRUM_CM4_HOST       | two words
+CEREBRUM_LOG_LEVEL      | LOUD
+CEREBRUM_CM4_PORT       | 7e3
+CEREBRUM_MAX_CONCURRENT | 0
+CEREBRUM_API_KEY        | two words
+CEREBRUM_MODELS_FILE    | /nonexistent/models.toml
+"""
+
+
+@pytest.mark.parametrize(("name", "value"), rows(BAD_VARIABLES))
 def test_a_bad_variable_is_named(name, value):
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         load_config(Environment({name: value}))
@@ -161,31 +173,21 @@ def test_a_bad_field_is_named(field, good, bad):
         assert caught.value.code == "INVALID_REQUEST"
 
 
+SENT = json.loads("""{
+    "mode": "complete", "max_tokens": 512, "temperature": 0.4, "stop_at": "auto", "progress": false,
+    "stop": [], "indent": 0, "predict_ms": 0, "special": false, "model": "qwen_0_5b",
+    "heal": true}""")
+
+
 async def test_defaults_of_a_completion_and_what_reaches_the_vps():
     async with pi_with() as (pi, backend):
         await pi.stream()
         more = {"stop": "END", "seed": 7, "top_p": 0.5, "stop_at": "none", "max_tokens": 9}
         await pi.complete(**more, temperature=0, language="rust", session="s" * 200)
         first, second = backend.completions
-        defaults = {
-            "mode": "complete",
-            "max_tokens": 512,
-            "temperature": 0.4,
-            "stop_at": "auto",
-            "progress": False,
-            "stop": [],
-            "indent": 0,
-            "predict_ms": 0,
-            "special": False,
-        }
-        assert first == GOOD_FIELDS | defaults | {"model": "qwen_0_5b", "heal": True}
-        expected = more | {
-            "stop": ["END"],
-            "temperature": 0.0,
-            "language": "rust",
-            "model": "qwen_0_5b",
-        }
-        assert second == second | expected
+        assert first == GOOD_FIELDS | SENT
+        expected = {"stop": ["END"], "temperature": 0.0, "language": "rust", "model": "qwen_0_5b"}
+        assert second == second | more | expected
         assert re.fullmatch("[0-9a-f]{64}", second["session"])
 
 
@@ -407,25 +409,21 @@ async def test_any_language_that_models_toml_names_may_be_asked_for(tmp_path):
 
 # The ids of VS Code's documentation; then those that only Neovim, lsp-mode of Emacs, eglot or Helix
 # sends.
-EDITORS = {
-    **dict.fromkeys(("abap", "cuda-cpp", "objective-c", "plaintext", "vue", "text", "vim", "")),
-    **{name: name for name in LANGUAGES},
-    "javascriptreact": "javascript", "jsonc": "json", "less": "css", "scss": "css",
-    "shellscript": "shell", "typescriptreact": "typescript", "dockercompose": "yaml",
-    "sh": "shell", "bash": "shell", "zsh": "shell", "cs": "csharp", "make": "makefile",
-    "ps1": "powershell", "json5": "json", "mdx": "markdown", "c++": "cpp", "mhtml": "html",
-    "js": "javascript", "tsx": "typescript", "c-sharp": "csharp",
-}  # fmt: skip
+EDITORS = """
+javascriptreact=javascript typescriptreact=typescript js=javascript tsx=typescript
+jsonc=json json5=json less=css scss=css mhtml=html dockercompose=yaml mdx=markdown make=makefile
+shellscript=shell sh=shell bash=shell zsh=shell ps1=powershell
+cs=csharp c-sharp=csharp c++=cpp
+"""
+UNKNOWN = ("abap", "cuda-cpp", "objective-c", "plaintext", "vue", "text", "vim", "")
 
 
 def test_editors_names_of_a_language_are_known():
-    for name, language in EDITORS.items():
-        asked = {"prompt": "x", "language": name}
-        if language:
-            assert read_native(asked, SHIPPED).language == language, name
-            continue
+    for name, language in {**variables(EDITORS), **{name: name for name in LANGUAGES}}.items():
+        assert read_native({"prompt": "x", "language": name}, SHIPPED).language == language, name
+    for name in UNKNOWN:
         with pytest.raises(HttpError, match="language: expected ") as refused:
-            read_native(asked, SHIPPED)
+            read_native({"prompt": "x", "language": name}, SHIPPED)
         assert refused.value.code == "INVALID_REQUEST"
 
 
