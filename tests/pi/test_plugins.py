@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from harness import PATIENCE, daemon, wait_until
-from scripted import Backend, answer, error, in_a_thread, script
+from scripted import Backend, answer, in_a_thread, script
 from test_lsp import NOTHING, SELECTED, editing
 
 from cerebrum_lsp import span
@@ -238,20 +238,10 @@ def completed(pi: Pi, name: str) -> str:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_plugin(pi: Pi, name):
-    """It gets a whole text, and an error where it looks for one."""
-    path, body, wanted = REQUESTS[name]
+    *_, wanted = REQUESTS[name]
     assert completed(pi, name) == TEXT
     (sent,) = pi.backend.completions
     assert sent == sent | wanted | {"model": "qwen_0_5b"}
-    pi.backend.scripts = [[error(503, "RESOURCE_EXHAUSTED", "too little memory")]]
-    response = pi.post(path, {**body, "temperature": 0.6})
-    wrong = WRONG["message"] if path == "/api/generate" else WRONG
-    assert (response.status_code, response.json()) == (503, {"error": wrong})
-
-
-WRONG = json.loads("""{
-    "message": "too little memory", "type": "unavailable_error", "param": null,
-    "code": "RESOURCE_EXHAUSTED"}""")
 
 
 # ---------------------------------------------------------------------- what only some of them read
@@ -283,7 +273,8 @@ def test_what_ollamas_clients_ask_for_first(pi: Pi):
     for name in ("qwen_0_5b", "qwen2.5-coder:0.5b"):
         assert pi.post("/api/show", {"name": name}).json() == listed
     wrong = pi.post("/api/show", {"model": "gpt"})
-    assert (wrong.status_code, list(wrong.json())) == (404, ["error"])
+    assert wrong.status_code == 404
+    assert wrong.json()["error"].startswith("model: expected one of ")
 
 
 # ------------------------------------------------------------------------------ the language server
