@@ -32,8 +32,6 @@ Without --llama-server the parts that need it are left out. Targets are in brack
               files of both, and llama-server without a draft model. The prompts were read before.
               The variable NEW_PYTHON names a folder of other new code [on/off <= 0.63,
               on/llama_server_draft <= 0.91, tuned/llama_server <= 0.45]
-    pair      seconds of whole requests to that file and its draft model, without [<= 1.03]: a
-              prompt of 1,000 tokens never seen and one key later, 12, 24 and 128 tokens to write
 """
 
 from __future__ import annotations
@@ -341,7 +339,7 @@ def deep_models(folder: Path) -> Path:
     return table
 
 
-def gap(number: int, lines: int) -> str:
+def gap(number: int, lines: int = 30) -> str:
     """A gap in code that no model was trained on, as a text with Qwen's marks."""
     files = sorted(FOLDER.rglob("*.py"))
     long = [text for text in (file.read_text() for file in files) if text.count("\n") > 2 * lines]
@@ -435,7 +433,7 @@ def ms_a_token(bench: Bench, sides: Sides) -> dict[str, Any]:
 
     def measure(server: Server, number: int) -> float:
         """0.0 for a text that ends early."""
-        prompt = gap(number, 30)
+        prompt = gap(number)
         server.complete(prompt, 1, **special(server))
         wait_idle(server.pid)
         result = server.complete(prompt, 48, **special(server))
@@ -459,36 +457,7 @@ def special(server: Server) -> dict[str, Any]:
     return {"special": True, "mode": "infill"} if server.model else {}
 
 
-def pair(bench: Bench) -> dict[str, Any]:
-    sides = Pairs(bench).sides(("on", "off"))
-    found: dict[str, Any] = {}
-    for tokens in (12, 24, 128):
-        ratios: dict[str, list[float]] = {"cold": [], "key": []}
-        for number in range(9):
-            seconds = {
-                name: whole_seconds(server, number, tokens)
-                for name, server in in_turn(sides, number)
-            }
-            for kind, on, off in zip(ratios, seconds["on"], seconds["off"], strict=True):
-                ratios[kind].append(on / off)
-            print(tokens, number, seconds, file=sys.stderr, flush=True)
-        found |= {f"{kind}_{tokens}": round(median(values), 3) for kind, values in ratios.items()}
-    return found
-
-
-def whole_seconds(server: Server, number: int, tokens: int) -> tuple[float, float]:
-    """Of a request with a prompt of 1,000 tokens, and of the same one key later."""
-    prompt = gap(1000 * tokens + number, 95)
-    spent = []
-    for more in ("", "x"):
-        begin = time.perf_counter()
-        server.complete(prompt + more, tokens, **special(server))
-        spent.append(time.perf_counter() - begin)
-        time.sleep(0.3)  # until the next key
-    return spent[0], spent[1]
-
-
-WHOLE_PARTS = (rewrite, new, ttft, pause, draft, pair)
+WHOLE_PARTS = (rewrite, new, ttft, pause, draft)
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "prose": streams,
     "two_prose": partial(streams, count=2),
