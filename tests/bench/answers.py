@@ -148,7 +148,7 @@ def places(folder: Path, language: str, share: float, chance: random.Random) -> 
                     yield row
 
 
-def record(folder: Path, name: str, share: float) -> None:
+def record(folder: Path, name: str, share: float):
     rows = list[Row]()
     for language in EXAMPLES:
         rows += places(folder, language, share, random.Random(f"{name} {language}"))
@@ -248,7 +248,7 @@ def judge(row: Row, text: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main():
     parser = servers.parser_of(__doc__, record="", share=1.0, show="")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()

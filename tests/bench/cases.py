@@ -86,7 +86,7 @@ def is_inside(kind: Any) -> bool:
 class Source(Peer):
     """A file with what pygments says of it."""
 
-    def __init__(self, language: str, text: str) -> None:
+    def __init__(self, language: str, text: str):
         super().__init__(language, text)
         self.language, self.syntax = language, LANGUAGES[language]
         self.comment = self._marked(is_remark)

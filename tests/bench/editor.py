@@ -251,13 +251,13 @@ class Arm:
         seconds = time.perf_counter() - began
         return first or seconds, seconds, text, writer
 
-    def rest(self, place: Place) -> None:
+    def rest(self, place: Place):
         """The cursor rests."""
         time.sleep(REST_SECONDS)
         if self.reads:
             self.ask(place, 0, n_predict=0, stream=False)
 
-    def wait(self) -> None:
+    def wait(self):
         """Wait until nothing is read any more."""
         if self.vps:
             url = f"http://127.0.0.1:{self.vps.port}/v1/stats"
@@ -365,7 +365,7 @@ def arms_of(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[st
     return arms
 
 
-def main() -> None:
+def main():
     options = servers.parser_of(__doc__, **OPTIONS).parse_args()
     if options.model == "deep":
         os.environ["CEREBRUM_MODELS_FILE"] = f"{deep_models(Path(options.models))}"

@@ -295,7 +295,7 @@ def report(rows: Sequence[Row], found: Iterable[Result]) -> Iterator[dict[str, A
         yield {"language": language} | figures(every) | {"rows": of_rows}
 
 
-def main() -> None:
+def main():
     every = ",".join(LANGUAGES)
     parser = servers.parser_of(__doc__, texts="", seed=1, cases=30, languages=every)
     parser.add_argument("folders", nargs="*", default=FOLDERS)

@@ -96,7 +96,7 @@ class Bench:
     folder: Path
     stack: ExitStack
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         options = self.options
         self.weights = servers.weights_of(options.model)
         self.rounds, self.tokens = options.rounds, options.tokens
@@ -277,7 +277,7 @@ def new(bench: Bench) -> dict[str, Any]:
     return bench.compare(first_token, of_prompt=True, encodings=True)
 
 
-def wait_idle(pid: int) -> None:
+def wait_idle(pid: int):
     """Wait until in 5 successive readings, 2 ms apart, no thread of a server did any work."""
     quiet = 0
     busy = servers.cpu_ns(pid)
@@ -308,7 +308,7 @@ LAYERS = 5  # times the 1.5B's
 FOLDER = Path(os.environ.get("NEW_PYTHON", ROOT / "cerebrum"))
 
 
-def write_deep(path: Path) -> None:
+def write_deep(path: Path):
     """A file of 7B's cost with the text of the 1.5B: its layers, and four copies of them that add
     nothing, since two matrices of each are zero.
     """
@@ -352,7 +352,7 @@ def gap(number: int, lines: int = 30) -> str:
 class Pairs:
     """Servers with a file of a 7B's cost, and the 0.5B beside it."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench):
         self.bench, self.models = bench, bench.folder / "pair"
         self.table = deep_models(self.models)
         self.file, self.small = self.models / "deep.gguf", self.models / "small.gguf"
@@ -473,7 +473,7 @@ OPTIONS = {
 }
 
 
-def main() -> None:
+def main():
     options = servers.parser_of(__doc__, **OPTIONS).parse_args()
     found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
     if not options.llama_server:

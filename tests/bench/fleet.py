@@ -94,7 +94,7 @@ class Answer:
     error: str = ""
     has_text: bool = False
 
-    def take(self, said: dict[str, Any]) -> None:
+    def take(self, said: dict[str, Any]):
         """Note an event."""
         self.has_text |= bool(said.get("content"))
         self.cached += said.get(FIGURES[1], 0)
@@ -117,13 +117,13 @@ class Typist:
     number: int
     answers: list[Answer] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.letters = random.Random(self.number)
         lines = (f"value_{self.number}_{line} = {line * self.number}" for line in range(150))
         self.above = "\n".join(lines) + "\n"
         self.below = f"\nprint(value_{self.number}_1)\n"
 
-    def press(self, client: httpx.Client) -> None:
+    def press(self, client: httpx.Client):
         self.above += self.letters.choice("abcdefghijklmnopqrstuvwxyz")
         if self.letters.random() < 0.1:
             self.above += "\n"
@@ -154,7 +154,7 @@ class Typist:
 def type_all(typists: list[Typist], done: Any) -> list[Answer]:
     """Everybody types until `done` of a typist; the answers in the order of their requests."""
 
-    def run(typist: Typist) -> None:
+    def run(typist: Typist):
         headers = {"User-Agent": f"editor {typist.number}"}
         with httpx.Client(headers=headers, timeout=300, trust_env=False) as client:
             while not done(typist):
@@ -235,7 +235,7 @@ def figures(name: str, answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def compare(options: Any, model: Path) -> None:
+def compare(options: Any, model: Path):
     cases = {"one": "", "header": f"hdr({HEADER})", "none": "roundrobin"}
     for name, how in cases.items():
         with house(options, model, how) as (pi, _):
@@ -245,13 +245,13 @@ def compare(options: Any, model: Path) -> None:
         print(json.dumps(figures(name, answers)), flush=True)
 
 
-def kill_one(options: Any, model: Path) -> None:
+def kill_one(options: Any, model: Path):
     with house(options, model, f"hdr({HEADER})") as (pi, replicas):
         url = f"http://127.0.0.1:{pi.port}"
         typists = [Typist(url, number) for number in range(EDITORS)]
         marks, ended = dict[str, float](), threading.Event()
 
-        def trouble() -> None:
+        def trouble():
             while min(len(typist.answers) for typist in typists) < options.keys:
                 time.sleep(0.1)
             marks["killed"] = time.monotonic()
@@ -287,7 +287,7 @@ def seconds_back(after: list[Answer], back: float, enough: float) -> int | None:
     return None
 
 
-def main() -> None:
+def main():
     options = servers.parser_of(__doc__, llama_server="", keys=12).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make(Path(folder) / "tiny.gguf", Family("qwen2", printable=True))

@@ -54,7 +54,7 @@ def problems() -> list[Problem]:
     return [task | {"test": f"{task['test']}\n\ncheck({task['entry_point']})"} for task in tasks]
 
 
-def limit_program() -> None:
+def limit_program():
     for limit, most in (("CPU", PROGRAM_SECONDS), ("AS", PROGRAM_BYTES), ("FSIZE", FILE_BYTES)):
         resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (most, most))
 

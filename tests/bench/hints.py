@@ -82,7 +82,7 @@ def report(rows: list[Row]) -> Iterator[dict[str, Any]]:
         yield table | {"characters": most}
 
 
-def main() -> None:
+def main():
     parser = servers.parser_of(__doc__, skip="")
     parser.add_argument("file", type=Path)
     options = parser.parse_args()

@@ -52,7 +52,7 @@ def figures(times: list[float]) -> list[float]:
     return [round(median(times), 2), round(quantiles(times, n=10)[8], 2)]
 
 
-def main() -> None:
+def main():
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps({"benchmark": "lsp", **added(Path(folder))}))
 

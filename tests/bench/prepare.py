@@ -29,7 +29,7 @@ TARGETS = {"ms_100_kb": 10, "stall_ms": 50}
 RUNS = 30
 
 
-def main() -> None:
+def main():
     fields = {"language": "python", "prompt": test_stalls.PYTHON[:100_000]}
     seconds = timeit.repeat(partial(prepare, fields, "complete", BUDGET), number=1, repeat=RUNS)
     logging.disable()

@@ -98,7 +98,7 @@ def spread(tasks: Sequence[Problem], most: int) -> Sequence[Problem]:
     return tasks[:: math.ceil(len(tasks) / most)]
 
 
-def main() -> None:
+def main():
     defaults = {"limit": 1000, "only": "complete,instruct,gaps,gaps_raw,infill"}
     defaults |= {"model": "qwen_0_5b", "published": False, "devbench": "", "llama_server": ""}
     options = servers.parser_of(__doc__, **defaults).parse_args()

@@ -115,7 +115,7 @@ def readings(model: Llama, cases: Iterable[Case]) -> Iterator[Reading]:
             yield from go_on(slot, reading, index)
 
 
-def record(file: Path, name: str, cases: list[Case]) -> None:
+def record(file: Path, name: str, cases: list[Case]):
     """Write what a model says into the file, each text once it has ended."""
     settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
     model = Llama(servers.weights_of(name), settings, lambda _: True)

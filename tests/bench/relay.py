@@ -72,7 +72,7 @@ def read_request(peer: socket.socket) -> bytes:
     return data
 
 
-def serve(peer: socket.socket) -> None:
+def serve(peer: socket.socket):
     with contextlib.suppress(OSError, SystemExit), peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         asked = re.search(rb"paced (\d+) (\d+) (\d+)", read_request(peer))
@@ -82,7 +82,7 @@ def serve(peer: socket.socket) -> None:
             peer.sendall(STATE)
 
 
-def send_paced(peer: socket.socket, count: int, pace: int, late_us: int) -> None:
+def send_paced(peer: socket.socket, count: int, pace: int, late_us: int):
     peer.sendall(CHUNKED)
     start = time.perf_counter() + 0.05 + late_us / 1e6
     for n in range(1, count + 1):
@@ -92,7 +92,7 @@ def send_paced(peer: socket.socket, count: int, pace: int, late_us: int) -> None
     peer.sendall(chunk(done) + b"0\r\n\r\n")
 
 
-def backend() -> None:
+def backend():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(f"listening on http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         while True:
@@ -100,10 +100,10 @@ def backend() -> None:
             threading.Thread(target=serve, args=(peer,), daemon=True).start()
 
 
-async def bare(port: int) -> None:
+async def bare(port: int):
     """The relay that does nothing else."""
 
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         head = await reader.readuntil(b"\r\n\r\n")
         body = await reader.readexactly(length_of(head))
         upstream, asking = await asyncio.open_connection("127.0.0.1", port)
@@ -158,7 +158,7 @@ def receive(peers: list[socket.socket]) -> Iterator[tuple[int, bytes]]:
                     peer.close()
 
 
-def run_paced(target: Target, seconds: float, streams: int, pace: int) -> None:
+def run_paced(target: Target, seconds: float, streams: int, pace: int):
     count = int(seconds * pace)
     turn_us = 1_000_000 // (pace * streams)
     peers = [ask(target, count, pace, number * turn_us) for number in range(streams)]
@@ -177,7 +177,7 @@ def run_requests(target: Target, seconds: float, clients: int) -> list[float]:
     end = time.perf_counter() + seconds
     found = list[float]()
 
-    def run(_: int) -> None:
+    def run(_: int):
         while (begun := time.perf_counter()) < end:
             with ask(target, 1, 1000, 0) as peer:
                 while peer.recv(65536):
@@ -215,7 +215,7 @@ def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
     return started
 
 
-def main() -> None:
+def main():
     usual = {"streams": 2, "pace": 200, "clients": 8}
     options = servers.parser_of(__doc__, seconds=4.0, rounds=3, **usual).parse_args()
     load = options.streams, options.pace

@@ -81,7 +81,7 @@ def report(rows: list[Row]) -> dict[str, Any]:
     return table
 
 
-def main() -> None:
+def main():
     parser = servers.parser_of(__doc__, model="qwen_0_5b", record="", items=160)
     parser.add_argument("file", type=Path)
     options = parser.parse_args()

@@ -73,30 +73,30 @@ class Visit:
     def find(self, selector: str) -> Any:
         return self.page.locator(selector)
 
-    async def see(self, selector: str, text: str | re.Pattern[str]) -> None:
+    async def see(self, selector: str, text: str | re.Pattern[str]):
         """Wait until the element has this text."""
         await expect(self.find(selector)).to_have_text(text)
 
-    async def see_part(self, selector: str, text: str | re.Pattern[str]) -> None:
+    async def see_part(self, selector: str, text: str | re.Pattern[str]):
         await expect(self.find(selector)).to_contain_text(text)
 
-    async def holds(self, text: str, mark: str = "") -> None:
+    async def holds(self, text: str, mark: str = ""):
         """Wait until the editor holds this text, and `mark` of it is marked."""
         await expect(self.find("#editor")).to_have_value(text)
         await self.see("#mark", mark)
 
-    async def is_up(self) -> None:
+    async def is_up(self):
         """Wait until the page says that the Pi reaches its VPS."""
         await expect(self.find("#light")).to_have_class("up")
 
-    async def offers(self, id: str) -> None:
+    async def offers(self, id: str):
         """Wait until this button or field has the focus."""
         await expect(self.find(f"#{id}")).to_be_focused()
 
-    async def ended(self) -> None:
+    async def ended(self):
         await expect(self.find("#stop")).to_be_disabled()
 
-    async def write(self, text: str, at: int | None = None) -> None:
+    async def write(self, text: str, at: int | None = None):
         """Put a text into the editor as a paste does, and the cursor at its end or where asked."""
         await self.find("#editor").focus()
         await self.press("Control+a")
@@ -104,27 +104,27 @@ class Visit:
         at = len(text) if at is None else at
         await self.select(at, at)
 
-    async def select(self, start: int, end: int) -> None:
+    async def select(self, start: int, end: int):
         await self.find("#editor").evaluate(
             "(box, [start, end]) => box.setSelectionRange(start, end)", [start, end]
         )
 
-    async def press(self, *keys: str, holds: str | None = None, mark: str = "") -> None:
+    async def press(self, *keys: str, holds: str | None = None, mark: str = ""):
         for key in keys:
             await self.page.keyboard.press(key)
         if holds is not None:
             await self.holds(holds, mark)
 
-    async def click(self, *ids: str, holds: str | None = None, mark: str = "") -> None:
+    async def click(self, *ids: str, holds: str | None = None, mark: str = ""):
         for id in ids:
             await self.find(f"#{id}").click()
         await self.press(holds=holds, mark=mark)
 
-    async def enter_key(self, key: str) -> None:
+    async def enter_key(self, key: str):
         await self.find("#key").fill(key)
         await self.press("Enter")
 
-    async def instruct(self, text: str, instruction: str, offers: str = "") -> None:
+    async def instruct(self, text: str, instruction: str, offers: str = ""):
         """Ask for a change of `text`, and wait until it is proposed and this button has the focus,
         if any.
         """
@@ -134,7 +134,7 @@ class Visit:
         if offers:
             await self.offers(offers)
 
-    async def ask(self, text: str, at: int | None = None, mark: str = "") -> None:
+    async def ask(self, text: str, at: int | None = None, mark: str = ""):
         """Complete `text` at its end or where asked, and wait until `mark` is marked, if there is
         one.
         """
@@ -143,7 +143,7 @@ class Visit:
         if mark:
             await self.see("#mark", mark)
 
-    async def complete(self, text: str, pending: str) -> None:
+    async def complete(self, text: str, pending: str):
         """Complete `text` at its end, and wait until `pending` is marked and the stream has
         ended.
         """
@@ -159,7 +159,7 @@ class Visit:
             Path(await file.path()).read_bytes
         )
 
-    async def drop(self, name: str, content: bytes) -> None:
+    async def drop(self, name: str, content: bytes):
         carried = await self.page.evaluate_handle(
             "([name, bytes]) => { const carried = new DataTransfer();"
             " carried.items.add(new File([Uint8Array.from(bytes, c => c.charCodeAt())], name)); "
@@ -174,18 +174,18 @@ class Visit:
     async def focused(self) -> str:
         return str(await self.evaluate("document.activeElement.id"))
 
-    def watch(self) -> None:
-        def on_console(message: Any) -> None:  # a resource fails to load by its status, or offline
+    def watch(self):
+        def on_console(message: Any):  # a resource fails to load by its status, or offline
             if message.type == "error" and not message.text.startswith("Failed to load resource"):
                 self.complaints.append(message.text)
 
-        def on_request(request: Any) -> None:
+        def on_request(request: Any):
             if request.url.startswith(self.url):
                 self.asked.append(request.url.removeprefix(self.url[:-1]))
             elif not request.url.startswith(("data:", "blob:")):
                 self.complaints.append(request.url)
 
-        async def on_dialog(dialog: Any) -> None:
+        async def on_dialog(dialog: Any):
             if dialog.type != "beforeunload":
                 self.complaints.append(dialog.message)
             await dialog.accept()
@@ -545,7 +545,7 @@ async def test_hostile_texts_are_text(chrome):
     scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]
     named = tuple(dataclasses.replace(model, name=hostile) for model in SHIPPED)
 
-    async def lie(visit: Visit) -> None:
+    async def lie(visit: Visit):
         await visit.page.route("**/v1/activity", lambda route: route.fulfill(json=lies))
 
     async with visiting(chrome, *scripts, before=lie, models=named) as visit:
@@ -716,7 +716,7 @@ async def test_every_control_is_reached_by_tab(chrome):
         assert await visit.focused() == "editor"
 
 
-async def check_looks(visit: Visit, screen: dict[str, Any]) -> None:
+async def check_looks(visit: Visit, screen: dict[str, Any]):
     """Axe-core has no complaint, nothing is wider than the screen, and a phone's controls are large
     enough to touch.
     """

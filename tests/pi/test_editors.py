@@ -79,12 +79,12 @@ def infill(pi: Pi, **more: Any) -> asyncio.Task[Reply]:
     return start(pi, "/infill", {**FILE, **more})
 
 
-async def in_line(pi: Pi) -> None:
+async def in_line(pi: Pi):
     """Wait until a request waits for a place."""
     await until(lambda: len(pi.line) == 1)
 
 
-async def read_whole(pi: Pi, backend: Backend, count: int = 2) -> None:
+async def read_whole(pi: Pi, backend: Backend, count: int = 2):
     """Wait until so many requests were asked for, and none of them still reads ahead."""
     await until(lambda: len(backend.completions) == count and not pi.reads_ahead())
 

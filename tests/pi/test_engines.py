@@ -186,7 +186,7 @@ def run_code(code: str) -> Any:
     return names
 
 
-def check_result(result: Any, kind: EngineKind) -> None:
+def check_result(result: Any, kind: EngineKind):
     """A result has the figures that its engine reports, and no others."""
     assert result == result | {"model": MODEL, "language": "python"}
     assert "backend" not in result

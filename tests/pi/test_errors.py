@@ -196,7 +196,7 @@ def error_in(reply: Reply) -> Any:
     return json.loads(reply.body.strip().splitlines()[-1].removeprefix(b"data: "))
 
 
-def hurry(patch: pytest.MonkeyPatch) -> None:
+def hurry(patch: pytest.MonkeyPatch):
     """Give up a silent backend soon, and send its client a comment before."""
     patch.setattr(native, "BEGIN_SECONDS", 0.04)
     patch.setattr(pi_kind, "LOAD_SECONDS", 0.04)

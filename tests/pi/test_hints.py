@@ -54,7 +54,7 @@ def watch() -> tuple[Broadcasts, dict[str, Usage]]:
 
 def answer(
     broadcasts: Broadcasts, step: str, now: float = 1.0, client: str = "anna", file: str = "a.py"
-) -> None:
+):
     prompt, text = step.split("|")
     request = CompletionRequest("infill", GenerationRequest(prompt, filename=file), client=client)
     broadcasts.show(Completion(request, started=now), text)

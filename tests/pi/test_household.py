@@ -185,7 +185,7 @@ async def test_a_request_whose_body_comes_while_its_key_is_revoked_ends():
         assert (await read_reply(reader)).status == 401
 
 
-async def read_ahead(pi: Pi, key: str) -> None:
+async def read_ahead(pi: Pi, key: str):
     body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
     assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
 
@@ -255,7 +255,7 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path):
     del given["CEREBRUM_CM4_API_KEY"]  # .env has it
     file.touch(0o600)
 
-    def write(variables: str, people: str) -> None:
+    def write(variables: str, people: str):
         text = variables.replace("KEYS", f"CEREBRUM_CM4_KEYS_FILE={file}")
         env.write_bytes(text.encode("latin-1"))
         file.write_text(people)

@@ -83,7 +83,7 @@ def warm(weights: Pi) -> Pi:  # noqa: F811
 class Terminal:
     """An editor in a terminal that a test types into."""
 
-    def __init__(self, debian: Path, folder: Path, *command: str, text: str) -> None:
+    def __init__(self, debian: Path, folder: Path, *command: str, text: str):
         self.file = folder / "home/project/sum.py"
         (self.file.parent / ".git").mkdir(parents=True)
         self.file.write_bytes(text.encode())
@@ -106,7 +106,7 @@ class Terminal:
         )
         return done.stdout
 
-    def type(self, *keys: str) -> None:
+    def type(self, *keys: str):
         """Type keys of tmux's names, such as "a" or "C-e"."""
         self.run("send-keys", *keys)
 
@@ -114,13 +114,13 @@ class Terminal:
     def screen(self) -> str:
         return self.run("capture-pane", "-p")
 
-    def shows(self, text: str) -> None:
+    def shows(self, text: str):
         try:
             wait_until(lambda: text in self.screen, f"the screen shows {text!r}")
         except TimeoutError as error:
             raise AssertionError(f"{error}, but\n{self.screen}") from None
 
-    def close(self) -> None:
+    def close(self):
         subprocess.run(["kill", str(self.process)], check=False, stderr=subprocess.DEVNULL)
         wait_until(lambda: not Path(f"/proc/{self.process}").exists(), "the container has ended")
         subprocess.run([*self.tmux, "kill-server"], check=False, stderr=subprocess.DEVNULL)
@@ -141,13 +141,13 @@ def editing(debian: Path, folder: Path, *command: str, text: str = TEXT) -> Iter
         terminal.close()
 
 
-def home(folder: Path, name: str, text: str) -> None:
+def home(folder: Path, name: str, text: str):
     file = folder / "home" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)
 
 
-def wait_for_file(terminal: Terminal, text: str) -> None:
+def wait_for_file(terminal: Terminal, text: str):
     """Wait until this text is in the file."""
     wait_until(
         lambda: terminal.file.exists() and text in terminal.file.read_text(), "the file is saved"

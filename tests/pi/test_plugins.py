@@ -55,7 +55,7 @@ class Pi:
         assert response.text == json.dumps(response.json(), separators=(",", ":"))
         return response.json()
 
-    def passed_on(self, **fields: Any) -> None:
+    def passed_on(self, **fields: Any):
         """The VPS was last asked with these fields, among others."""
         sent = self.backend.completions[-1]
         assert sent == sent | fields

@@ -87,7 +87,7 @@ async def running(pi: Pi, backend: Backend, **more: Any) -> AsyncIterator[None]:
     await until(lambda: not pi.at(ports.index(backend.port)))
 
 
-def reconfigure(pi: Pi, *backends: BackendConfig) -> None:
+def reconfigure(pi: Pi, *backends: BackendConfig):
     pi.gateway.reconfigure(dataclasses.replace(pi.gateway.config, backends=backends))
 
 

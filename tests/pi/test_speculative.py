@@ -41,7 +41,7 @@ def accepted(pi: Pi, **more: Any) -> asyncio.Task[Reply]:
     return infill(pi, **{**BEHIND, **more})
 
 
-def assert_ended(reply: Reply) -> None:
+def assert_ended(reply: Reply):
     """It has no `content`, which llama.vim would remember."""
     assert (reply.status, reply.json["error"]["code"]) == (409, "SUPERSEDED")
     assert reply.json.keys() == {"error"}

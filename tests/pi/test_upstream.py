@@ -150,7 +150,7 @@ WHOLE = {
 }  # fmt: skip
 
 
-def check_error(reply: Reply, status: int, code: str, part: str) -> None:
+def check_error(reply: Reply, status: int, code: str, part: str):
     assert (reply.status, reply.json["code"], reply.clean) == (status, code, True)
     assert part in reply.json["message"]
     assert set(reply.json) >= {"error", "message", "code", "timestamp"}

@@ -75,7 +75,7 @@ def files_of(folders: list[str], language: str, least: int, most: int) -> list[P
 class Peer:
     """What pygments takes for strings and comments of a text."""
 
-    def __init__(self, language: str, text: str) -> None:
+    def __init__(self, language: str, text: str):
         self.line_comment, self.text = LANGUAGES[language].line_comment, text
         lexer = get_lexer_by_name(LEXERS.get(language, language), stripnl=False, ensurenl=False)
         tokens = lexer.get_tokens_unprocessed(text)

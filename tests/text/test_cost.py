@@ -89,20 +89,20 @@ def deep(size: int) -> str:
     return "".join(f"{' ' * n}if a{n}:\n" for n in range(depth)) + "x\n" * (size // 4)
 
 
-def feed(ending: Ending, text: str) -> None:
+def feed(ending: Ending, text: str):
     for start in range(0, len(text), 3):
         if ending.feed(text[start : start + 3])[1]:
             return
     ending.flush()
 
 
-def ask(language: str, text: str) -> None:
+def ask(language: str, text: str):
     guess_language(text, text, [text])
     for asked in ({"prompt": text}, {"prompt": "x = ", "suffix": text}, {"instruction": text}):
         assert detect_mode({"language": language, **asked}) in MODES
 
 
-def fit(language: str, text: str) -> None:
+def fit(language: str, text: str):
     for mode in MODES:
         prepare(
             {"language": language, "prompt": text, "suffix": text, "instruction": text[:200]},
@@ -111,7 +111,7 @@ def fit(language: str, text: str) -> None:
         )
 
 
-def begin(language: str, text: str) -> None:
+def begin(language: str, text: str):
     """A prompt, a suffix or the beginning of an answer, before the model has written anything."""
     for mode in MODES:
         Ending(mode, language, text, text, "auto")
@@ -138,18 +138,18 @@ def endings(language: str) -> list[Ending]:
     ]
 
 
-def end(language: str, text: str) -> None:
+def end(language: str, text: str):
     """A model that writes the text."""
     for ending in endings(language):
         feed(ending, text)
 
 
-def end_in_each_mode(language: str, text: str) -> None:
+def end_in_each_mode(language: str, text: str):
     for ending in endings(language)[::2]:
         feed(ending, text)
 
 
-def stop(_language: str, text: str) -> None:
+def stop(_language: str, text: str):
     """Stop strings that the text nearly has."""
     strings = StopStrings([text[: len(text) // 2] + "\n!", "!" + text, text[:5] + "!"])
     for char in text:
@@ -358,7 +358,7 @@ def drive(pattern: re.Pattern[Any], method: str) -> Work:
     """Let a pattern read a text as the product does; a search goes on to the text's end."""
     call = getattr(pattern, method if method in ("match", "fullmatch") else "finditer")
 
-    def work(_language: str, text: str) -> None:
+    def work(_language: str, text: str):
         read = call(text if isinstance(pattern.pattern, str) else text.encode())
         for _ in read if method not in ("match", "fullmatch") else ():
             pass
