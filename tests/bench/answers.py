@@ -115,7 +115,7 @@ def case_of(row: Row, text: str) -> Row:
 
 def files(folder: Path, language: str, chance: random.Random) -> Iterator[tuple[Row, Source]]:
     """Files that are newer than the models, with where they stand."""
-    found = list[Row]()
+    found = []
     for repository in sorted(folder.glob("*/repo")):
         where = {"kind": "", "language": language, "repository": repository.parent.name}
         where["commit"] = git(f"{repository}", "rev-parse", "HEAD").strip()
@@ -149,7 +149,7 @@ def places(folder: Path, language: str, share: float, chance: random.Random) -> 
 
 
 def record(folder: Path, name: str, share: float):
-    rows = list[Row]()
+    rows = []
     for language in EXAMPLES:
         rows += places(folder, language, share, random.Random(f"{name} {language}"))
     settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)

@@ -350,7 +350,7 @@ def scripts(source: Source, _: random.Random) -> Iterator[Case]:
 
 
 # What each is, stands in ending.py.
-KINDS: dict[str, Callable[[Source, random.Random], Iterator[Case]]] = {
+KINDS = {
     "header": Source.definitions,
     "member": partial(Source.definitions, kind="member"),
     "line": partial(Source.gaps, kind="line"),

@@ -116,7 +116,7 @@ async def typing(vps: Daemon, pi: Daemon, options: argparse.Namespace) -> dict[s
     below = source[source.index("\n    def _wrap_chunks(") :].splitlines(keepends=True)
     after = "".join(below[:LINES_AFTER])
     generator = random.Random(1)
-    asked = list[asyncio.Task[Infill]]()
+    asked = []
     more = LLAMAS | {"suggest": options.suggest}
     before = await tokens_read(vps)
     began = time.monotonic()
@@ -160,10 +160,10 @@ async def typing(vps: Daemon, pi: Daemon, options: argparse.Namespace) -> dict[s
 async def other(port: int, model: str, pairs: int, **spare: Any) -> float:
     """What a request for which nobody waits costs another client while it is under way."""
     lines = FILE.read_text().splitlines(keepends=True)
-    ratios = list[float]()
+    ratios = []
     more = {"n_predict": 1, "t_max_prompt_ms": 0, "filename": "other.py"}
     for pair in range(pairs):
-        seconds = dict[bool, float]()
+        seconds = {}
         for is_ahead in (pair % 2 == 0, pair % 2 == 1):
             text = f"# {pair} {is_ahead}\n" + "".join(lines[160:200])
             behind = "".join(lines[: 100 + pair])
@@ -191,7 +191,7 @@ SHOWN_SECONDS = 5.0  # a hint that comes later is of no use
 OURS = json.loads('{"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1500}')
 LLAMAS = json.loads('{"n_predict": 128, "t_max_prompt_ms": 500, "t_max_predict_ms": 1000}')
 Place = tuple[str, str, str, str]  # the file's name, and the text before, of and below the line
-NOWHERE: Place = ("a.py", "x", "", "")
+NOWHERE = ("a.py", "x", "", "")
 
 
 def texts(repositories: str) -> Iterator[tuple[str, list[str]]]:
@@ -317,7 +317,7 @@ def first_hints(arms: dict[str, Arm], options: argparse.Namespace) -> dict[str, 
 
 def medians(files: list[list[First]]) -> dict[str, Any]:
     hints = list(itertools.chain.from_iterable(files))
-    result: dict[str, Any] = {}
+    result = {}
     for name in ("first", "hint"):
         result[name] = round(statistics.median(getattr(one, name) for one in hints), 2)
     result["most"] = round(statistics.quantiles([one.first for one in hints], n=10)[-1], 2)
@@ -347,7 +347,7 @@ def median_of(files: Iterable[list[float]]) -> float:
 
 def arms_of(stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, Arm]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    arms = dict[str, Arm]()
+    arms = {}
     ours = OURS | {"suggest": options.suggest}
     trees = {"now": Path(__file__).resolve().parents[2], "before": Path(options.before)}
     for name, tree in trees.items():
@@ -371,7 +371,7 @@ def main():
         os.environ["CEREBRUM_MODELS_FILE"] = f"{deep_models(Path(options.models))}"
     else:
         servers.weights_of(options.model)
-    named: dict[str, Any] = {"benchmark": "editor", "model": options.model}
+    named = {"benchmark": "editor", "model": options.model}
     with contextlib.ExitStack() as stack:
         if options.jump:
             arms = arms_of(stack, options)

@@ -201,7 +201,7 @@ def fenced(text: str, have: Counter[str], cases: int) -> Iterator[Row]:
 
 def of_markdown(options: argparse.Namespace) -> Iterator[Row]:
     """Fenced blocks, whole files with fences, and paragraphs without any."""
-    found = list[Path]()
+    found = []
     for folder in options.folders:
         found += sorted(Path(folder).rglob("*.md"))
     have, most = Counter[str](), 5 * options.cases
@@ -268,7 +268,7 @@ Result = tuple[int, int, int]  # characters lost, too many, and read
 
 
 def results(rows: Sequence[Row]) -> list[Result]:
-    found = list[Result]()
+    found = []
     for row in rows:
         sent, read = write(row)
         found.append((*compared(row, sent), read))

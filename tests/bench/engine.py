@@ -165,7 +165,7 @@ class Bench:
         side has 0.0, because a text ended by itself, counts for no side. `which`: see `sides`.
         """
         sides = self.sides(**which)
-        found: dict[str, Any] = {}
+        found = {}
         if "llama_server" in sides:
             candidates, sign = (PROMPT_FLAGS, -1) if of_prompt else (WRITING_FLAGS, 1)
             numbers = [next(self.numbers) for _ in range(2)]
@@ -237,7 +237,7 @@ def rewriting_rates(bench: Bench, sides: Sides) -> Rates:
 
 
 def rewrite(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found = {}
     others = {"llama_server": "default"}
     sides = bench.sides()
     if bench.has_weights:
@@ -292,7 +292,7 @@ def pause(bench: Bench) -> dict[str, Any]:
         with server.events(words(9000 + number, 100), 2000) as events:
             marks = [next(events) and time.perf_counter() for _ in range(4)]
             prompt = words(number, 1000)
-            others = list[Result]()
+            others = []
             other = threading.Thread(target=lambda: others.append(server.complete(prompt, 1)))
             other.start()
             while not others and next(events, None):
@@ -414,7 +414,7 @@ WITH_DRAFT = "--spec-type draft-simple --spec-draft-n-max 8 --spec-draft-p-min 0
 
 
 def draft(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found = {}
     groups = [("on", "off", "llama_server_draft")]
     if not bench.options.published:
         groups.append(("tuned", "llama_server"))
@@ -458,7 +458,7 @@ def special(server: Server) -> dict[str, Any]:
 
 
 WHOLE_PARTS = (rewrite, new, ttft, pause, draft)
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+PARTS = {
     "prose": streams,
     "two_prose": partial(streams, count=2),
     **{part.__name__: part for part in WHOLE_PARTS},
@@ -475,7 +475,7 @@ OPTIONS = {
 
 def main():
     options = servers.parser_of(__doc__, **OPTIONS).parse_args()
-    found: dict[str, Any] = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
+    found = {"benchmark": "engine", "model": options.model, "cpu": cpu_name()}
     if not options.llama_server:
         found["llama_server"] = "skipped: --llama-server was not given"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

@@ -78,7 +78,7 @@ def judge(
     tasks: Sequence[Problem], answer: Callable[[Problem], Answer]
 ) -> dict[str, dict[str, float]]:
     """How many texts are right, and how many tokens they take: all, and by category."""
-    sums = dict[str, Counter[str]]()
+    sums = {}
     for task in tasks:
         text, tokens = answer(task)
         solved = passes(task, whole_program(task, text))

@@ -88,7 +88,7 @@ def readings(model: Llama, cases: Iterable[Case]) -> Iterator[Reading]:
     ids = range(model.n_vocab)
     ends = np.array([token for token in ids if model.vocabulary.is_end(token)])
     free = [Slot(number) for number in range(SEQUENCES)]
-    running = list[tuple[Slot, Reading, int]]()  # with the last token
+    running = []  # with the last token
 
     def go_on(slot: Slot, reading: Reading, index: int) -> Iterator[Reading]:
         token = reading.add(model, index, ends)

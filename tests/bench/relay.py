@@ -36,7 +36,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import servers
 from harness import Daemon, daemon, post, program
@@ -175,7 +174,7 @@ def run_paced(target: Target, seconds: float, streams: int, pace: int):
 def run_requests(target: Target, seconds: float, clients: int) -> list[float]:
     """The seconds of each request."""
     end = time.perf_counter() + seconds
-    found = list[float]()
+    found = []
 
     def run(_: int):
         while (begun := time.perf_counter()) < end:
@@ -197,7 +196,7 @@ def figures(target: Target, direct: Target) -> dict[str, float]:
 
 def start_all(folder: Path, stack: contextlib.ExitStack) -> dict[str, Daemon]:
     """The processes by the names of their targets."""
-    started = dict[str, Daemon]()
+    started = {}
 
     def start(name: str, *arguments: str) -> int:
         command = [sys.executable, __file__, *arguments]
@@ -237,7 +236,7 @@ def main():
             for name in ("direct", "cm4d")
         }
         direct = targets.pop("direct")
-        result: dict[str, Any] = {name: figures(target, direct) for name, target in targets.items()}
+        result = {name: figures(target, direct) for name, target in targets.items()}
         native = result["cm4d"]["cpu_us_per_token"]
         for name, found in result.items():
             found["peak_rss_mb"] = round(started[name].peak_rss_kb() / 1024, 1)

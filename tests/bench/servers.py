@@ -122,7 +122,7 @@ class Server:
         """The events of one completion. See `events_of`."""
         url = f"http://127.0.0.1:{self.port}"
         asked = prompt.chat_ml() if isinstance(prompt, Question) else ""
-        body: dict[str, Any] = {"temperature": 0, "stop": [stop] if stop else []}
+        body = {"temperature": 0, "stop": [stop] if stop else []}
         if not self.model:
             body["prompt"] = asked or prompt
             body |= {"n_predict": tokens, "stream": True, "cache_prompt": True}

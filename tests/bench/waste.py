@@ -67,7 +67,7 @@ def figures(rows: list[Row], certain: bool) -> dict[str, Any]:
 
 def report(rows: list[Row]) -> dict[str, Any]:
     """For each kind: the texts as they end without and with probabilities."""
-    table = dict[str, Any]()
+    table = {}
     for kind in KINDS:
         found = [row for row in rows if row["kind"] == kind]
         was = figures(found, certain=True)

@@ -596,7 +596,7 @@ async def test_a_balancer_learns_which_requests_belong_together():
         Backend([VLLM], models=LISTED) as backend,
         pi_for(engine(backend.port, affinity_header="X-Replica")) as pi,
     ):
-        tokens = dict[str, set[str]]()
+        tokens = {}
         for path, members, name in FILES:
             body = {"input_prefix": "x", "input_suffix": "\ny", **members}
             assert (await pi.post(path, body)).status == 200

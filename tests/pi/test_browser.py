@@ -479,7 +479,7 @@ async def test_stages_and_the_time(chrome):
     def stage(name: str, done: int, total: int) -> bytes:
         return chunk(event(progress={"stage": name, "done": done, "total": total}))
 
-    pieces: list[Any] = [stage("queued", 0, 1) + stage("loading", 40, 100), loading.wait]
+    pieces = [stage("queued", 0, 1) + stage("loading", 40, 100), loading.wait]
     pieces += [stage("prefill", 300, 900), reading.wait]
     pieces += [stage("decode", 0, 512) + chunk(token("a", 12)), writing.wait]
     told = json.loads("""{
@@ -539,7 +539,7 @@ async def test_hostile_texts_are_text(chrome):
     hostile = HOSTILE + BIDI
     spelled = HOSTILE + BIDI_SPELLED
     name = HOSTILE.replace("/", "")
-    lies: dict[str, Any] = dict.fromkeys(("vps_message", "requests_active", "breaker"), hostile)
+    lies = dict.fromkeys(("vps_message", "requests_active", "breaker"), hostile)
     lies |= {name: [hostile] for name in ("models_loaded", "notes", "load_avg")}
     lies["vps_available"] = False  # the Pi would not pass them on
     scripts = completion(hostile), completion(hostile), [error(500, "MODEL_LOAD_FAILED", hostile)]

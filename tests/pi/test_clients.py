@@ -70,7 +70,7 @@ def completes_the_sum(text: str) -> bool:
     """Whether `text` completes PREFIX and LINE to a function that adds. Text behind the function
     does not count: the Pi knows where it ends only if it knows the language.
     """
-    names: dict[str, Any] = {}
+    names = {}
     exec(PREFIX + LINE + text.partition("\n\n")[0], names)
     return bool(names["add"](20, 3) == 23)
 

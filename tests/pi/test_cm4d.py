@@ -96,7 +96,7 @@ def test_a_bad_variable_is_named(name, value):
 SECRET = "gsk_Ab12345678"  # of a form that a variable, a host or a path could have, too
 LINE = f"http://100.64.0.1:9000 {SECRET}"  # as `cerebrum-backend setup` prints it
 TABLE = '[[backends]]\nid = "a"\nurl = "http://a"\n'
-PASTED: list[tuple[dict[str, str], str]] = [  # variables, and the backends of models.toml
+PASTED = [  # variables, and the backends of models.toml
     *(
         ({f"CEREBRUM_{name}": LINE}, "")
         for name in ("VPS_URL", "CM4_HOST", "API_KEY", "CM4_KEYS_FILE")

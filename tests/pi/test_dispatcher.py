@@ -370,7 +370,7 @@ IN_TURN = [
 def test_people_take_turns():
     state = State(Fleet(), turns=TURNS)
     held = Counter(dora=1)
-    waiting = list[Completion]()
+    waiting = []
     for name, kind in sorted(IN_TURN):
         request = CompletionRequest(kind, ASKED, client=name, guest=name in ("tom", "tim"))
         waiting.append(Completion(request))

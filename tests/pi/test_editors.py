@@ -65,7 +65,7 @@ def texts(reply: Reply) -> list[str]:
     """The texts of a stream of OpenAI's, which ends with "[DONE]"."""
     *parts, done = data(reply)
     assert done == "[DONE]"
-    found = list[str]()
+    found = []
     for part in parts:
         found += [choice["text"] for choice in part["choices"]]
     return found

@@ -28,7 +28,7 @@ NOWHERE = Path("/dev/null/people.json")
 LONG = "".join(f"line {number}\n" for number in range(1000)) + "x = "
 
 # For each request, "prompt|text of the answer"; seconds between two; characters shown, and kept.
-ANSWERS: list[tuple[list[str], float, int, int]] = [
+ANSWERS = [
     (["x = |foo(a)", "x = foo(a)\ny| = 1"], 1, 10, 6),
     (["x = |foo(a)", "x = foo(a)|"], 60, 6, 6),
     (["x = |foo(a)", "x = foo(a)|"], 61, 6, 0),

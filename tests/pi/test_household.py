@@ -108,7 +108,7 @@ def ask(
 async def figures(pi: Pi, key: str = ANNA) -> str:
     """Each client with its completions, tokens and accepted ones; the days' are the same."""
     entries = (await pi.get("/v1/stats", X_API_Key=key)).json["clients"]
-    written = list[str]()
+    written = []
     for entry in entries:
         name = entry.pop("name")
         assert entry.pop("today") == entry.pop("month") == entry
@@ -260,7 +260,7 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path):
         env.write_bytes(text.encode("latin-1"))
         file.write_text(people)
 
-    before = list[str]()
+    before = []
     write("CEREBRUM_CM4_API_KEY=c9\nKEYS", "ben b")
     with program("cm4d", [sys.executable, "-S", str(tmp_path / "cm4d.py")], tmp_path, given) as pi:
         for variables, people, said, works in RELOADS:
@@ -268,7 +268,7 @@ async def test_a_revoked_key_stops_working_whatever_else_is_wrong(tmp_path):
             status, output = await asyncio.to_thread(reload, pi.process, tmp_path)
             assert (status, output.startswith(STAYS)) == ((1, True) if said else (0, False)), output
             assert said in output
-            working = list[str]()
+            working = []
             now = works.split()
             for key in {*before, *now}:
                 stats = await Asking(port=pi.port).get("/v1/stats", X_API_Key=key)

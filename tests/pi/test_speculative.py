@@ -72,7 +72,7 @@ async def test_what_was_computed_ahead_is_there_when_the_text_is_accepted():
         assert len(backend.completions) == 2
 
 
-OTHER_FIELDS: list[dict[str, Any]] = [
+OTHER_FIELDS = [
     {"input_suffix": "\n\nprint(add(1, 3))\n"},  # changed meanwhile
     {"input_prefix": "def add(a, c):\n"},
     {"t_max_predict_ms": 7},
@@ -92,7 +92,7 @@ async def test_another_request_is_computed(fields):
         assert len(backend.completions) == 3
 
 
-CUT: list[dict[str, Any]] = [
+CUT = [
     {"finish_reason": "length", "total_tokens": 3},  # of 512: by a limit of time
     {"finish_reason": "preempted"},
 ]
@@ -140,7 +140,7 @@ async def test_an_accepted_request_joins_the_one_that_is_being_written():
         assert (await pi.stats())["unnamed"]["completions"] == 2
 
 
-OTHERS: list[tuple[str, dict[str, Any]]] = [
+OTHERS = [
     (CHATS, CHAT),
     ("/infill", {**FILE, "filename": "b.py"}),
     ("/v1/complete", {"prompt": "x", "language": "python"}),
@@ -285,7 +285,7 @@ async def test_a_text_from_a_prompt_that_was_cut_is_no_answer_later():
 
 FIRST = {**FILE, "t_max_predict_ms": 250, "response_fields": ["content", "tokens_cached"]}
 SECOND = {**FIRST, "prompt": "    return a", "t_max_predict_ms": 1000}
-NOT_CERTAIN: list[dict[str, Any]] = [
+NOT_CERTAIN = [
     {"response_fields": None},
     {"t_max_predict_ms": 250},  # as after a text that was accepted
     {"prompt": "    return "},  # behind a part of it

@@ -37,7 +37,7 @@ async def test_a_word_is_a_chance(more, least):
         assert backend.completions[0].get("min_confidence") == least
 
 
-WRONG: list[dict[str, Any]] = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
+WRONG = [{"suggest": "perhaps"}, {"suggest": 1}, {"min_confidence": 1.01}]
 
 
 async def test_never_asks_nobody_and_a_wrong_word_is_refused():
@@ -67,7 +67,7 @@ DRAFTED = llama_chunk(" + 2", 1, completion_probabilities=PLACEHOLDER)
 HALF = math.log(0.5)
 WHOLE = ("1 + 2 + 3", "stop", None)
 # By name: the events of llama-server, the text, why it ends, its chance.
-LLAMA: dict[str, tuple[list[bytes], tuple[str, str, float | None]]] = {
+LLAMA = {
     "sure": ([told("1", -0.01), told(" + 2", 0.0)], ("1 + 2", "stop", 0.99)),
     "unsure": (
         [told("1", HALF), told(" +", HALF), told(" 2", HALF), told(" + 3", HALF)],

@@ -62,7 +62,7 @@ def files_of(folders: list[str], language: str, least: int, most: int) -> list[P
     """Files of a language below the folders, by their names, with more than `least` bytes and fewer
     than `most`.
     """
-    found = list[Path]()
+    found = []
     for folder in folders:
         for path in sorted(Path(folder).rglob("*")):
             if language_of_file(path.name) != language or not path.is_file():

@@ -315,7 +315,7 @@ def patterns_of_the_product() -> dict[tuple[re.Pattern[Any], str], str]:
     """
     paths = [*ROOT.glob("*.py"), *ROOT.glob("cerebrum/**/*.py")]
     texts = {path: path.read_text() for path in paths}
-    found = dict[tuple[re.Pattern[Any], str], str]()
+    found = {}
     called = defaultdict[str, set[str]](set)
     for text in texts.values():
         for name, method in USE.findall(text):

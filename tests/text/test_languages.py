@@ -447,7 +447,7 @@ ENDS = {"[=[": "]=]", '##"': '"##', 'r#"': '"#', '$@"': '"', "$'": "'", '"""': '
 
 
 def test_the_ends_of_strings():
-    found = dict[str, str]()
+    found = {}
     for language in LANGUAGES.values():
         found |= dict(language.literals)
     assert found | ENDS == found
@@ -660,7 +660,7 @@ a.go     | #!/usr/bin/env python3⏎                          | a.rs            
 notes.md | ```rust⏎                                         | a.c                   | markdown
          | x = 1                                            | a.json b.json c.rb    | ruby
 """
-GUESSES: list[tuple[str, str, list[str], str]] = [
+GUESSES = [
     ("", "", [], ""),
     ("", "x\n" * 300 + "# language: python\n", [], ""),
     ("", "x = 1", ["README.md", "", "c"], ""),

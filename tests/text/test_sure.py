@@ -103,7 +103,7 @@ def test_a_long_text_without_words_goes_on():
 
 
 # By name: tokens, where the text begins, the text, and the three figures.
-FIGURES: dict[str, tuple[str, int, str, tuple[float, ...]]] = {
+FIGURES = {
     "no token": ("", 0, "", ()),
     "no text": ("a⁹", 0, "", ()),
     "one line": ("a⁹ =⁷", 0, "a =", (0.8, 0.8, 0.63)),
