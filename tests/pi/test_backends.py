@@ -648,15 +648,6 @@ async def test_a_pause_that_is_no_number_of_seconds(after):
         assert (await pi.complete()).status == 200
 
 
-async def test_another_replica_is_asked():
-    """Here the balancer's own error."""
-    async with (
-        Backend([[head(502, "Content-Length: 0")], VLLM], models=LISTED) as backend,
-        pi_for(engine(backend.port, affinity_header="X-Replica")) as pi,
-    ):
-        assert (await pi.complete()).status == 200
-
-
 def listing(**about: Any) -> bytes:
     return answer(200, {"data": [{"id": "qwen_0_5b", **about}]})
 
