@@ -40,23 +40,21 @@ from cerebrum.pi.upstream import APIS
 # ------------------------------------------------------------------------------------- the requests
 
 # The path and the body.
-KINDS = {
-    "completion": ("/v1/complete", '{"prompt": "TEXT", "language": "python"}'),
-    "text": ("/v1/completions", '{"prompt": "TEXT"}'),
-    "FIM by tokens": (
-        "/v1/completions",
-        '{"prompt": "<|fim_prefix|>TEXT<|fim_suffix|>\\nf(x)\\n<|fim_middle|>"}',
-    ),
-    "Mistral's": ("/v1/fim/completions", '{"prompt": "TEXT", "suffix": "y"}'),
-    "chat": ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "TEXT"}]}'),
-    "infill": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "suggest": "always"}'),
-    "hint": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "min_confidence": 0.2}'),
-    "Ollama's generate": ("/api/generate", '{"prompt": "TEXT", "suffix": "y"}'),
-    "Ollama's chat": ("/api/chat", '{"messages": [{"role": "user", "content": "TEXT"}]}'),
-    "speculative": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "speculative": true}'),
-    "ahead": ("/infill", '{"prompt": "TEXT", "input_suffix": "y", "n_predict": 0}'),
-    "tokenize": ("/tokenize", '{"content": "TEXT"}'),
-}
+KINDS = json.loads(r"""{
+    "completion": ["/v1/complete", {"prompt": "TEXT", "language": "python"}],
+    "text": ["/v1/completions", {"prompt": "TEXT"}],
+    "FIM by tokens": ["/v1/completions",
+        {"prompt": "<|fim_prefix|>TEXT<|fim_suffix|>\nf(x)\n<|fim_middle|>"}],
+    "Mistral's": ["/v1/fim/completions", {"prompt": "TEXT", "suffix": "y"}],
+    "chat": ["/v1/chat/completions", {"messages": [{"role": "user", "content": "TEXT"}]}],
+    "infill": ["/infill", {"prompt": "TEXT", "input_suffix": "y", "suggest": "always"}],
+    "hint": ["/infill", {"prompt": "TEXT", "input_suffix": "y", "min_confidence": 0.2}],
+    "Ollama's generate": ["/api/generate", {"prompt": "TEXT", "suffix": "y"}],
+    "Ollama's chat": ["/api/chat", {"messages": [{"role": "user", "content": "TEXT"}]}],
+    "speculative": ["/infill", {"prompt": "TEXT", "input_suffix": "y", "speculative": true}],
+    "ahead": ["/infill", {"prompt": "TEXT", "input_suffix": "y", "n_predict": 0}],
+    "tokenize": ["/tokenize", {"content": "TEXT"}]
+}""")
 NO_STREAM = ("ahead", "tokenize")
 NOBODYS = ("speculative", "ahead", "tokenize")  # no completion of a person
 CASES = [(kind, False) for kind in KINDS]
@@ -211,7 +209,7 @@ async def ask(pi: Pi, kind: str, stream: bool) -> Reply:
     """The answer, once every place has been given back."""
     path, body = KINDS[kind]
     path += "/stream" if stream and kind == "completion" else ""
-    asked = json.loads(body.replace("TEXT", f"n{next(NUMBERS)} = "))
+    asked = json.loads(json.dumps(body).replace("TEXT", f"n{next(NUMBERS)} = "))
     reply = await pi.post(path, asked | {"stream": stream})
     state = pi.gateway.dispatcher.state
     await until(lambda: not (state.places or state.line or pi.readers), seconds=10)

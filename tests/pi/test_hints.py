@@ -27,18 +27,22 @@ from cerebrum.request import GenerationRequest
 NOWHERE = Path("/dev/null/people.json")
 LONG = "".join(f"line {number}\n" for number in range(1000)) + "x = "
 
-# For each request, "prompt|text of the answer"; seconds between two; characters shown, and kept.
-ANSWERS = [
-    (["x = |foo(a)", "x = foo(a)\ny| = 1"], 1, 10, 6),
-    (["x = |foo(a)", "x = foo(a)|"], 60, 6, 6),
-    (["x = |foo(a)", "x = foo(a)|"], 61, 6, 0),
-    (["|foo(a)", "f|oo(a)", "fo|o(a)", "foX|"], 1, 6, 2),  # a part, at the beginning of the file
-    (["x = |foo(a)", "x = b|ar"], 1, 8, 0),
-    (["x = |foo(a)", "x = |foo(a)"], 1, 6, 0),  # taken, and undone before the next request
-    (["x = |1", "x = 2\ny = |1"], 1, 2, 0),  # the same text, another place
-    (["x =|\n  ", "x =\n|"], 1, 3, 1),  # white space is a text
-    (["a\r\nx = |foo(\n1)", "a\r\nx = foo(\r\n1)|"], 1, 7, 7),
-    (["a\r\nx = |foo(\r\n1)", "a\r\nx = foo(\r\n|1)", "a\r\nx = foo(\r\n1)|"], 1, 7, 7),
+# For each request, "prompt|text of the answer"; seconds between two; characters shown, and kept. A
+# part may be kept, also at the beginning of the file. A hint that is taken and undone before the
+# next request is not, nor is the same text at another place. White space is a text.
+ANSWERS = json.loads(r"""[
+    [["x = |foo(a)", "x = foo(a)\ny| = 1"], 1, 10, 6],
+    [["x = |foo(a)", "x = foo(a)|"], 60, 6, 6],
+    [["x = |foo(a)", "x = foo(a)|"], 61, 6, 0],
+    [["|foo(a)", "f|oo(a)", "fo|o(a)", "foX|"], 1, 6, 2],
+    [["x = |foo(a)", "x = b|ar"], 1, 8, 0],
+    [["x = |foo(a)", "x = |foo(a)"], 1, 6, 0],
+    [["x = |1", "x = 2\ny = |1"], 1, 2, 0],
+    [["x =|\n  ", "x =\n|"], 1, 3, 1],
+    [["a\r\nx = |foo(\n1)", "a\r\nx = foo(\r\n1)|"], 1, 7, 7],
+    [["a\r\nx = |foo(\r\n1)", "a\r\nx = foo(\r\n|1)", "a\r\nx = foo(\r\n1)|"], 1, 7, 7]
+]""")
+ANSWERS += [
     ([f"{LONG}|foo", f"{LONG[5000:]}foo\ny|"], 1, 3, 3),  # the editor's window moves
     ([f"{LONG}|{LONG}", f"{LONG}{LONG}|"], 1, len(LONG), len(LONG)),
     ([f"{LONG}foo\n{LONG}|foo", f"{LONG}foo\n{LONG}b|"], 1, 3, 0),  # in a copy of the lines above

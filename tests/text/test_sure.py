@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 import pytest
 from test_ending import tokens_of
@@ -10,49 +10,57 @@ from test_ending import tokens_of
 from cerebrum.text.ending import Ending
 from cerebrum.text.stages import Sure, confidence_of
 
-ASSIGNED = "def f(a):\n    x = ", "\n    return x\n"  # the rest of a line is missing
-CALLED = "f(", ")\n"  # within a line
-LINES = "def f(a):\n", "    return x\n"  # whole lines
-NOTHING = "x = ", ""  # a text without an end
-TYPED = "def f(a):\n    ", "\n    return x\n"
-
-# By name: prompt, suffix and stop strings, tokens (see `tokens_of`), and what goes out after each,
-# with | between them, and at the model's own end if the text has not ended before; then why it
-# ends, if not by the model or its doubt.
-CASES: dict[str, Any] = {
-    "no token": (ASSIGNED, "", ""),
-    "an unlikely first word": (ASSIGNED, "a²", ""),
-    "a product": (ASSIGNED, "a⁸ +⁷ b⁴", "|a +|"),
-    "exactly the least": (ASSIGNED, "a⁵ ⁵", "|a| "),
-    "half a word": (ASSIGNED, "a⁹ +⁹ con⁹fig¹", "|a +||"),
-    "a word that a token ends": (ASSIGNED, "con⁹fig.⁹path⁹", "|config.||path"),
-    "a token that begins with the end of a word": (ASSIGNED, "con⁹fig.x¹", "|"),
-    "a token behind a word": (ASSIGNED, "a⁹[i¹", "|a"),
-    "blanks that are unlikely": (ASSIGNED, "a⁹  ¹b¹⁰", "|a|"),
-    "signs alone": (NOTHING, "(⁹[⁹a¹", "||"),
-    "signs that end their line": (NOTHING, "()⁹\n⁹a¹", "|()|"),
-    "signs that end the text": (CALLED, "[⁹]⁹", "||[]"),
-    "the chance of a line": (LINES, "    x = 1³\n⁹    y³\n⁹    z²", "    x =| 1\n|||"),
-    "the line end that whole lines need": (LINES, "    x⁹ =⁹ 1¹", "|    x =|\n"),
-    "no line end within a line": (CALLED, "a,⁹\n⁹  b¹", "a,||"),
-    "a longer word than any": (NOTHING, "a" * 24 + "⁹a⁹b¹", "|" + "a" * 24 + "|"),
-    "a script without spaces": (NOTHING, "名⁹前¹", "名|"),
-    "blank lines": (LINES, "    x\n⁹\n⁹    y¹", "    x\n||"),
-    "impossible": (NOTHING, "a⁰", ""),
-    "held by a stop string": ((*NOTHING, "\n\n"), "a⁹\n⁹b¹", "|a|"),
-    "a stop string": ((*NOTHING, ";;"), "a⁹;⁹bb¹", "|a|;"),
-    "its end": ((*NOTHING, ";;"), "a b⁹;; c⁹", "a| b", "stop"),
-    "both characters of a line end": (CALLED, "a,⁹\r\n⁹  b¹", "a,||"),
-    "blanks that precede more text": (CALLED, "a,⁹\n  ⁹b⁹ c¹", "a,|||\n  b"),
-    "typed indentation": (TYPED, "    x⁹ = 1¹", "|x"),
-    "a comma of the suffix": (("f(a, ", ", b)\n"), "c⁹,⁹ zz¹", "|c|"),
-    "a bracket of the suffix": (CALLED, "a)⁹\n\ndef⁹ g¹", "a||", "block"),
+ASSIGNED = "def f(a):\n    x = ", "\n    return x\n"
+# What stands around a text: its prompt, its suffix and its stop strings.
+AROUND = {
+    "assigned": ASSIGNED,  # the rest of a line is missing
+    "called": ("f(", ")\n"),  # within a line
+    "an argument": ("f(a, ", ", b)\n"),
+    "lines": ("def f(a):\n", "    return x\n"),  # whole lines
+    "typed": ("def f(a):\n    ", "\n    return x\n"),
+    "endless": ("x = ", ""),
+    "a stop of two line ends": ("x = ", "", "\n\n"),
+    "a stop of two signs": ("x = ", "", ";;"),
 }
+# By name: what is around, tokens (see `tokens_of`), and what goes out after each, with | between
+# them, and at the model's own end if the text has not ended before; then why it ends, if not by the
+# model or its doubt.
+CASES = json.loads(r"""{
+    "no token": ["assigned", "", ""],
+    "an unlikely first word": ["assigned", "a²", ""],
+    "a product": ["assigned", "a⁸ +⁷ b⁴", "|a +|"],
+    "exactly the least": ["assigned", "a⁵ ⁵", "|a| "],
+    "half a word": ["assigned", "a⁹ +⁹ con⁹fig¹", "|a +||"],
+    "a word that a token ends": ["assigned", "con⁹fig.⁹path⁹", "|config.||path"],
+    "a token that begins with the end of a word": ["assigned", "con⁹fig.x¹", "|"],
+    "a token behind a word": ["assigned", "a⁹[i¹", "|a"],
+    "blanks that are unlikely": ["assigned", "a⁹  ¹b¹⁰", "|a|"],
+    "signs alone": ["endless", "(⁹[⁹a¹", "||"],
+    "signs that end their line": ["endless", "()⁹\n⁹a¹", "|()|"],
+    "signs that end the text": ["called", "[⁹]⁹", "||[]"],
+    "the chance of a line": ["lines", "    x = 1³\n⁹    y³\n⁹    z²", "    x =| 1\n|||"],
+    "the line end that whole lines need": ["lines", "    x⁹ =⁹ 1¹", "|    x =|\n"],
+    "no line end within a line": ["called", "a,⁹\n⁹  b¹", "a,||"],
+    "a longer word than any":
+        ["endless", "aaaaaaaaaaaaaaaaaaaaaaaa⁹a⁹b¹", "|aaaaaaaaaaaaaaaaaaaaaaaa|"],
+    "a script without spaces": ["endless", "名⁹前¹", "名|"],
+    "blank lines": ["lines", "    x\n⁹\n⁹    y¹", "    x\n||"],
+    "impossible": ["endless", "a⁰", ""],
+    "held by a stop string": ["a stop of two line ends", "a⁹\n⁹b¹", "|a|"],
+    "a stop string": ["a stop of two signs", "a⁹;⁹bb¹", "|a|;"],
+    "its end": ["a stop of two signs", "a b⁹;; c⁹", "a| b", "stop"],
+    "both characters of a line end": ["called", "a,⁹\r\n⁹  b¹", "a,||"],
+    "blanks that precede more text": ["called", "a,⁹\n  ⁹b⁹ c¹", "a,|||\n  b"],
+    "typed indentation": ["typed", "    x⁹ = 1¹", "|x"],
+    "a comma of the suffix": ["an argument", "c⁹,⁹ zz¹", "|c|"],
+    "a bracket of the suffix": ["called", "a)⁹\n\ndef⁹ g¹", "a||", "block"]
+}""")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_where_a_text_ends(name):
-    (prompt, suffix, *stops), tokens, sent, *why = CASES[name]
+    around, tokens, sent, *why = CASES[name]
+    prompt, suffix, *stops = AROUND[around]
     mode = "infill" if suffix else "complete"
     ending = Ending(mode, "python", prompt, suffix, "auto", stops=stops, least=0.25)
     texts, reason = list[str](), None
@@ -103,24 +111,23 @@ def test_a_long_text_without_words_goes_on():
 
 
 # By name: tokens, where the text begins, the text, and the three figures.
-FIGURES = {
-    "no token": ("", 0, "", ()),
-    "no text": ("a⁹", 0, "", ()),
-    "one line": ("a⁹ =⁷", 0, "a =", (0.8, 0.8, 0.63)),
-    "two": ("a⁹ =⁷ 1\n²b¹⁰", 0, "a = 1\nb", (0.6, 0.7, 0.126)),
-    "less than was written": ("a⁹ =⁷ 1²", 0, "a =", (0.8, 0.8, 0.63)),
-    "a line end that was added": ("a⁹ =⁷", 0, "a =\n", (0.8, 0.8, 0.63)),
-    "blank lines": ("\n²\n⁴a⁹", 0, "\n\na", (0.5, 0.5, 0.072)),
-    "a text that begins later": ("Sure:\n```\n¹t⁹ = 1\n⁷", 10, "t = 1\n", (0.8, 0.8, 0.63)),
-    "a block in a list": ("  a\n⁹  b\n⁵", 0, "a\nb", (0.9, 0.7, 0.45)),
-    "a token with the end of what precedes it": (
-        "<think>x</think¹>A⁹\n⁹B⁷", 16, "A\nB", (0.9, 0.8333, 0.567),
-    ),
-    "half a character": ("⁵é⁷", 0, "é", (0.6, 0.6, 0.35)),
-}  # fmt: skip
+FIGURES = json.loads(r"""{
+    "no token": ["", 0, "", []],
+    "no text": ["a⁹", 0, "", []],
+    "one line": ["a⁹ =⁷", 0, "a =", [0.8, 0.8, 0.63]],
+    "two": ["a⁹ =⁷ 1\n²b¹⁰", 0, "a = 1\nb", [0.6, 0.7, 0.126]],
+    "less than was written": ["a⁹ =⁷ 1²", 0, "a =", [0.8, 0.8, 0.63]],
+    "a line end that was added": ["a⁹ =⁷", 0, "a =\n", [0.8, 0.8, 0.63]],
+    "blank lines": ["\n²\n⁴a⁹", 0, "\n\na", [0.5, 0.5, 0.072]],
+    "a text that begins later": ["Sure:\n```\n¹t⁹ = 1\n⁷", 10, "t = 1\n", [0.8, 0.8, 0.63]],
+    "a block in a list": ["  a\n⁹  b\n⁵", 0, "a\nb", [0.9, 0.7, 0.45]],
+    "a token with the end of what precedes it":
+        ["<think>x</think¹>A⁹\n⁹B⁷", 16, "A\nB", [0.9, 0.8333, 0.567]],
+    "half a character": ["⁵é⁷", 0, "é", [0.6, 0.6, 0.35]]
+}""")
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_how_sure_a_model_is(name):
     tokens, start, text, figures = FIGURES[name]
-    assert tuple(confidence_of(tokens_of(tokens), start, text).values()) == figures
+    assert list(confidence_of(tokens_of(tokens), start, text).values()) == figures
