@@ -29,16 +29,21 @@ NIGHTLY = pytest.mark.nightly
 MODEL, FILE = "qwen_0_5b", FILES["qwen_0_5b"]
 ALIAS = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 KEY = "the-key-of-an-engine"
-CATALOG = {
-    "id": MODEL,
-    "name": "Qwen 0.5B",
-    "parameters": "0.5B",
-    "quantization": "Q4",
-    "languages": ["python"],
-    "file": FILE.name,
-    "aliases": [ALIAS],
-    "fim": ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
-}
+CATALOG = f"""
+[[models]]
+id = "{MODEL}"
+name = "Qwen 0.5B"
+parameters = "0.5B"
+quantization = "Q4"
+languages = ["python"]
+file = "{FILE.name}"
+aliases = ["{ALIAS}"]
+fim = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+
+[[backends]]
+id = "one"
+key_env = "KEY_OF_ONE"
+"""
 
 FIBONACCI = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 PREFIX, LINE = "def add(a, b):\n", "    return "
@@ -121,18 +126,13 @@ class Pi(Client):
         return backend
 
 
-def toml_of(members: Any) -> str:
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in members.items())
-
-
 @contextmanager
 def start_pi(folder: Path, table: dict[str, Any]) -> Iterator[Pi]:
     """A Pi with one backend, whose key is KEY."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = "[[models]]\n" + toml_of(CATALOG)
-    text += "[[backends]]\n" + toml_of({"id": "one", "key_env": "KEY_OF_ONE", **table})
+    rows = [f"{name} = {json.dumps(value)}\n" for name, value in table.items()]
     catalog = folder / "models.toml"
-    catalog.write_text(text)
+    catalog.write_text(CATALOG + "".join(rows))
     more = {"CEREBRUM_CM4_API_KEY": "", "CEREBRUM_MODELS_FILE": str(catalog), "KEY_OF_ONE": KEY}
     with daemon("cm4d", folder, **more) as started:
         started.wait_for_line("one: VPS backend is available")
