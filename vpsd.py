@@ -712,11 +712,10 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     encoding = "published"
     n_ctx = pool.settings.n_ctx
     draft = None
-    if instance and instance.worker.model:
-        loader = instance.worker.loader
-        path = loader.path
-        encoding = loader.encoding
-        n_ctx = instance.worker.model.n_ctx
+    if instance and (loaded := instance.worker.loaded):
+        path = loaded.path
+        encoding = loaded.encoding
+        n_ctx = loaded.model.n_ctx
         draft = model.draft if instance.worker.draft else None
     else:
         try:

@@ -50,10 +50,9 @@ class Job:
         self.request = request
         self.deliver = deliver
         self.low = request.priority == "low"
-        # A hint is wanted soon or never, so a draft model may answer.
-        self.is_hint = (
-            bool(request.prompt_ms and request.min_confidence) and not request.temperature
-        )
+        # A hint is wanted soon or never, so a draft model may answer instead of its large one.
+        is_hint = bool(request.prompt_ms and request.min_confidence)
+        self.may_be_early = is_hint and not request.temperature
         self.writer = ""  # the draft model that answers, if one does
         # Tokens of the prompt that the cache had when the job first got a slot.
         self.cached: int | None = None
@@ -95,6 +94,11 @@ class Job:
             return begun_answer(self.request.messages)
         return "" if self.request.mode == "instruct" else self.request.prompt
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether the prompt is only read ahead, for later requests."""
+        return not self.max_tokens
+
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:
             self.deliver([{"progress": {"stage": stage, "done": done, "total": total}}])
@@ -130,7 +134,7 @@ class Run:
         self.first_token = self.last_token = 0.0
         # Its reading was aborted for another request, so it is read in short chunks.
         self.was_aborted = False
-        self.yields = False  # its decode is aborted for any request that has little time
+        self.makes_way_for_hurried = False  # see `way_offered`
         self.outbox = list[Event | HttpError]()
 
     @property

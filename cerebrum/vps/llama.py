@@ -375,7 +375,7 @@ class Slot:
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    run: object = None  # None: the slot is idle
+    run: Any = None  # a `Run`; None: the slot is idle
     used: float = 0.0
     low: bool = False  # the sequence is a request's of low priority
 

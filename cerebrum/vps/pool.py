@@ -374,7 +374,6 @@ class Pool:
         """
         await asyncio.wait([asyncio.wrap_future(worker.ended)])
         worker.join()  # returns at once
-        worker.model = None
         if worker.model_id not in self.models:
             shutil.rmtree(worker.loader.kv_dir, ignore_errors=True)
         del self.instances[worker.model_id]

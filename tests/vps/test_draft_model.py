@@ -105,8 +105,7 @@ def test_a_sequence_is_followed(case: tuple[str, list[int], list[int], int, bool
     slot = Slot(0, had[:])
     sequences = Sequences(cells, 1, 0)
     sequences.slots = [slot]
-    parts = cells, sequences, Costs(INTEL), nothing, nothing, False, None
-    follower = DraftModel(*parts, writer="small", followers=1, waiting=[])
+    follower = DraftModel(cells, sequences, [], Costs(INTEL), nothing, nothing, [])
     assert follower.follow(0, tokens) == (tokens[kept:] if is_read else [])
     assert (slot.tokens, cells.dropped[-1]) == (tokens[:kept], kept)
 
@@ -407,7 +406,7 @@ def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, cloc
     with held:
         pair.baton.note(None, 0.1)
         pair.give_way(None)
-    wait_until(lambda: pair.decoder.compute.running is None, "it is aborted")
+    wait_until(lambda: pair.decoder.compute.current is None, "it is aborted")
     pair.baton.note(None, None)
     wait_until(lambda: sum(clock.sizes("draft")) >= 64 + 200, "all is read")
     assert clock.sizes("draft") == [64, 64, 64, 64, 8]  # the first was aborted

@@ -126,7 +126,7 @@ def test_whose_answer_a_request_gets(
     more: dict[str, Any], writers: list[str], text: str, pair: Worker
 ) -> None:
     assert told(hint(pair, **more))[:2] == (writers, text)
-    assert not Ask("x", **HINT | {"temperature": 0.1}).job.is_hint
+    assert not Ask("x", **HINT | {"temperature": 0.1}).job.may_be_early
 
 
 def test_a_guest_waits_while_others_need_the_cpu(pair: Worker) -> None:

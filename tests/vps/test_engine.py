@@ -33,7 +33,7 @@ from cerebrum.settings import write_atomically
 from cerebrum.vps import drafts, llama, memory, schedule
 from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
-from cerebrum.vps.decoder import ModelTally
+from cerebrum.vps.decoder import Current, ModelTally
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.job import Event, Job, Run
@@ -186,7 +186,7 @@ text left         | AT_ONCE AT_ONCE
 text low          | STAYS STAYS
 prompt            | STAYS FOR_OTHERS
 prompt left       | FOR_OTHERS FOR_OTHERS
-prompt yields     | FOR_HURRIED FOR_HURRIED
+prompt hurried    | FOR_HURRIED FOR_HURRIED
 prompt low left   | WITH_SLOT WITH_SLOT
 prompt low again  | FOR_HURRIED FOR_HURRIED
 """
@@ -196,7 +196,7 @@ def run_of(words: str) -> Any:
     """A run of which these words are true."""
     job = SimpleNamespace(cancelled="left" in words)
     run = SimpleNamespace(prefilling="prompt" in words, job=job, low="low" in words)
-    run.first_token, run.yields = "again" in words, "yields" in words
+    run.first_token, run.makes_way_for_hurried = "again" in words, "hurried" in words
     return run
 
 
@@ -204,7 +204,7 @@ def test_who_makes_way_for_whom() -> None:
     for row in WAYS.strip().splitlines():
         words, ways = row.split("|")
         for is_long, way in enumerate(ways.split()):
-            assert vps_worker.makes_way(run_of(words), bool(is_long)) == vps_worker.Way[way], row
+            assert vps_worker.way_offered(run_of(words), bool(is_long)) == vps_worker.Way[way], row
 
 
 # ------------------------------------------------------------------------------------------- drafts
@@ -741,7 +741,7 @@ def ask(worker: Worker, prompt: str, **more: Any) -> Ask:
 
 def test_drafts_follow_the_seconds_that_they_took(worker: Worker, patch: Any) -> None:
     """What is drafted here is never right, and a decode takes a second for each token."""
-    model, decoder = worker.model, worker.decoder
+    model, decoder = worker.decoder.model, worker.decoder
     now, sizes = [0.0], list[int]()
     decoder.drafting, real = True, model.decode
     patch(vps_worker.time, "perf_counter", lambda: now[0])
@@ -783,8 +783,8 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     with running(worker_of(Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
     assert loads.loaded == loaded
-    assert (worker.loader.path.name, worker.loader.settings.micro_batch) == loaded[-1]
-    assert worker.loader.encoding == ("published" if warning else TUNED)
+    assert (worker.loaded.path.name, worker.loaded.settings.micro_batch) == loaded[-1]
+    assert worker.loaded.encoding == ("published" if warning else TUNED)
     logged = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     if warning:
         reason = f"its tuned file cannot be used: {warning}"
@@ -801,7 +801,7 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, patch: Any) 
     def load(name: str, **other: Any) -> None:
         (tmp_path / name).write_bytes(name.encode())
         with running(worker_of(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
-            keys.add(worker.loader.key)
+            keys.add(worker.loaded.key)
 
     load("m.gguf")
     load("tuned")
@@ -822,7 +822,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch: 
         return real(request)
 
     patch(vps_job, "Sampler", sampler)
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     model.hold.clear()
     beside = ask(worker, "x", max_tokens=3)
     assert model.decoding.wait(PATIENCE)
@@ -849,7 +849,7 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(
     patch(vps_worker, "STORE_SECONDS", 0.01)
     worker.wake()  # it may be waiting for the usual time
     wait_until(lambda: worker.due == math.inf, "the worker rests")
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     cases = ("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)
     for saved, (prompt, hung_seconds, slowest) in enumerate(cases, 1):
         patch(vps_worker, "HUNG_SECONDS", hung_seconds)
@@ -893,7 +893,7 @@ def test_saved_prompts_are_dropped_on_request(worker: Worker) -> None:
 
 @pytest.mark.parametrize("fails", ["decode", "save", "close"])
 def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails: str) -> None:
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     model.hold.clear()
     running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
     assert model.decoding.wait(PATIENCE)
@@ -947,7 +947,7 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     `arrivals` has functions that are called during a decode: that of "l2" during the second one
     that begins with l.
     """
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     real, log = model.decode, list[str]()
     # The sizes must not depend on this machine's speed.
     worker.decoder.costs.learn = lambda *_: None
@@ -999,7 +999,7 @@ def test_a_decode_is_aborted_if_all_its_runs_make_way(worker: Worker) -> None:
     decoder: Any = worker.decoder
     for runs, flag in (["prompt low", "prompt left"], b"\1"), (["prompt low", "text"], b"\0"):
         decoder.model.abort_flag[0] = b"\0"
-        decoder.compute.running = list(map(run_of, runs))
+        decoder.compute.current = Current(list(map(run_of, runs)), is_long=False)
         worker.give_way(None)
         assert decoder.model.abort_flag[0] == flag
 
@@ -1092,7 +1092,7 @@ def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(
     worker: Worker, lost: bool
 ) -> None:
     """Even while it is read again because its recurrent state was lost."""
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     model.recurrent = lost
     asked = list[Ask]()
 
@@ -1112,7 +1112,7 @@ def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails: boo
     """The other one stands still. If the first cannot be saved, the normal job fails, and both go
     on.
     """
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     asked = dict[str, Ask]()
 
     def two() -> None:

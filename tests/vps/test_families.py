@@ -100,7 +100,7 @@ def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random
         """Whether each answer was certain: no two logits were nearly equal."""
         asked = []
         # With the tokens that llama.cpp does not know as ends.
-        reference.is_end = worker.model.vocabulary.is_end
+        reference.is_end = worker.decoder.model.vocabulary.is_end
         for _ in range(draw.choice((1, 1, 2, 3))):
             text = edit(draw, draw.choice(texts))[-300:] or "x"
             texts[:] = [*texts[-5:], text]

@@ -57,7 +57,8 @@ class ScriptedWorker:
         self.model_id, self.tuned = loader.model_id, loader.tuned
         self.draft = loader.draft  # what it could use of it
         self.ready, self.ended = Future[None](), Future[None]()
-        self.model = SimpleNamespace(n_ctx=4096)
+        model = SimpleNamespace(n_ctx=4096)
+        self.loaded = SimpleNamespace(model=model, path=loader.path, encoding="published")
         self.submitted = []
         self.submit = self.submitted.append
         self.made.append(self)
