@@ -483,8 +483,8 @@ class Admission:
         except TimeoutError:
             return []
 
-    def annotate(self, event: Event) -> Event:
-        """Note the event's figures. A done event gets the daemon's own members."""
+    def note(self, event: Event) -> None:
+        """Note the event's figures, for the log."""
         if "model" in event:
             self.notes["model"] = event["model"]
         tokens = event.get("total_tokens")
@@ -492,14 +492,6 @@ class Admission:
             self.notes["tokens"] = tokens
         if tokens and "ttft" not in self.notes:
             self.notes["ttft"] = f"{time.monotonic() - self.job.submitted:.2f}s"
-        if "done" not in event:
-            return event
-        language = self.job.request.language
-        return event | {
-            "language": language,
-            "model": self.notes["model"],
-            "timestamp": timestamp(),
-        }
 
 
 class Engine:
@@ -679,7 +671,8 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
                     if batch:
                         yield batch
                     raise event
-                batch.append(admission.annotate(event))
+                admission.note(event)
+                batch.append(event)
             if not batch and engine.stuck(time.monotonic()):
                 return
             yield batch

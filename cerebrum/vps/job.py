@@ -18,7 +18,7 @@ from cerebrum.text.stages import Written, confidence_of
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Slot
 from cerebrum.vps.vocabulary import api, begun_answer
-from cerebrum_common import HttpError
+from cerebrum_common import HttpError, timestamp
 
 # Up to this temperature an unlikely token is doubt of the model, above it chance. A request's own
 # threshold holds at every temperature.
@@ -190,15 +190,18 @@ class Run:
     def result(self, reason: str) -> Event:
         """The done event."""
         job = self.job
+        request = job.request
         event: Event = {
             "done": True,
             "total_tokens": self.generated,
             "inference_time": round(time.monotonic() - job.started, 3),
-            "mode": job.request.mode,
-            "finish_reason": reason,
-            "prompt_tokens": len(job.prompt),
+            "mode": request.mode,
+            "language": request.language,
+            "model": job.writer or request.model,
         }
         event |= {
+            "finish_reason": reason,
+            "prompt_tokens": len(job.prompt),
             "cached_tokens": job.cached,
             "load_time": round(job.submitted - job.started, 4),
             "ttft": None,
@@ -206,6 +209,7 @@ class Run:
             "draft_tokens": self.drafted,
             "accepted_tokens": self.accepted,
         }
+        event["timestamp"] = timestamp()
         if job.writer or job.prompt != job.parts[0][0]:
             event["prompt_cut"] = True
         if self.first_token:
