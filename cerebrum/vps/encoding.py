@@ -243,7 +243,7 @@ Progress = Callable[[str, int, int], None]  # label, done, total
 def opened(path: Path, settings: Settings) -> contextlib.closing[Llama]:
     """The model with a context of one sequence that is as long as the measurements need."""
     settings = replace(settings, n_ctx=READ_TOKENS + 2 * OUTPUTS, sequences=1)
-    return contextlib.closing(Llama(path, settings, lambda _: True))
+    return contextlib.closing(Llama(path, settings))
 
 
 def measure(model: Llama, read: int) -> Timing:

@@ -279,7 +279,7 @@ def read_header(path: str) -> int:
     """
     settings = Settings(n_ctx=512, sequences=1)
     try:
-        llama = Llama(Path(path), settings, lambda _: True, mapped=True)
+        llama = Llama(Path(path), settings, mapped=True)
     except (ModelError, OSError):
         return REFUSED
     llama.vocabulary.tokenize("def f(x):\n    return 'é'\n", True)

@@ -28,7 +28,7 @@ from cerebrum.vps.llama import MB, ModelError, Settings
 from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory, file_stamp
 from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.schedule import Baton
-from cerebrum.vps.worker import Loader, Worker
+from cerebrum.vps.worker import Worker
 from cerebrum_common import HttpError, Model, log
 
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
@@ -203,7 +203,7 @@ class Pool:
         instance.users.add(user)
         reported = -1
         while not instance.ready.done():
-            percent = round(100 * instance.worker.loader.done)
+            percent = round(100 * instance.worker.done)
             if percent > reported:
                 reported = percent
                 progress(percent)
@@ -320,8 +320,7 @@ class Pool:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        # As the plan has them: models.toml may change meanwhile.
-        draft = self.models.get(model.draft)
+        # As the plan has it: models.toml may change meanwhile.
         loaded_as = self._how_loaded(model)
         plan = await self.plan(model)
         if plan.settings != self.settings:
@@ -333,10 +332,7 @@ class Pool:
         await self._make_room(model.id, plan.parts)
         start = time.monotonic()
         tally = self.tallies[model.id]
-        loader = self._loader(model, plan)
-        if draft and plan.draft:
-            loader.draft = self._loader(draft, plan.draft)
-        worker = Worker(loader, self.baton, tally)
+        worker = Worker(plan, self.baton, tally)
         # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
@@ -356,10 +352,6 @@ class Pool:
         ready.add_done_callback(loaded)
         self.instances[model.id] = instance
 
-    def _loader(self, model: Model, plan: LoadPlan) -> Loader:
-        parts = self.folder / model.file, plan.settings, model.sha256, plan.tuned
-        return Loader(model.id, *parts, model.fim, model.fim_layout)
-
     async def _make_room(self, model_id: str, parts: Parts) -> None:
         """Unload instances until the model fits into memory; HttpError 503 if it cannot."""
         while True:  # the free memory is looked at anew after each: the system changes meanwhile
@@ -375,7 +367,7 @@ class Pool:
         await asyncio.wait([asyncio.wrap_future(worker.ended)])
         worker.join()  # returns at once
         if worker.model_id not in self.models:
-            shutil.rmtree(worker.loader.kv_dir, ignore_errors=True)
+            shutil.rmtree(worker.plan.kv_dir, ignore_errors=True)
         del self.instances[worker.model_id]
         ctypes.CDLL(None).malloc_trim(0)
 

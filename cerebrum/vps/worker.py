@@ -5,12 +5,13 @@ try without HTTP:
     from cerebrum.vps.decoder import ModelTally
     from cerebrum.vps.job import Job
     from cerebrum.vps.llama import Settings, start_library
+    from cerebrum.vps.plan import LoadPlan
     from cerebrum.vps.schedule import Baton
     from cerebrum.request import GenerationRequest
-    from cerebrum.vps.worker import Loader, Worker
+    from cerebrum.vps.worker import Worker
     start_library()
-    loader = Loader("qwen", pathlib.Path("model.gguf"), Settings())
-    worker = Worker(loader, Baton(), ModelTally())
+    plan = LoadPlan("qwen", pathlib.Path("model.gguf"), Settings())
+    worker = Worker(plan, Baton(), ModelTally())
     worker.start()
     events, batch = queue.SimpleQueue(), [{}]
     request = GenerationRequest("def fibonacci(n):", language="python")
@@ -38,9 +39,8 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,10 +49,11 @@ import llama_cpp
 
 from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.decoder import Compute, Decoder, DraftModel, ModelTally
-from cerebrum.vps.encoding import TunedFile, untuned
+from cerebrum.vps.encoding import untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import MB, Llama, ModelError, Settings, Slot, llama_log
 from cerebrum.vps.memory import check_digest, file_stamp
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.prefixes import (
     MIN_PREFIX,
     STORE_SECONDS,
@@ -158,53 +159,30 @@ class Loaded(NamedTuple):
     key: str  # all that a saved state depends on
 
 
-@dataclass(slots=True)
-class Loader:
-    """Loads a model."""
+def load(plan: LoadPlan, beat: Callable[..., bool], abort_flag: Any = None) -> Loaded:
+    """Load the tuned file, or the published one if there is no tuned file or loading it fails.
+    `beat` is called now and then, with the share that has been read, and returns whether to give
+    up. A draft model gets the `abort_flag` of its model.
+    """
 
-    model_id: str
-    path: Path  # the published file
-    settings: Settings
-    sha256: str = ""
-    tuned: TunedFile | None = None
-    fim: Sequence[str] = ()
-    layout: str = "psm"
-    done: float = 0.0  # the share of the file that has been read
-    draft: Loader | None = None  # of the draft model
+    def read(path: Path, settings: Settings, sha256: str, encoding: str) -> Loaded:
+        # The published file is checked, also if its tuned copy is loaded.
+        check_digest(plan.path, sha256, settings.state_dir, beat)
+        model = Llama(path, settings, beat, plan.fim, plan.layout, abort_flag)
+        made = model.n_ctx, model.unified
+        key = repr((file_stamp(path), llama_cpp.__version__, made, settings))
+        return Loaded(model, path, settings, encoding, key)
 
-    def open(self, beat: Callable[[], bool], abort_flag: Any = None) -> Loaded:
-        """Load the tuned file, or the published one if there is no tuned file or loading it fails.
-        `beat` is called now and then, and returns whether to give up. A draft model gets the
-        `abort_flag` of its model.
-        """
-
-        def progress(done: float) -> bool:
-            self.done = done
-            return not beat()
-
-        def load(path: Path, settings: Settings, sha256: str, encoding: str) -> Loaded:
-            # The published file is checked, also if its tuned copy is loaded.
-            check_digest(self.path, sha256, self.settings.state_dir, beat)
-            model = Llama(path, settings, progress, self.fim, self.layout, abort_flag)
-            made = model.n_ctx, model.unified
-            key = repr((file_stamp(path), llama_cpp.__version__, made, settings))
-            return Loaded(model, path, settings, encoding, key)
-
-        if tuned := self.tuned:
-            passport = tuned.passport
-            try:
-                return load(tuned.path, tuned.settings, passport.source, passport.encoding)
-            except (ModelError, OSError) as error:
-                if beat():
-                    raise
-                log.warning(
-                    "model %s", untuned(self.model_id, f"its tuned file cannot be used: {error}")
-                )
-        return load(self.path, self.settings, self.sha256, "published")
-
-    @property
-    def kv_dir(self) -> Path:
-        return self.settings.state_dir / "kv" / self.model_id
+    if tuned := plan.tuned:
+        passport = tuned.passport
+        try:
+            return read(tuned.path, tuned.settings, passport.source, passport.encoding)
+        except (ModelError, OSError) as error:
+            if beat():
+                raise
+            reason = f"its tuned file cannot be used: {error}"
+            log.warning("model %s", untuned(plan.model_id, reason))
+    return read(plan.path, plan.settings, plan.sha256, "published")
 
 
 class Worker(threading.Thread):
@@ -216,14 +194,15 @@ class Worker(threading.Thread):
     Engine submits and cancels jobs from the event loop, and prepares them in further threads.
     """
 
-    def __init__(self, loader: Loader, baton: Baton, tally: ModelTally) -> None:
-        super().__init__(name=f"worker-{loader.model_id}", daemon=True)
-        self.loader = loader
-        self.model_id = loader.model_id
+    def __init__(self, plan: LoadPlan, baton: Baton, tally: ModelTally) -> None:
+        super().__init__(name=f"worker-{plan.model_id}", daemon=True)
+        self.plan = plan
+        self.model_id = plan.model_id
         self.baton = baton
         self.ready = Future[None]()
         self.ended = Future[None]()
         self.stopping = False  # or it has failed
+        self.done = 0.0  # the share of the model that has been read
         self.memory_bytes = 0  # resident memory that loading added
         self.loaded: Loaded | None = None
         self.draft: Loaded | None = None
@@ -338,6 +317,11 @@ class Worker(threading.Thread):
         self.due = time.monotonic() + max(HUNG_SECONDS, SLOWEST * seconds)
         return self.stopping
 
+    def _loading(self, done: float = 0.0) -> bool:
+        """Note this share of a model as read. Returns whether to stop."""
+        self.done = done
+        return self._beat()
+
     def run(self) -> None:
         try:
             self._beat()
@@ -395,13 +379,13 @@ class Worker(threading.Thread):
         if isinstance(error, ModelError):
             said = " | ".join(llama_log.lines)[-1000:]
             log.error("%s: %s; llama.cpp said: %s", name, error, said)
-            return HttpError("MODEL_LOAD_FAILED", f"{name} ({self.loader.path.name}): {error}")
+            return HttpError("MODEL_LOAD_FAILED", f"{name} ({self.plan.path.name}): {error}")
         log.error("%s: loading failed", name, exc_info=error)
         return HttpError("MODEL_LOAD_FAILED", f"{name}: loading failed; see the log")
 
     def _load(self) -> Decoder:
         before = resident_bytes()
-        self.loaded = loaded = self.loader.open(self._beat)
+        self.loaded = loaded = load(self.plan, self._loading)
         model = loaded.model
         settings = loaded.settings
         costs = measure_costs(model, self.baton, self._beat)
@@ -409,7 +393,7 @@ class Worker(threading.Thread):
         draft_model = self._load_draft(model, compute)
         sequences = Sequences(model, settings.sequences, settings.cache_mb * MB)
         store = sequences.store
-        for entry in load_parked(self.loader.kv_dir, loaded.key):
+        for entry in load_parked(self.plan.kv_dir, loaded.key):
             self._beat()
             store.add(entry)
         self.memory_bytes = max(0, resident_bytes() - before - store.size)
@@ -429,15 +413,15 @@ class Worker(threading.Thread):
 
     def _load_draft(self, large: Llama, compute: Compute) -> DraftModel | None:
         """The draft model, if there is one; None, and a line in the log, if it cannot be loaded."""
-        loader = self.loader.draft
-        if not loader:
+        plan = self.plan.draft
+        if not plan:
             return None
         try:
-            self.draft = loaded = loader.open(self._beat, large.abort_flag)
+            self.draft = loaded = load(plan, self._loading, large.abort_flag)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
-            log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
+            log.warning("model %s: %s writes no drafts: %s", self.model_id, plan.model_id, error)
             return None
         model = loaded.model
         settings = loaded.settings
@@ -446,7 +430,7 @@ class Worker(threading.Thread):
         sequences = Sequences(model, settings.sequences + answers, 0)
         slots = sequences.slots[settings.sequences :]  # those before follow the large model's
         parts = model, sequences, slots, costs, compute, self.tally, self.waiting
-        return DraftModel(*parts, writer=loader.model_id)
+        return DraftModel(*parts, writer=plan.model_id)
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -469,9 +453,8 @@ class Worker(threading.Thread):
                 for slot in sequences.slots:
                     self._beat()
                     sequences.park(slot)
-                save_parked(
-                    self.loader.kv_dir, self.loaded.key, sequences.store.entries, self._beat
-                )
+                entries = sequences.store.entries
+                save_parked(self.plan.kv_dir, self.loaded.key, entries, self._beat)
         self.decoder = None
         for loaded in (self.draft, self.loaded):
             if loaded:

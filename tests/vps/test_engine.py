@@ -39,6 +39,7 @@ from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.job import Event, Job, Run
 from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB
 from cerebrum.vps.memory import Parts, fit_context
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.prefixes import (
     Parked,
     PrefixStore,
@@ -51,7 +52,7 @@ from cerebrum.vps.prefixes import (
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, longest_delay
 from cerebrum.vps.vocabulary import heal_from
-from cerebrum.vps.worker import Loader, Worker
+from cerebrum.vps.worker import Worker
 from cerebrum_common import HttpError
 
 # Seconds of a decode of one token and of 16: a 0.5B on an AMD EPYC.
@@ -685,7 +686,7 @@ class Ask:
         return str(self.outcome()[1].code)
 
 
-def worker_of(loader: Loader) -> Worker:
+def worker_of(loader: LoadPlan) -> Worker:
     """A worker beside no other."""
     return Worker(loader, Baton(), ModelTally())
 
@@ -728,7 +729,7 @@ def worker(request: pytest.FixtureRequest, tmp_path: Path, loads: Loads) -> Iter
     path.write_bytes(b"weights")
     sequences = getattr(request, "param", 2)
     settings = llama.Settings(threads=1, sequences=sequences, draft=False, state_dir=tmp_path)
-    with running(worker_of(Loader("m", path, settings))) as worker:
+    with running(worker_of(LoadPlan("m", path, settings))) as worker:
         yield worker
 
 
@@ -780,7 +781,7 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     settings = llama.Settings(state_dir=tmp_path / "state")
     used = replace(settings, micro_batch=128)
     tuned = TunedFile(tmp_path / "tuned", used, tuned_passport(source))
-    with running(worker_of(Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
+    with running(worker_of(LoadPlan("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
     assert loads.loaded == loaded
     assert (worker.loaded.path.name, worker.loaded.settings.micro_batch) == loaded[-1]
@@ -800,7 +801,9 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path: Path, patch: Any) 
 
     def load(name: str, **other: Any) -> None:
         (tmp_path / name).write_bytes(name.encode())
-        with running(worker_of(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
+        with running(
+            worker_of(LoadPlan("m", tmp_path / name, replace(settings, **other)))
+        ) as worker:
             keys.add(worker.loaded.key)
 
     load("m.gguf")
@@ -912,7 +915,7 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails
 
 def test_any_fault_of_a_load_is_reported(tmp_path: Path, loads: Loads) -> None:
     loads.broken["m.gguf"] = FileNotFoundError(2, "No such file", "/secret/path")
-    worker = worker_of(Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
+    worker = worker_of(LoadPlan("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
     error: Any = worker.ready.exception(PATIENCE)
     assert error.code == "MODEL_LOAD_FAILED"
@@ -1229,7 +1232,7 @@ def test_each_gets_the_text_after_the_own_prompt_whatever_was_kept_of_others(
     rng = random.Random(kind)
     tally = Counter[str]()
     for _ in range(4):
-        with running(worker_of(Loader("m", path, settings))) as worker:
+        with running(worker_of(LoadPlan("m", path, settings))) as worker:
             for _ in range(12):
                 asked = []
                 for secret in rng.choice((SECRETS, SECRETS[:1], SECRETS[1:])):

@@ -42,10 +42,11 @@ from cerebrum.vps.llama import (
     start_library,
 )
 from cerebrum.vps.memory import accepts, check_digest, needed
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.vocabulary import Vocabulary, api, cut_runs
-from cerebrum.vps.worker import Loader, Worker
+from cerebrum.vps.worker import Worker
 from cerebrum_common import HttpError
 
 ONE = Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16)
@@ -83,11 +84,11 @@ def test_the_text_is_that_of_a_greedy_loop(
     family: str, seed: int, rounds: int, models: Path, tmp_path: Path
 ) -> None:
     path = models / f"{family}.gguf"
-    loader = Loader("tiny", path, replace(EXACT, state_dir=tmp_path))
+    loader = LoadPlan("tiny", path, replace(EXACT, state_dir=tmp_path))
     check_against_a_greedy_loop(loader, rounds, random.Random(f"{family} {seed}"))
 
 
-def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random) -> ModelTally:
+def check_against_a_greedy_loop(loader: LoadPlan, rounds: int, draw: random.Random) -> ModelTally:
     """Ask for completions as an editor might, with edits, cancels and restarts, and compare each
     text. Returns what was counted.
     """
@@ -122,7 +123,7 @@ def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random
 
     while rounds > 0:
         turns = min(rounds, draw.randint(1, 20))
-        with running(Worker(replace(loader), Baton(), tally)) as worker:
+        with running(Worker(loader, Baton(), tally)) as worker:
             for _ in range(turns):
                 compared += sum(ask_some(worker))
         rounds -= turns
@@ -136,7 +137,7 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 ) -> None:
     settings = Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path)
     read = []
-    with running(worker_of(Loader("tiny", models / "dense.gguf", settings))) as worker:
+    with running(worker_of(LoadPlan("tiny", models / "dense.gguf", settings))) as worker:
         for text in ("x = 1\n" * 400, "y = 2\n" * 400, "x = 1\n" * 401, "y = 2\n" * 401):
             before = worker.tally.prompt_tokens
             ask(worker, text, max_tokens=1).outcome()
@@ -149,7 +150,7 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 
 @contextlib.contextmanager
 def opened(path: Path, settings: Settings = ONE, **fim: Any) -> Iterator[Llama]:
-    model = Llama(path, settings, lambda _: True, **fim)
+    model = Llama(path, settings, **fim)
     yield model
     model.close()
 
@@ -499,7 +500,7 @@ def test_what_completes_no_text_is_refused_by_its_header(
         with pytest.raises(ModelError, match=message):
             needed(path, [Settings(state_dir=tmp_path)])
     with pytest.raises(ModelError, match=message):
-        Llama(path, Settings(threads=1, n_ctx=512, state_dir=tmp_path), lambda _: True)
+        Llama(path, Settings(threads=1, n_ctx=512, state_dir=tmp_path))
     assert not [*(tmp_path / "verified").iterdir()]
 
 

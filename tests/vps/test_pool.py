@@ -29,8 +29,8 @@ from cerebrum.settings import Environment
 from cerebrum.vps import memory, plan, pool
 from cerebrum.vps.encoding import TunedFile, find_tuned
 from cerebrum.vps.llama import MB, ModelError, Settings
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.pool import Instance
-from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
 from vpsd import Admission, Engine, events_of, load_config
 
@@ -52,13 +52,14 @@ class ScriptedWorker:
     stored_bytes = memory_bytes = 0
     prepare_fault: Exception | None = None
 
-    def __init__(self, loader: Loader, _baton: Any, tally: Any) -> None:
-        self.loader, self.tally = loader, tally
-        self.model_id, self.tuned = loader.model_id, loader.tuned
-        self.draft = loader.draft  # what it could use of it
+    def __init__(self, plan: LoadPlan, _baton: Any, tally: Any) -> None:
+        self.plan, self.tally = plan, tally
+        self.done = 0.0
+        self.model_id, self.tuned = plan.model_id, plan.tuned
+        self.draft = plan.draft  # what it could use of it
         self.ready, self.ended = Future[None](), Future[None]()
         model = SimpleNamespace(n_ctx=4096)
-        self.loaded = SimpleNamespace(model=model, path=loader.path, encoding="published")
+        self.loaded = SimpleNamespace(model=model, path=plan.path, encoding="published")
         self.submitted = []
         self.submit = self.submitted.append
         self.made.append(self)
@@ -257,7 +258,7 @@ async def test_a_draft_model_is_loaded_with_its_model_and_listed_unless_it_could
     house.reconfigure(models=(house.pool.models[A], large))
     assert (await house.listed(B))["draft"] == A
     worker = await house.idle(B)
-    draft = worker.loader.draft
+    draft = worker.plan.draft
     assert (draft.model_id, draft.path, draft.settings.outputs) == (A, house.file(A), 1)
     assert list(house.pool.ready) == [B]  # it serves nobody itself
     assert house.pool.instances[B].estimate == 2 * MB
@@ -677,9 +678,9 @@ async def test_what_changes_of_a_pair_reaches_the_loaded_model(house, changed, c
     house.reconfigure(models=(*models.values(),))
     assert worker.stopping
     await house.ends(B)
-    loader = (await house.idle(B)).loader
-    assert (loader.fim, loader.layout) == (models[B].fim, models[B].fim_layout)
-    assert (loader.draft.path.name, loader.draft.sha256) == (models[A].file, models[A].sha256)
+    plan = (await house.idle(B)).plan
+    assert (plan.fim, plan.layout) == (models[B].fim, models[B].fim_layout)
+    assert (plan.draft.path.name, plan.draft.sha256) == (models[A].file, models[A].sha256)
 
 
 async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house):
