@@ -41,8 +41,6 @@ from cerebrum.vps.vocabulary import api
 
 # ------------------------------------------------------------------------------------- the passport
 
-PASSPORT_FORMAT = 3
-
 
 @functools.cache  # llama.cpp writes the text into one buffer for all threads
 def cpu_features() -> str:
@@ -72,7 +70,6 @@ class Passport(NamedTuple):
     # Seconds of the decodes of DECODES, by the published file and the one in use; empty: unknown.
     published: Sequence[float] = ()
     here: Sequence[float] = ()
-    format: int = PASSPORT_FORMAT
 
     @property
     def encoding(self) -> str:
@@ -110,18 +107,6 @@ def machine() -> dict[str, Any]:
     return {"library": llama_cpp.__version__, "cpu": cpu_features(), "cpus": cpus()}
 
 
-def expected_passport(published: Path, settings: Settings, sha256: str) -> dict[str, Any]:
-    """The fields that a passport must have to be used; see `find_tuned`."""
-    expected = {"format": PASSPORT_FORMAT, **machine()}
-    if settings.fixed_threads:
-        expected["threads"] = settings.threads
-    if sha256:
-        expected["source"] = sha256
-    else:
-        expected["file"] = file_stamp(published)
-    return expected
-
-
 def find_tuned(
     published: Path, settings: Settings, sha256: str = ""
 ) -> tuple[TunedFile | None, str]:
@@ -132,13 +117,20 @@ def find_tuned(
     unknown (empty), the published file must not have been touched since.
     """
     path = tuned_path(settings.state_dir, published)
+    expected = machine()
+    if settings.fixed_threads:
+        expected["threads"] = settings.threads
+    if sha256:
+        expected["source"] = sha256
+    else:
+        expected["file"] = file_stamp(published)
     try:
         passport = read_passport(path)
     except FileNotFoundError:
         return None, "there is no tuned file"
     except (OSError, ValueError, TypeError):
         return None, "its passport cannot be read"
-    for name, here in expected_passport(published, settings, sha256).items():
+    for name, here in expected.items():
         made_for = getattr(passport, name)
         if made_for != here:
             return None, f"it was tuned for {name} {made_for}, here it is {here}"

@@ -277,11 +277,10 @@ PASSPORT = {
     "threads": 2,
     "flash_attention": False,
     "types": {"Q5_0": "Q8_0"},
-    "format": 3,
     "file": "10.20",
     "size": 4,
 }
-ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
+ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3}
 INCOMPLETE = "its tuned file is missing or cut short"
 NO_PASSPORT = "its passport cannot be read"
 
