@@ -72,7 +72,6 @@ from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import (
     Outcome,
-    Progress,
     TuneError,
     alone_in,
     find_tuned,
@@ -353,7 +352,7 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     if not fitting:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
     with alone_in(config.engine.state_dir) as temporary:
-        timings = time_types(config.engine, temporary, bars("choose"))
+        timings = time_types(config.engine, temporary, Bar("choose").report)
     speeds = [(model, predict(model.shape, timings) if model.shape else None) for model in fitting]
     best = best_of(speeds, config.hint_seconds)
     print(*table(speeds, best), sep="\n", flush=True)
@@ -405,18 +404,6 @@ def reason_of(error: Exception) -> str:
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
-def bars(name: str) -> Progress:
-    """Shows a progress bar for each label that is reported."""
-    found = dict[str, Bar]()
-
-    def report(label: str, done: int, total: int) -> None:
-        if label not in found:
-            found[label] = Bar(f"{name}: {label}", total)
-        found[label].show(done)
-
-    return report
-
-
 def wait_for_quiet() -> None:
     """TuneError if the machine stays too busy to measure anything."""
     for second in range(QUIET_SECONDS):
@@ -443,7 +430,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     source = model.sha256 or digest_with_bar(path)
     room = round((available_mb() - config.min_free_mb) * MB)
     settings, _ = fit_context(path, config.engine, room, needed)
-    return tune(path, source, settings, room, bars(model.id), output, dry_run)
+    return tune(path, source, settings, room, Bar(model.id).report, output, dry_run)
 
 
 # --------------------------------------------------------------------------------------- the engine

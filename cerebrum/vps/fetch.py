@@ -37,11 +37,18 @@ class Bar:
     seconds.
     """
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int = 0) -> None:
         self.label = label
+        self.step = ""
         self.total = total
         self.drawn = time.monotonic()
         self.terminal = sys.stderr.isatty()
+
+    def report(self, step: str, done: int, total: int) -> None:
+        """Show one of several steps, each of which has its own total."""
+        self.step = f": {step}"
+        self.total = total
+        self.show(done)
 
     def show(self, done: int) -> None:
         """Draw it, if the last time was long enough ago or all is done."""
@@ -51,7 +58,7 @@ class Bar:
             return
         self.drawn = now
         share = min(1.0, done / self.total) if self.total else 0.0
-        text = f"{self.label} [{'#' * round(30 * share):<30}] {share:4.0%}"
+        text = f"{self.label}{self.step} [{'#' * round(30 * share):<30}] {share:4.0%}"
         if self.terminal:
             text = f"\r{text}\x1b[K"
         end = "\n" if is_last or not self.terminal else ""
@@ -82,7 +89,10 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
         elif target.exists() and not fault_of(model, target):
             return target
         download(model, part)
-        check_download(model, part)
+        part.with_suffix(".etag").unlink(missing_ok=True)
+        if fault := fault_of(model, part):
+            part.unlink()
+            raise FetchError(f"model {model.id}: {fault}; the download was removed")
         part.chmod(0o644)  # the daemon runs as another user
         os.replace(part, target)
         # Left by an earlier try with another source.
@@ -115,15 +125,6 @@ def download(model: Model, part: Path) -> None:
     raise FetchError(
         f"model {model.id}: no source worked: {'; '.join(problems) or 'none is listed'}"
     )
-
-
-def check_download(model: Model, part: Path) -> None:
-    """Remove a part that is not the model; FetchError says what was expected and what came."""
-    fault = fault_of(model, part)
-    part.with_suffix(".etag").unlink(missing_ok=True)
-    if fault:
-        part.unlink()
-        raise FetchError(f"model {model.id}: {fault}; the download was removed")
 
 
 def digest_with_bar(path: Path) -> str:
