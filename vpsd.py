@@ -214,6 +214,7 @@ FIELDS = RULES | {
 # At the start of a file there is nothing before the cursor.
 FIELDS_AROUND_A_GAP = FIELDS | {"prompt": Field(str)}
 MAX_EXTRAS = 256  # texts of other files
+# Of these two, the members become pairs in this order.
 MESSAGE = {
     "role": Field(str, choices=("system", "user", "assistant"), required=True),
     "content": Field(str, required=True),
@@ -237,7 +238,7 @@ def parse_inference(members: Members) -> GenerationRequest:
     if is_chat:
         mode = "instruct"
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
-        fields["messages"] = [(message["role"], message["content"]) for message in messages]
+        fields["messages"] = [tuple(message.values()) for message in messages]
     if ("prompt" in members) == is_chat:
         raise HttpError(
             "INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it"
@@ -247,7 +248,7 @@ def parse_inference(members: Members) -> GenerationRequest:
             "INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages"
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
-    fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
+    fields["extra"] = [tuple(entry.values()) for entry in extra]
     return GenerationRequest(**fields | {"mode": fields["mode"] or mode})
 
 

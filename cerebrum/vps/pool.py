@@ -329,7 +329,10 @@ class Pool:
             log.warning("model %s", untuned(model.id, plan.reason))
         if plan.note:
             log.info("model %s: %s", model.id, plan.note)
-        await self._make_room(model.id, plan.parts)
+        loaded = self.instances.values()
+        # The free memory is looked at anew after each: the system changes meanwhile.
+        while going := room_for(model.id, plan.parts, self._free_mb(), self.min_free_mb, loaded):
+            await self._unload(going)
         start = time.monotonic()
         tally = self.tallies[model.id]
         worker = Worker(plan, self.baton, tally)
@@ -339,7 +342,7 @@ class Pool:
         freed = asyncio.create_task(self._reap(worker))
         instance = Instance(model, worker, plan.bytes, ready, freed, loaded_as)
 
-        def loaded(future: asyncio.Future[None]) -> None:
+        def note_end(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
             if not error:
                 instance.last_used = time.monotonic()
@@ -349,16 +352,8 @@ class Pool:
                 tally.failed_loads += 1
                 self._note_failure(model, error.message)
 
-        ready.add_done_callback(loaded)
+        ready.add_done_callback(note_end)
         self.instances[model.id] = instance
-
-    async def _make_room(self, model_id: str, parts: Parts) -> None:
-        """Unload instances until the model fits into memory; HttpError 503 if it cannot."""
-        while True:  # the free memory is looked at anew after each: the system changes meanwhile
-            loaded = self.instances.values()
-            if not (going := room_for(model_id, parts, self._free_mb(), self.min_free_mb, loaded)):
-                return
-            await self._unload(going)
 
     async def _reap(self, worker: Worker) -> None:
         """When the worker has ended, for whatever reason, forget it and return its memory to the
@@ -448,8 +443,4 @@ class Pool:
         """End all loads, and unload all models. Their workers save the parked sequences."""
         for load in self.starting.values():
             load.cancel()
-        instances = list(self.instances.values())
-        for instance in instances:
-            instance.worker.stop()
-        for instance in instances:
-            await asyncio.wait([instance.freed])
+        await asyncio.gather(*map(self._unload, self.instances.values()))
