@@ -85,7 +85,6 @@ from cerebrum.vps.llama import KV_TYPES, MB, ModelError, Settings, start_library
 from cerebrum.vps.memory import (
     available_mb,
     check_digest,
-    check_memory,
     end_checks,
     fit_context,
     needed,
@@ -511,7 +510,7 @@ class Engine:
 
     def admit(self, request: GenerationRequest, notes: dict[str, Any]) -> Admission:
         """Start a request, which ends the older request of its session. HttpError, before anything
-        ends: unknown model, all places taken, or too little memory or CPU.
+        ends: unknown model, all places taken, or too little CPU.
         """
         self.pool.check(request.model)
         session = request.session
@@ -521,8 +520,6 @@ class Engine:
         places = self.pool.settings.sequences
         if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
-        if not self.pool.can_relieve(request.model):
-            check_memory(available_mb(), self.config.min_free_mb)
         check_cpu(self.cpu.others_percent, self.config.max_cpu_percent)
         admission = Admission(request, notes)
         if self.config.log_prompts:

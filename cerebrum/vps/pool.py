@@ -380,10 +380,6 @@ class Pool:
         """The instances with saved prompts, which can be dropped."""
         return [instance for instance in self.ready.values() if instance.worker.stored_bytes]
 
-    def can_relieve(self, wanted: str) -> bool:
-        """Whether `relieve` could free any memory."""
-        return bool(removable(self.instances.values(), wanted) or self._saving())
-
     async def relieve(self, wanted: str) -> None:
         """While available memory is below the reserve, unload idle models other than the wanted
         one, then drop saved prompts; HttpError 503 if that is not enough.
