@@ -33,18 +33,9 @@ class Job:
     """A request on its way through a worker.
 
     The worker's thread calls `deliver` with lists of events; the job's last event is a done event
-    or an HttpError. Only other threads set `cancelled`.
+    or an HttpError. Only other threads set `cancelled`. It is of use once `prepare` has found the
+    prompt, the most tokens to write, and what ends the completion.
     """
-
-    # What `prepare` finds.
-    # The whole prompt, then less and less of it; each as `Vocabulary.encode` returns it.
-    parts: list[tuple[list[int], bytes, int]]
-    # Of the part that is read:
-    prompt: list[int]
-    heal: bytes  # the completion's first bytes, which the client already has
-    before: int  # tokens of the prompt up to the cursor
-    max_tokens: int  # of the completion
-    ending: Ending  # of the completion
 
     def __init__(self, request: GenerationRequest, deliver: Deliver) -> None:
         self.request = request
@@ -66,6 +57,7 @@ class Job:
         """
         request = self.request
         vocabulary = model.vocabulary
+        # The whole prompt, then less and less of it.
         self.parts = [vocabulary.encode(request)]
         if request.prompt_ms and not request.special:
             for fields in nearer(vars(request), vocabulary.layout):
@@ -85,7 +77,9 @@ class Job:
         self.ending = Ending(*where, request.indent, request.stop, min_confidence)
 
     def read(self, part: int) -> None:
-        """Choose the part of the prompt to read."""
+        """Choose the part of the prompt to read: its tokens, the completion's first bytes, which
+        the client already has, and the number of tokens up to the cursor.
+        """
         self.prompt, self.heal, self.before = self.parts[part]
 
     def _begun(self) -> str:
