@@ -71,7 +71,7 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import (
-    Outcome,
+    Passport,
     TuneError,
     alone_in,
     find_tuned,
@@ -375,8 +375,8 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
             result = "the published file is used again"
         print(f"{model.id}: {result}")
         return
-    outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
-    if not options.dry_run and outcome.pays:
+    passport = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
+    if not options.dry_run and passport.pays:
         print(
             f"{model.id}: used from its next load on; "
             f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
@@ -417,7 +417,7 @@ def wait_for_quiet() -> None:
     )
 
 
-def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
+def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Passport:
     """Tune a downloaded model, with a progress bar. The table is printed to `output` before the
     tuned file is put in place. TuneError if the file is missing or the machine is too busy to
     measure anything.

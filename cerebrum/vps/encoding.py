@@ -72,6 +72,11 @@ class Passport(NamedTuple):
     here: Sequence[float] = ()
 
     @property
+    def pays(self) -> bool:
+        """Whether anything is faster than the published file with the usual settings."""
+        return self.here != self.published
+
+    @property
     def encoding(self) -> str:
         """The changed types in words, as shown by `/v1/models`."""
         if not self.types:
@@ -193,35 +198,23 @@ def faster_types(timings: Mapping[str, Timing]) -> dict[str, str]:
     return {old: new for old, new in FAITHFUL.items() if fastest([timings[old], timings[new]])}
 
 
-class Outcome(NamedTuple):
-    """The result of `tune`: the times of the published file with the usual settings, and of what
-    will be used.
+def comparison(passport: Passport, published: Timing, here: Timing) -> str:
+    """A table of the times of the published file with the usual settings, and of what will be used;
+    they are one if nothing is faster.
     """
-
-    passport: Passport
-    published: Timing
-    here: Timing
-
-    @property
-    def pays(self) -> bool:
-        """Whether anything is faster than the published file with the usual settings."""
-        return self.here is not self.published
-
-    def table(self) -> str:
-        passport = self.passport
-        flash = "on" if passport.flash_attention else "off"
-        used = f"{passport.encoding}; flash attention {flash}, threads: {passport.threads}"
-        lines = [f"{cpu_name()}; {used}", "", f"{'':34}{'published':>10}{'here':>12}"]
-        here = self.here.rows()
-        for name, old in self.published.rows().items():
-            new = here[name]
-            lines.append(f"{name:34}{1e3 * old:>10.1f}{1e3 * new:>12.1f}  {old / new:.2f} x")
-        if not self.pays:
-            lines.append(
-                f"\nnothing is {MIN_GAIN:.0%} faster here than the published file, "
-                f"which is used as it is"
-            )
-        return "\n".join(lines)
+    flash = "on" if passport.flash_attention else "off"
+    used = f"{passport.encoding}; flash attention {flash}, threads: {passport.threads}"
+    lines = [f"{cpu_name()}; {used}", "", f"{'':34}{'published':>10}{'here':>12}"]
+    times = here.rows()
+    for name, old in published.rows().items():
+        new = times[name]
+        lines.append(f"{name:34}{1e3 * old:>10.1f}{1e3 * new:>12.1f}  {old / new:.2f} x")
+    if here is published:
+        lines.append(
+            f"\nnothing is {MIN_GAIN:.0%} faster here than the published file, "
+            f"which is used as it is"
+        )
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ IO: measuring
@@ -321,12 +314,12 @@ def tune(
     report: Progress,
     output: TextIO,
     dry_run: bool = False,
-) -> Outcome:
+) -> Passport:
     """Find the fastest encoding of a published file, and put the tuned file in place (not with
     `dry_run`).
 
-    `sha256` is the published file's, `room` the bytes of memory that the model may take. The table
-    of the outcome is printed to `output` before the file is used. After a TuneError, ModelError or
+    `sha256` is the published file's, `room` the bytes of memory that the model may take. The
+    comparison is printed to `output` before the file is used. After a TuneError, ModelError or
     OSError nothing has changed.
     """
     stamp = file_stamp(published)
@@ -365,11 +358,11 @@ def tune(
         here["published"] = list(timings[0].decode.values())
         here["types"] = {} if file == published else in_words
         passport = Passport(source=sha256, file=stamp, **here)
-        outcome = Outcome(passport, timings[0], timings[best])
-        print(outcome.table(), file=output, flush=True)
+        table = comparison(passport, timings[0], timings[best])
+        print(table, file=output, flush=True)
         if not dry_run:
             put_in_place(folder, passport, tuned_path(settings.state_dir, published))
-    return outcome
+    return passport
 
 
 def put_in_place(folder: Path, passport: Passport, target: Path) -> None:
