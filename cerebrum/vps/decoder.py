@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from itertools import islice
 from typing import NamedTuple
 
 from cerebrum.metrics import Tally
@@ -513,16 +512,6 @@ class DraftModel(Decoder):
             slot.tokens += tokens
         return decoded
 
-    def continuations(self, run: Run, lacking: list[int]) -> Iterator[tuple[int, float]]:
-        """Read what is lacking of a run, then say what comes next, token by token, with
-        probabilities. Each is read when the next one is asked for.
-        """
-        unread = lacking
-        while self.read(run.slot.id, unread, [run]) is Decoded.DONE:
-            token = self.model.greedy(LAST)
-            yield token, self.model.probability(LAST, token)
-            unread = [token]
-
     def write_ahead(self, large: Decoder, work: Work, streams: int, most: int) -> None:
         """Read a piece of what is lacking of one of the large model's `streams`, or write a draft
         of at most `most` tokens, if that should save more time than it takes.
@@ -539,8 +528,7 @@ class DraftModel(Decoder):
         if len(lacking) > piece:
             self.read(run.slot.id, lacking[:piece], [run])
         else:
-            expected = islice(self.continuations(run, lacking), min(most, MODEL_LENGTH))
-            self._write(large, work, streams, expected, time.perf_counter() + delay)
+            self._write(large, work, streams, lacking, most, time.perf_counter() + delay)
         large.gain.charge((streams, MODEL), self.tally.ahead_seconds - before)
 
     def _catching_up_pays(
@@ -559,17 +547,25 @@ class DraftModel(Decoder):
         large: Decoder,
         work: Work,
         streams: int,
-        expected: Iterator[tuple[int, float]],
+        lacking: list[int],
+        most: int,
         deadline: float,
     ) -> None:
-        """Draft the tokens that this model expects, as far as they are worth their time: of each,
-        first whether to check it, then whether to write another one.
+        """Read what is lacking, then draft the tokens that this model expects, as far as they are
+        worth their time: of each, first whether to check it, then whether to write another one,
+        for which this one is read.
         """
+        run = work.run
         size = streams  # of the decode that checks them, without the other streams' drafts
         worth = large.gain.plain[streams]  # the seconds that a right token saves
-        for token, probability in expected:
+        unread = lacking
+        for _ in range(min(most, MODEL_LENGTH)):
+            if self.read(run.slot.id, unread, [run]) != Decoded.DONE:
+                return
+            token = self.model.greedy(LAST)
+            unread = [token]
             work.foreseen.append(token)
-            worth *= probability  # that all so far are right
+            worth *= self.model.probability(LAST, token)  # that all so far are right
             # An id of the padding may be none of the model, and the end of a text is no token to
             # decode.
             if token >= large.model.n_vocab or large.model.vocabulary.is_end(token):

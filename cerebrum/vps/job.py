@@ -119,7 +119,7 @@ class Run:
         self.ending = job.ending
         self.sampler = Sampler(job.request)
         self.written = list[Written]()
-        self.sent = list[str]()
+        self.sent = ""
         self.probability = 1.0  # of the latest token
         self.drafter: Drafter | None = None  # once a token has been generated
         self.pending: int | None = None  # sampled, not yet decoded
@@ -173,7 +173,7 @@ class Run:
     def send(self, text: str) -> None:
         if text:
             self.outbox.append({"token": text, "total_tokens": self.generated})
-            self.sent.append(text)
+            self.sent += text
 
     def deliver(self) -> None:
         """Deliver the events in the outbox."""
@@ -210,7 +210,7 @@ class Run:
             event["ttft"] = round(self.first_token - job.submitted, 4)
         if (seconds := self.last_token - self.first_token) > 0:
             event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
-        return event | confidence_of(self.written, self.ending.start, "".join(self.sent))
+        return event | confidence_of(self.written, self.ending.start, self.sent)
 
 
 class Sampler:

@@ -376,10 +376,6 @@ class Pool:
         growth_mb = max(0.0, megabytes(self.instances.values()) - used_mb)
         return min(available_mb() - self.min_free_mb, cgroup_left_bytes() / MB) - growth_mb
 
-    def _saving(self) -> list[Instance]:
-        """The instances with saved prompts, which can be dropped."""
-        return [instance for instance in self.ready.values() if instance.worker.stored_bytes]
-
     async def relieve(self, wanted: str) -> None:
         """While available memory is below the reserve, unload idle models other than the wanted
         one, then drop saved prompts; HttpError 503 if that is not enough.
@@ -388,9 +384,9 @@ class Pool:
             if not (going := removable(self.instances.values(), wanted)):
                 break
             await self._unload(going[0])
-        for instance in self._saving():
+        for instance in self.ready.values():
             missing_mb = self.min_free_mb - available_mb()
-            if missing_mb > 0:
+            if missing_mb > 0 and instance.worker.stored_bytes:
                 shed = asyncio.wrap_future(instance.worker.shed(math.ceil(missing_mb * MB)))
                 await asyncio.wait([shed, instance.freed], return_when=asyncio.FIRST_COMPLETED)
                 ctypes.CDLL(None).malloc_trim(0)
