@@ -158,7 +158,14 @@ def fetch_url(source: Source, part: Path, size: int) -> None:
         if not begin:
             part.write_bytes(b"")  # emptied before its etag changes
             etag.write_text(validator(headers))
-        done = append(answer, part, begin, total)
+        bar = Bar(f"fetching {part.stem}", total)
+        done = begin
+        with part.open("r+b") as file:
+            file.seek(begin)
+            while data := answer.read(MB):
+                file.write(data)
+                done += len(data)
+                bar.show(done)
     if total and done != total:
         raise FetchError(f"expected {total} bytes, got {done}; run fetch again to go on")
 
@@ -169,19 +176,6 @@ def is_rest(headers: Message, begin: int, known: str) -> bool:
     """
     begins = (headers["Content-Range"] or "").startswith(f"bytes {begin}-")
     return begins and validator(headers) in ("", known)
-
-
-def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:
-    """Write an answer behind the first `begin` bytes of `part`, and return how many it has then."""
-    bar = Bar(f"fetching {part.stem}", total)
-    done = begin
-    with part.open("r+b") as file:
-        file.seek(begin)
-        while data := answer.read(MB):
-            file.write(data)
-            done += len(data)
-            bar.show(done)
-    return done
 
 
 def validator(headers: Message) -> str:

@@ -72,7 +72,10 @@ class Job:
                 extra={"prompt_tokens": count, "n_ctx": n_ctx},
             )
         self.max_tokens = min(request.max_tokens, n_ctx - count)
-        where = request.mode, request.language, self._begun(), request.suffix, request.stop_at
+        begun = "" if request.mode == "instruct" else request.prompt
+        if request.messages:
+            begun = begun_answer(request.messages)
+        where = request.mode, request.language, begun, request.suffix, request.stop_at
         min_confidence = None if request.messages else request.min_confidence
         self.ending = Ending(*where, request.indent, request.stop, min_confidence)
 
@@ -81,12 +84,6 @@ class Job:
         the client already has, and the number of tokens up to the cursor.
         """
         self.prompt, self.heal, self.before = self.parts[part]
-
-    def _begun(self) -> str:
-        """The text that the completion goes on with."""
-        if self.request.messages:
-            return begun_answer(self.request.messages)
-        return "" if self.request.mode == "instruct" else self.request.prompt
 
     @property
     def only_reads(self) -> bool:
