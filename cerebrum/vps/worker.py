@@ -90,8 +90,10 @@ class Way(IntEnum):
 
 def way_needed(run: Run, job: Job | None) -> Way:
     """The least that a run must offer for `job` to abort its decode; without a job, for one of
-    another model.
+    another model. For a job that is over, nobody who still waits is disturbed.
     """
+    if job and job.cancelled:
+        return Way.AT_ONCE
     if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
         return Way.FOR_OTHERS
     return Way.FOR_HURRIED if job.request.prompt_ms else Way.WITH_SLOT
@@ -269,25 +271,25 @@ class Worker(threading.Thread):
         """
         job.cancelled = True
         self.wake()
-        self._abort(lambda _run: Way.AT_ONCE)
+        self._abort(job)
 
     def give_way(self, job: Job | None) -> None:
         """Abort a decode that `job`, or one of another model (None), should not wait for. A
         recurrent model is not aborted, since it would have to read from the beginning.
         """
         if self.loaded and not self.loaded.model.recurrent:
-            self._abort(lambda run: way_needed(run, job))
+            self._abort(job)
 
-    def _abort(self, needed: Callable[[Run], Way]) -> None:
-        """Abort the current decode if each of its runs offers at least the way that is `needed` of
-        it; also one that is for no run yet. `Compute.decode` clears the byte before it asks a last
-        time who has left, so no cancelled job is missed.
+    def _abort(self, job: Job | None) -> None:
+        """Abort the current decode if each of its runs offers at least the way that `job` needs;
+        also one that is for no run yet. `Compute.decode` clears the byte before it asks a last time
+        who has left, so no cancelled job is missed.
         """
         decoder = self.decoder
         current = decoder and decoder.compute.current
         if decoder and current:
-            ways = [way_offered(run, current.is_long) >= needed(run) for run in current.runs]
-            if all(ways):
+            runs = current.runs
+            if all(way_offered(run, current.is_long) >= way_needed(run, job) for run in runs):
                 decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
