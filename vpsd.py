@@ -717,14 +717,10 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         "draft": draft,
     }
     if instance:
-        entry["memory_mb"] = round(memory_bytes(instance.worker) / MB, 1)
+        worker = instance.worker
+        entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)
         entry["last_used"] = timestamp(time.monotonic() - instance.last_used)
     return entry
-
-
-def memory_bytes(worker: Worker) -> int:
-    """Memory of a loaded model and its saved prompts."""
-    return worker.memory_bytes + worker.stored_bytes
 
 
 async def stats(engine: Engine, _request: Request) -> Response:
@@ -770,8 +766,8 @@ def at_work(engine: Engine) -> dict[str, SimpleNamespace]:
         if instance := engine.pool.ready.get(id):
             worker = instance.worker
             state.loaded = 1
-            state.memory = memory_bytes(worker)
             state.prompts = worker.stored_bytes
+            state.memory = worker.memory_bytes + state.prompts
             state.running = sum(len(decoder.runs) for decoder in worker.decoders)
         state.waiting = max(0, asked[id] - state.running)
     return states

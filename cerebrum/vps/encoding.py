@@ -341,13 +341,13 @@ def tune(
             file = folder / "tuned"
             source.write(file, types, functools.partial(report, "writing"))
             left -= growth
-        needs = zip(candidates, memory, strict=True)
-        fitting = [(file, used) for used, need in needs if need <= left]
+        fitting = [
+            (file, used) for used, need in zip(candidates, memory, strict=True) if need <= left
+        ]
         variants = list(dict.fromkeys([(published, settings), *fitting]))
         timings = compare(variants, report)
         best = fastest(timings)
         file, used = variants[best]
-        in_words = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))
         here = {
             **machine(),
             "threads": used.threads,
@@ -356,7 +356,9 @@ def tune(
             "here": list(timings[best].decode.values()),
         }
         here["published"] = list(timings[0].decode.values())
-        here["types"] = {} if file == published else in_words
+        here["types"] = {}
+        if file != published:
+            here["types"] = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))
         passport = Passport(source=sha256, file=stamp, **here)
         table = comparison(passport, timings[0], timings[best])
         print(table, file=output, flush=True)

@@ -191,7 +191,6 @@ def write_sample(path: Path, kind: str) -> None:
     ones = np.ones((SAMPLE_VOCABULARY, SAMPLE_WIDTH), np.float32)
     writer.add_tensor("token_embd.weight", ones)
     writer.add_tensor("output_norm.weight", ones[0])
-    raw = pypi().GGMLQuantizationType[kind]
     for layer in range(SAMPLE_LAYERS):
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{norm}.weight", ones[0])
@@ -199,7 +198,7 @@ def write_sample(path: Path, kind: str) -> None:
             writer.add_tensor(
                 f"blk.{layer}.{name}.weight",
                 np.zeros(byte_shape(shape, kind), np.uint8),
-                raw_dtype=raw,
+                raw_dtype=pypi().GGMLQuantizationType[kind],
             )
     check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
     writer.write_header_to_file()

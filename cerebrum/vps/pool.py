@@ -24,7 +24,7 @@ from cerebrum.metrics import resident_bytes
 from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import untuned
 from cerebrum.vps.llama import MB, ModelError, Settings
-from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory, file_stamp
+from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, file_stamp
 from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.worker import Worker
@@ -64,7 +64,7 @@ class Instance:
 how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "early")
 
 
-def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
+def remove_unlisted(state_dir: Path, models: Collection[Model]) -> None:
     """Remove the saved prompts and the tuned files of models that are not among these. Another
     process may be tuning, in a folder whose name begins with a dot.
     """
@@ -360,8 +360,7 @@ class Pool:
         """
         await asyncio.wait([asyncio.wrap_future(worker.ended)])
         worker.join()  # returns at once
-        if worker.model_id not in self.models:
-            shutil.rmtree(worker.plan.kv_dir, ignore_errors=True)
+        remove_unlisted(self.settings.state_dir, self.models.values())
         del self.instances[worker.model_id]
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -389,7 +388,12 @@ class Pool:
                 shed = asyncio.wrap_future(instance.worker.shed(math.ceil(missing_mb * MB)))
                 await asyncio.wait([shed, instance.freed], return_when=asyncio.FIRST_COMPLETED)
                 ctypes.CDLL(None).malloc_trim(0)
-        check_memory(available_mb(), self.min_free_mb)
+        available = available_mb()
+        if available < self.min_free_mb:
+            raise HttpError(
+                "RESOURCE_EXHAUSTED",
+                f"expected {self.min_free_mb:.0f} MB of memory available, got {available:.0f} MB",
+            )
 
     # Unloading.
 

@@ -205,7 +205,6 @@ class Worker(threading.Thread):
         self.ended = Future[None]()
         self.stopping = False  # or it has failed
         self.done = 0.0  # the share of the model that has been read
-        self.memory_bytes = 0  # resident memory that loading added
         self.loaded: Loaded | None = None
         self.draft: Loaded | None = None
         self.decoder: Decoder | None = None  # once the model is loaded
@@ -398,6 +397,7 @@ class Worker(threading.Thread):
         for entry in load_parked(self.plan.kv_dir, loaded.key):
             self._beat()
             store.add(entry)
+        # Resident memory that loading added.
         self.memory_bytes = max(0, resident_bytes() - before - store.size)
         parts = model, sequences, sequences.slots, costs, compute, self.tally, self.waiting
         self.decoder = Decoder(*parts, drafting=settings.draft, draft_model=draft_model)
