@@ -155,9 +155,9 @@ class Decoder:
     costs: Costs
     compute: Compute
     tally: ModelTally
-    waiting: list[Job]  # the worker's
+    waiting: list[Job]  # the worker's; a job that loses its slot goes back there
     writer: str = ""  # the model's id, if it is a draft model
-    drafting: bool = False
+    drafting: bool = False  # whether drafts are made at all
     draft_model: DraftModel | None = None
     gain: Gain = field(default_factory=Gain)
     last_end: float = -math.inf  # of a run; monotonic
@@ -198,18 +198,15 @@ class Decoder:
             self.tally.cached_tokens += job.cached
         slot.run = run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
-            # A later prompt has this one's text up to the cursor, or all of it; the last token may
-            # be another one.
+            # A later prompt has its text up to the cursor, or all of it, but for the last token.
             lengths = job.before - 1, len(job.prompt) - 1
             run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
 
     # -- the next decode
 
     def turn(self) -> bool:
-        """Decode the next work of every run, together. False if there is none: prompts of low
-        priority are read only while no other request needs the CPU.
-        """
-        # 1. Whose work is it? A decoder of any model is active if it has runs of normal priority.
+        """Decode the next work of every run, together. False if there is none."""
+        # 1. Whose work is it? While any model works for others, no prompt of low priority is read.
         runs = self.runs
         if self.compute.baton.busy:
             runs = [run for run in runs if not (run.low and run.prefilling)]
@@ -340,8 +337,7 @@ class Decoder:
             if self.model.recurrent:  # nobody knows how far the state has gone
                 self._cut(run, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
-                # The prompt's last token is left out: its logits are missing, so it must be decoded
-                # again.
+                # But for the prompt's last token, which is decoded again for its logits.
                 end = min(self.model.computed(slot), len(run.prompt) - 1)
                 read = run.prompt[len(slot.tokens) : end]
                 slot.tokens += read
@@ -445,9 +441,7 @@ class Decoder:
         self.release(run, reason)
 
     def fail(self, run: Run, error: HttpError) -> None:
-        """End a run with an error. But if a draft model has not begun its answer, its large model
-        answers instead.
-        """
+        """End a run with an error. Where a draft model has not begun, its large model answers."""
         if run.slot.run is not run:
             return  # it has had its last event
         if self.writer and not run.first_token:
@@ -464,9 +458,7 @@ class Decoder:
         self.waiting.append(run.job)
 
     def release(self, run: Run, reason: str = "") -> None:
-        """Make the slot idle again. Its sequence stays as a prefix for later prompts. `reason` says
-        why the job has ended, if it has.
-        """
+        """Make the slot idle; its sequence stays as a prefix. `reason`: why the job has ended."""
         run.slot.run = None
         tally = self.tally
         tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
@@ -483,10 +475,13 @@ class Decoder:
 
 @dataclass(eq=False)
 class DraftModel(Decoder):
-    """A small model of the same family, with two tasks. Where the large model would be too late,
-    it answers, as any other `Decoder`; a failure before its first token is the large model's turn
-    (`fail`). And it says which tokens it expects next in the large model's sequences, each of which
-    it follows in the slot of the same number, by the methods below. Its `slots` are further ones.
+    """A small model of the same family, with two tasks.
+
+    - It answers where the large model would be too late, as any `Decoder`, in its `slots`. If it
+      fails before its first token, the large model answers (`fail`).
+    - It follows the large model's sequences, each in a slot of the same number before its `slots`,
+      and says which tokens it expects next: the methods below. All that this takes is charged to
+      the large model's `Gain`.
     """
 
     def follow(self, number: int, tokens: list[int]) -> list[int]:

@@ -205,8 +205,8 @@ class Worker(threading.Thread):
         self.ended = Future[None]()
         self.stopping = False  # or it has failed
         self.done = 0.0  # the share of the model that has been read
-        self.loaded: Loaded | None = None
-        self.draft: Loaded | None = None
+        self.loaded: Loaded | None = None  # the model
+        self.draft: Loaded | None = None  # its draft model
         self.decoder: Decoder | None = None  # once the model is loaded
         # Other threads append; the thread removes, and appends those that lose their slots.
         self.waiting = list[Job]()
