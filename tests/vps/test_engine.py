@@ -1003,6 +1003,8 @@ def test_a_decode_is_aborted_if_all_its_runs_make_way(worker: Worker) -> None:
     for runs, flag in (["prompt low", "prompt left"], b"\1"), (["prompt low", "text"], b"\0"):
         decoder.model.abort_flag[0] = b"\0"
         decoder.compute.current = Current(list(map(run_of, runs)), is_long=False)
+        worker.give_way(run_of("left").job)  # who has left disturbs nobody
+        assert decoder.model.abort_flag[0] == b"\0"
         worker.give_way(None)
         assert decoder.model.abort_flag[0] == flag
 
