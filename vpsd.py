@@ -70,8 +70,7 @@ from cerebrum.settings import ConfigError, Environment, load_catalog, read_envir
 from cerebrum.text.languages import LANGUAGES
 from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import (
-    Outcome,
-    Progress,
+    Passport,
     TuneError,
     alone_in,
     find_tuned,
@@ -85,7 +84,6 @@ from cerebrum.vps.llama import KV_TYPES, MB, ModelError, Settings, start_library
 from cerebrum.vps.memory import (
     available_mb,
     check_digest,
-    check_memory,
     end_checks,
     fit_context,
     needed,
@@ -214,6 +212,7 @@ FIELDS = RULES | {
 # At the start of a file there is nothing before the cursor.
 FIELDS_AROUND_A_GAP = FIELDS | {"prompt": Field(str)}
 MAX_EXTRAS = 256  # texts of other files
+# Of these two, the members become pairs in this order.
 MESSAGE = {
     "role": Field(str, choices=("system", "user", "assistant"), required=True),
     "content": Field(str, required=True),
@@ -237,7 +236,7 @@ def parse_inference(members: Members) -> GenerationRequest:
     if is_chat:
         mode = "instruct"
         messages = read_objects(members["messages"], "messages", 1, 100, MESSAGE)
-        fields["messages"] = [(message["role"], message["content"]) for message in messages]
+        fields["messages"] = [tuple(message.values()) for message in messages]
     if ("prompt" in members) == is_chat:
         raise HttpError(
             "INVALID_REQUEST", "prompt: expected a non-empty string, or messages instead of it"
@@ -247,7 +246,7 @@ def parse_inference(members: Members) -> GenerationRequest:
             "INVALID_REQUEST", "suffix: expected only beside prompt, not beside messages"
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
-    fields["extra"] = [(entry["filename"], entry["text"]) for entry in extra]
+    fields["extra"] = [tuple(entry.values()) for entry in extra]
     return GenerationRequest(**fields | {"mode": fields["mode"] or mode})
 
 
@@ -352,7 +351,7 @@ def choose_command(options: argparse.Namespace, config: Config) -> None:
     if not fitting:
         raise FetchError(f"expected a model for {room_mb:.0f} MB of memory, got none")
     with alone_in(config.engine.state_dir) as temporary:
-        timings = time_types(config.engine, temporary, bars("choose"))
+        timings = time_types(config.engine, temporary, Bar("choose").report)
     speeds = [(model, predict(model.shape, timings) if model.shape else None) for model in fitting]
     best = best_of(speeds, config.hint_seconds)
     print(*table(speeds, best), sep="\n", flush=True)
@@ -375,8 +374,8 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
             result = "the published file is used again"
         print(f"{model.id}: {result}")
         return
-    outcome = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
-    if not options.dry_run and outcome.pays:
+    passport = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
+    if not options.dry_run and passport.pays:
         print(
             f"{model.id}: used from its next load on; "
             f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
@@ -404,18 +403,6 @@ def reason_of(error: Exception) -> str:
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
-def bars(name: str) -> Progress:
-    """Shows a progress bar for each label that is reported."""
-    found = dict[str, Bar]()
-
-    def report(label: str, done: int, total: int) -> None:
-        if label not in found:
-            found[label] = Bar(f"{name}: {label}", total)
-        found[label].show(done)
-
-    return report
-
-
 def wait_for_quiet() -> None:
     """TuneError if the machine stays too busy to measure anything."""
     for second in range(QUIET_SECONDS):
@@ -429,7 +416,7 @@ def wait_for_quiet() -> None:
     )
 
 
-def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Outcome:
+def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = False) -> Passport:
     """Tune a downloaded model, with a progress bar. The table is printed to `output` before the
     tuned file is put in place. TuneError if the file is missing or the machine is too busy to
     measure anything.
@@ -442,7 +429,7 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     source = model.sha256 or digest_with_bar(path)
     room = round((available_mb() - config.min_free_mb) * MB)
     settings, _ = fit_context(path, config.engine, room, needed)
-    return tune(path, source, settings, room, bars(model.id), output, dry_run)
+    return tune(path, source, settings, room, Bar(model.id).report, output, dry_run)
 
 
 # --------------------------------------------------------------------------------------- the engine
@@ -482,8 +469,8 @@ class Admission:
         except TimeoutError:
             return []
 
-    def annotate(self, event: Event) -> Event:
-        """Note the event's figures. A done event gets the daemon's own members."""
+    def note(self, event: Event) -> None:
+        """Note the event's figures, for the log."""
         if "model" in event:
             self.notes["model"] = event["model"]
         tokens = event.get("total_tokens")
@@ -491,14 +478,6 @@ class Admission:
             self.notes["tokens"] = tokens
         if tokens and "ttft" not in self.notes:
             self.notes["ttft"] = f"{time.monotonic() - self.job.submitted:.2f}s"
-        if "done" not in event:
-            return event
-        language = self.job.request.language
-        return event | {
-            "language": language,
-            "model": self.notes["model"],
-            "timestamp": timestamp(),
-        }
 
 
 class Engine:
@@ -530,7 +509,7 @@ class Engine:
 
     def admit(self, request: GenerationRequest, notes: dict[str, Any]) -> Admission:
         """Start a request, which ends the older request of its session. HttpError, before anything
-        ends: unknown model, all places taken, or too little memory or CPU.
+        ends: unknown model, all places taken, or too little CPU.
         """
         self.pool.check(request.model)
         session = request.session
@@ -540,8 +519,6 @@ class Engine:
         places = self.pool.settings.sequences
         if len(self.admissions) - len(older) >= places:
             raise HttpError("RATE_LIMIT", f"expected at most {places} requests at a time")
-        if not self.pool.can_relieve(request.model):
-            check_memory(available_mb(), self.config.min_free_mb)
         check_cpu(self.cpu.others_percent, self.config.max_cpu_percent)
         admission = Admission(request, notes)
         if self.config.log_prompts:
@@ -678,7 +655,8 @@ async def events_of(engine: Engine, request: Request) -> AsyncGenerator[list[Eve
                     if batch:
                         yield batch
                     raise event
-                batch.append(admission.annotate(event))
+                admission.note(event)
+                batch.append(event)
             if not batch and engine.stuck(time.monotonic()):
                 return
             yield batch
@@ -711,11 +689,10 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     encoding = "published"
     n_ctx = pool.settings.n_ctx
     draft = None
-    if instance and instance.worker.model:
-        loader = instance.worker.loader
-        path = loader.path
-        encoding = loader.encoding
-        n_ctx = instance.worker.model.n_ctx
+    if instance and (loaded := instance.worker.loaded):
+        path = loaded.path
+        encoding = loaded.encoding
+        n_ctx = loaded.model.n_ctx
         draft = model.draft if instance.worker.draft else None
     else:
         try:
@@ -739,14 +716,10 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         "draft": draft,
     }
     if instance:
-        entry["memory_mb"] = round(memory_bytes(instance.worker) / MB, 1)
+        worker = instance.worker
+        entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)
         entry["last_used"] = timestamp(time.monotonic() - instance.last_used)
     return entry
-
-
-def memory_bytes(worker: Worker) -> int:
-    """Memory of a loaded model and its saved prompts."""
-    return worker.memory_bytes + worker.stored_bytes
 
 
 async def stats(engine: Engine, _request: Request) -> Response:
@@ -792,8 +765,8 @@ def at_work(engine: Engine) -> dict[str, SimpleNamespace]:
         if instance := engine.pool.ready.get(id):
             worker = instance.worker
             state.loaded = 1
-            state.memory = memory_bytes(worker)
             state.prompts = worker.stored_bytes
+            state.memory = worker.memory_bytes + state.prompts
             state.running = sum(len(decoder.runs) for decoder in worker.decoders)
         state.waiting = max(0, asked[id] - state.running)
     return states

@@ -210,18 +210,20 @@ class GgufParams(ctypes.Structure):  # struct gguf_init_params
     _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
 
 
-class Edited(Source):
-    """A model file to copy with other values in its header."""
-
-    def __init__(self, path: Path, values: dict[str, str | int]) -> None:
-        super().__init__(path)
-        self.values = values
-
-    def copy_header(self, writer: Any) -> None:
-        super().copy_header(writer)
-        for name, value in self.values.items():
-            kind = "STRING" if isinstance(value, str) else "UINT32"
-            writer.add_key_value(name, value, gguf.GGUFValueType[kind])
+def copy_with(source: Source, path: Path, **values: str | int) -> None:
+    """Write a copy that has these tensors, and these values in its header."""
+    fields = source.reader.fields
+    writer = gguf.GGUFWriter(path, fields["general.architecture"].contents())
+    for name, old in fields.items():
+        if old.data and not name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(name, old.contents(), old.types[0], old.types[-1])
+    for name, value in values.items():
+        kind = "STRING" if isinstance(value, str) else "UINT32"
+        writer.add_key_value(name.replace("__", "."), value, gguf.GGUFValueType[kind])
+    for tensor in source.tensors:
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=kind)
+    finish(writer)
 
 
 def make(path: Path, family: Family, seed: int = 1) -> Path:
@@ -247,7 +249,7 @@ def make(path: Path, family: Family, seed: int = 1) -> Path:
     header.unlink()
     if family.template:  # which the library does not save
         plain = path.rename(path.with_suffix(".plain"))
-        Edited(plain, {"tokenizer.chat_template": family.template}).write(path, {})
+        copy_with(Source(plain), path, tokenizer__chat_template=family.template)
         plain.unlink()
     return path
 

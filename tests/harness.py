@@ -399,7 +399,7 @@ def with_weights(folder: Path, **more: Any) -> Iterator[tuple[Daemon, Daemon]]:
         pytest.skip(f"{weights} is missing: python3 vpsd.py fetch")
     models.mkdir()
     (models / weights.name).symlink_to(weights)
-    easy = variables("CEREBRUM_MAX_CPU_PERCENT=100 CEREBRUM_MIN_FREE_MB=0")
+    easy: dict[str, Any] = variables("CEREBRUM_MAX_CPU_PERCENT=100 CEREBRUM_MIN_FREE_MB=0")
     with daemon("vpsd", folder / "vpsd", CEREBRUM_MODELS_DIR=f"{models}", **easy) as vps:
         more["CEREBRUM_VPS_URL"] = f"http://127.0.0.1:{vps.port}"
         with daemon("cm4d", folder / "cm4d", **more) as pi:

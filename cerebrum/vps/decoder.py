@@ -12,7 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from enum import Enum, auto
+from typing import NamedTuple
 
 from cerebrum.metrics import Tally
 from cerebrum.vps.drafts import (
@@ -69,6 +70,22 @@ class ModelTally(Tally):
     load_seconds: float = 0.0  # of the successful loads
 
 
+class Decoded(Enum):
+    """What became of a decode."""
+
+    DONE = auto()
+    ABORTED = auto()  # for another request; see `Way`
+    FAILED = auto()  # llama.cpp could not do it
+    LEFT_OUT = auto()  # nobody waits for the result any more
+
+
+class Current(NamedTuple):
+    """The decode that waits for its turn or is being computed."""
+
+    runs: Sequence[Run]  # empty: nobody needs the result yet
+    is_long: bool  # it takes more than PREFILL_SECONDS
+
+
 @dataclass(eq=False)
 class Compute:
     """Decodes in turn with the other models, and nothing for clients that have all left.
@@ -79,36 +96,35 @@ class Compute:
 
     baton: Baton
     give_up: Callable[[float], bool]
-    # Other threads read these: the sequences in the current llama_decode (an empty list if nobody
-    # needs it yet, None if there is no decode), and whether it takes more than PREFILL_SECONDS.
-    running: Sequence[Run] | None = None
-    is_long: bool = False
+    current: Current | None = None  # other threads read it, and may abort it
 
     def decode(
         self, model: Llama, costs: Costs, runs: Sequence[Run], parts: Sequence[Part]
-    ) -> tuple[int | None, float]:
-        """One llama_decode for these runs; without any, one that any request may abort. Returns
-        llama.cpp's answer, or None if nobody waits for the result; and when the decode began.
+    ) -> tuple[Decoded, float]:
+        """One llama_decode for these runs; without any, one that any request may abort. Also
+        returns the seconds that it took.
         """
         size = sum(len(tokens) for _, tokens, _ in parts)
-        self.is_long = costs(size) * costs.slowdown > PREFILL_SECONDS
-        self.running = runs  # from now on, whoever wants an abort asks what it would hit
+        # From now on, whoever wants an abort asks what it would hit.
+        self.current = Current(runs, costs.reading(size) > PREFILL_SECONDS)
         model.abort_flag[0] = b"\x00"
         try:
             with self.baton:
                 have_left = runs and all(run.job.cancelled for run in runs)
                 if self.give_up(costs(size)) or have_left:
-                    return None, 0.0
+                    return Decoded.LEFT_OUT, 0.0
                 begin = time.perf_counter()
                 code = model.decode(parts)
                 seconds = time.perf_counter() - begin
         finally:
-            self.running = None
-        if not code:
-            costs.learn(size, seconds)
-        elif code != ABORTED:
+            self.current = None
+        if code == ABORTED:
+            return Decoded.ABORTED, seconds
+        if code:
             log.error("llama_decode answered %d", code)
-        return code, begin
+            return Decoded.FAILED, seconds
+        costs.learn(size, seconds)
+        return Decoded.DONE, seconds
 
 
 @dataclass(slots=True)
@@ -135,28 +151,25 @@ class Decoder:
 
     model: Llama
     sequences: Sequences
+    slots: list[Slot]  # those of the sequences in which it answers
     costs: Costs
     compute: Compute
     tally: ModelTally
-    drafting: bool = False
+    waiting: list[Job]  # the worker's; a job that loses its slot goes back there
+    writer: str = ""  # the model's id, if it is a draft model
+    drafting: bool = False  # whether drafts are made at all
     draft_model: DraftModel | None = None
     gain: Gain = field(default_factory=Gain)
     last_end: float = -math.inf  # of a run; monotonic
-    writer: str = ""  # the model's id, if it is a draft model
-
-    @property
-    def slots(self) -> list[Slot]:
-        """The slots of its jobs."""
-        return self.sequences.slots
 
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        return [slot.run for slot in self.slots if isinstance(slot.run, Run)]
+        return [slot.run for slot in self.slots if slot.run]
 
     def choose(self, job: Job) -> Decoder:
         """Who answers now, this model or its draft model. Also chooses what is read for that."""
-        draft_model = self.draft_model if job.is_hint else None
+        draft_model = self.draft_model if job.may_be_early else None
         prompts = [prompt for prompt, *_ in job.parts]
         large = map(self.reading_seconds, prompts)
         # With as little as the last part, a small model is seldom right.
@@ -171,7 +184,7 @@ class Decoder:
         model = self.model
         if not self.slots or len(prompt) >= model.n_ctx or max(prompt) >= model.n_vocab:
             return math.inf
-        return self.costs.slowdown * self.costs(len(prompt) - self.sequences.known(prompt))
+        return self.costs.reading(len(prompt) - self.sequences.known(prompt))
 
     def start(self, job: Job, free: list[Slot]) -> None:
         """Give the job a slot; what the slot lacks of its prompt is prefilled."""
@@ -185,20 +198,17 @@ class Decoder:
             self.tally.cached_tokens += job.cached
         slot.run = run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
-            # A later prompt has this one's text up to the cursor, or all of it; the last token may
-            # be another one.
+            # A later prompt has its text up to the cursor, or all of it, but for the last token.
             lengths = job.before - 1, len(job.prompt) - 1
             run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
 
     # -- the next decode
 
     def turn(self) -> bool:
-        """Decode the next work of every run, together. False if there is none: prompts of low
-        priority are read only while no other request needs the CPU.
-        """
-        # 1. Whose work is it? A decoder of any model is active if it has runs of normal priority.
+        """Decode the next work of every run, together. False if there is none."""
+        # 1. Whose work is it? While any model works for others, no prompt of low priority is read.
         runs = self.runs
-        if self.compute.baton.active:
+        if self.compute.baton.busy:
             runs = [run for run in runs if not (run.low and run.prefilling)]
         # 2. What does each need?
         works = []
@@ -234,11 +244,8 @@ class Decoder:
                 work.tokens += draft
                 work.case = case
             elif self.draft_model and not any(other.prefilling for other in runs):
-                # Reading delays this stream enough.
-                before = self.tally.ahead_seconds
+                # Else reading delays this stream enough.
                 self.draft_model.write_ahead(self, work, len(runs), most)
-                if seconds := self.tally.ahead_seconds - before:
-                    self.gain.charge((len(runs), MODEL), seconds)
             work.outputs = len(work.tokens)
         return work
 
@@ -270,22 +277,23 @@ class Decoder:
         is_short = run.was_aborted or self.model.recurrent or run.job.request.mode == "infill"
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
-        if not run.job.max_tokens:
+        if run.job.only_reads:
             size = min(size, self._longest_ahead(run))
         elif self.writer:
             size = min(size, AHEAD_TOKENS)
         end = begin + min(size, MAX_CHUNK // len(runs))
-        has_logits = end == len(run.prompt) and run.job.max_tokens > 0
+        has_logits = end == len(run.prompt) and not run.job.only_reads
         return Work(run, run.prompt[begin:end], int(has_logits))
 
     def _longest_ahead(self, run: Run) -> int:
-        """The longest chunk to read for a run that nobody waits for: while somebody types, no
-        answer waits long for it. In a pause it gets longer, and then the run makes way.
+        """The longest chunk to read for a run that nobody waits for. While somebody types, no
+        answer waits long for it. A pause is likely to last half as long again, so the chunk may
+        take half of it. If the pause ends before, the run makes way.
         """
         answers = self.draft_model or self
-        pause = (time.monotonic() - answers.last_end) / 2
-        run.yields = pause > PAUSE_SECONDS
-        return min(AHEAD_TOKENS, self.costs.longest(max(PAUSE_SECONDS, pause)))
+        rest = (time.monotonic() - answers.last_end) / 2  # of the pause
+        run.makes_way_for_hurried = rest > PAUSE_SECONDS
+        return min(AHEAD_TOKENS, self.costs.longest(max(PAUSE_SECONDS, rest)))
 
     def pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
@@ -300,10 +308,10 @@ class Decoder:
         is_prefilling = any(run.prefilling for run in runs)
         written = self.tally.tokens
         parts = [(work.run.slot, work.tokens, work.outputs) for work in works]
-        code, begin = self.compute.decode(self.model, self.costs, runs, parts)
-        if code:
-            self._after_failure(works, code)
-        if code != 0:
+        decoded, seconds = self.compute.decode(self.model, self.costs, runs, parts)
+        if decoded in (Decoded.ABORTED, Decoded.FAILED):
+            self._after_failure(works, decoded)
+        if decoded != Decoded.DONE:
             return
         self.tally.decodes += 1
         self.tally.decoded_sequences += len(works)
@@ -317,11 +325,11 @@ class Decoder:
             base += len(work.tokens)
             work.run.deliver()
         if not is_prefilling:
-            self._learn(works, self.tally.tokens - written, time.perf_counter() - begin)
+            self._learn(works, self.tally.tokens - written, seconds)
 
     # -- its result
 
-    def _after_failure(self, works: list[Work], code: int) -> None:
+    def _after_failure(self, works: list[Work], decoded: Decoded) -> None:
         """Handle a decode that was aborted or that llama.cpp could not do."""
         for work in works:
             run = work.run
@@ -329,15 +337,14 @@ class Decoder:
             if self.model.recurrent:  # nobody knows how far the state has gone
                 self._cut(run, 0)
             elif run.prefilling:  # the tokens read before the abort stay useful as a prefix
-                # The prompt's last token is left out: its logits are missing, so it must be decoded
-                # again.
+                # But for the prompt's last token, which is decoded again for its logits.
                 end = min(self.model.computed(slot), len(run.prompt) - 1)
                 read = run.prompt[len(slot.tokens) : end]
                 slot.tokens += read
                 self.tally.prompt_tokens += len(read)
                 run.was_aborted = True
             self._cut(run, len(slot.tokens))  # drops the cells of the failed decode
-            if code != ABORTED:
+            if decoded is Decoded.FAILED:
                 self.fail(run, HttpError("INTERNAL_ERROR", "the model could not be evaluated"))
 
     def _cut(self, run: Run, length: int) -> None:
@@ -370,7 +377,7 @@ class Decoder:
             self.sequences.back_up(slot)
         if len(slot.tokens) < len(run.prompt):
             return
-        if not run.job.max_tokens:
+        if run.job.only_reads:
             self._finish(run, "length")
             return
         run.job.progress("decode", 0, run.job.max_tokens)
@@ -434,14 +441,24 @@ class Decoder:
         self.release(run, reason)
 
     def fail(self, run: Run, error: HttpError) -> None:
-        if run.slot.run is run:  # otherwise it has had its last event
+        """End a run with an error. Where a draft model has not begun, its large model answers."""
+        if run.slot.run is not run:
+            return  # it has had its last event
+        if self.writer and not run.first_token:
+            run.job.may_be_early = False
+            self.put_back(run)
+        else:
             run.outbox.append(error)
             self.release(run, error.code)
 
+    def put_back(self, run: Run) -> None:
+        """Take the slot from a run whose job has not ended: it waits, and starts again."""
+        self.release(run)
+        run.job.progress("queued", 0, 1)
+        self.waiting.append(run.job)
+
     def release(self, run: Run, reason: str = "") -> None:
-        """Make the slot idle again. Its sequence stays as a prefix for later prompts. Without a
-        reason, the job has not ended: it gives way, and starts again.
-        """
+        """Make the slot idle; its sequence stays as a prefix. `reason`: why the job has ended."""
         run.slot.run = None
         tally = self.tally
         tally.prompt_seconds += (run.first_token or time.monotonic()) - run.started
@@ -458,25 +475,14 @@ class Decoder:
 
 @dataclass(eq=False)
 class DraftModel(Decoder):
-    """A small model of the same family. It says which token it expects next in the large model's
-    sequences, each of which it follows in the slot of the same number. In further slots it answers
-    by itself, where the large model would be too late.
+    """A small model of the same family, with two tasks.
+
+    - It answers where the large model would be too late, as any `Decoder`, in its `slots`. If it
+      fails before its first token, the large model answers (`fail`).
+    - It follows the large model's sequences, each in a slot of the same number before its `slots`,
+      and says which tokens it expects next: the methods below. All that this takes is charged to
+      the large model's `Gain`.
     """
-
-    followers: int = 0  # how many of its first slots follow the large model's
-    waiting: list[Job] = field(default_factory=list)  # for the large model: what it cannot answer
-
-    @property
-    def slots(self) -> list[Slot]:
-        return self.sequences.slots[self.followers :]
-
-    def fail(self, run: Run, error: HttpError) -> None:
-        if run.first_token:
-            super().fail(run, error)
-        elif run.slot.run is run:
-            run.job.is_hint = False
-            self.release(run)
-            self.waiting.append(run.job)
 
     def follow(self, number: int, tokens: list[int]) -> list[int]:
         """Cut the slot of this number to what is known of a sequence of `tokens`, which are not
@@ -489,55 +495,72 @@ class DraftModel(Decoder):
         fits = len(tokens) + MODEL_LENGTH < self.model.n_ctx and max(lacking) < self.model.n_vocab
         return lacking if fits else []
 
-    def continuations(self, run: Run, lacking: list[int]) -> Iterator[tuple[int, float]]:
-        """Read what is lacking of a run, then say what comes next, token by token, with
-        probabilities. Each is read when the next one is asked for.
-        """
-        unread = lacking
-        while self.read(run.slot.id, unread, [run]) == 0:
-            token = self.model.greedy(LAST)
-            yield token, self.model.probability(LAST, token)
-            unread = [token]
-
-    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> int | None:
+    def read(self, number: int, tokens: list[int], runs: Sequence[Run]) -> Decoded:
         """Append these tokens to the slot of this number, for these runs; without any, for nobody
-        yet, and any request may abort it. Returns the answer of `Compute.decode`.
+        yet, and any request may abort it.
         """
         slot = self.sequences.slots[number]
-        code, begin = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
-        if runs and begin:  # else nobody waited, or there was no decode
-            self.tally.ahead_seconds += time.perf_counter() - begin
-        if code == 0:  # otherwise `follow` drops the cells that it may have left
+        decoded, seconds = self.compute.decode(self.model, self.costs, runs, [(slot, tokens, 1)])
+        if runs:  # else nobody waited
+            self.tally.ahead_seconds += seconds
+        if decoded is Decoded.DONE:  # else `follow` drops the cells that it may have left
             slot.tokens += tokens
-        return code
+        return decoded
 
     def write_ahead(self, large: Decoder, work: Work, streams: int, most: int) -> None:
-        """Read a piece of what is lacking of a stream, or write a draft of at most `most` tokens,
-        if that should save more time than it takes.
+        """Read a piece of what is lacking of one of the large model's `streams`, or write a draft
+        of at most `most` tokens, if that should save more time than it takes.
         """
         run = work.run
-        case = streams, MODEL
-        # Empty: it cannot have this text.
         lacking = self.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
-        # No stream waits long for another's draft, and no request that comes for any. Nothing of
-        # this reading is lost, so its pieces are longer.
+        # No stream waits long for another's draft, and no request that comes for any.
         delay = longest_delay(large.pace(own=streams > 1)) / streams
+        # Nothing of this reading is lost, so its pieces are longer.
         piece = min(2 * AHEAD_TOKENS, self.costs.longest(delay))
-        reading = catch_up_seconds(len(lacking), piece, self.costs)
-        if not lacking or not large.gain.wants(case, reading):
+        if not lacking or not self._catching_up_pays(large, run, streams, len(lacking), piece):
             return
-        worth = large.gain.plain[streams]  # the seconds that a right token saves
-        left = run.job.max_tokens - run.generated
-        if not is_worth_reading(reading, run.generated, left, streams * worth):
-            return
+        before = self.tally.ahead_seconds
         if len(lacking) > piece:
             self.read(run.slot.id, lacking[:piece], [run])
-            return
-        deadline = time.perf_counter() + delay
+        else:
+            self._write(large, work, streams, lacking, most, time.perf_counter() + delay)
+        large.gain.charge((streams, MODEL), self.tally.ahead_seconds - before)
+
+    def _catching_up_pays(
+        self, large: Decoder, run: Run, streams: int, lacking: int, piece: int
+    ) -> bool:
+        """Whether drafts for a run should save the time in which this model reads what it lacks."""
+        seconds = catch_up_seconds(lacking, piece, self.costs)
+        if not large.gain.wants((streams, MODEL), seconds):
+            return False
+        left = run.job.max_tokens - run.generated
+        pace = streams * large.gain.plain[streams]
+        return is_worth_reading(seconds, run.generated, left, pace)
+
+    def _write(
+        self,
+        large: Decoder,
+        work: Work,
+        streams: int,
+        lacking: list[int],
+        most: int,
+        deadline: float,
+    ) -> None:
+        """Read what is lacking, then draft the tokens that this model expects, as far as they are
+        worth their time: of each, first whether to check it, then whether to write another one,
+        for which this one is read.
+        """
+        run = work.run
         size = streams  # of the decode that checks them, without the other streams' drafts
-        for token, probability in islice(self.continuations(run, lacking), min(most, MODEL_LENGTH)):
+        worth = large.gain.plain[streams]  # the seconds that a right token saves
+        unread = lacking
+        for _ in range(min(most, MODEL_LENGTH)):
+            if self.read(run.slot.id, unread, [run]) != Decoded.DONE:
+                return
+            token = self.model.greedy(LAST)
+            unread = [token]
             work.foreseen.append(token)
-            worth *= probability  # that all so far are right
+            worth *= self.model.probability(LAST, token)  # that all so far are right
             # An id of the padding may be none of the model, and the end of a text is no token to
             # decode.
             if token >= large.model.n_vocab or large.model.vocabulary.is_end(token):
@@ -545,7 +568,7 @@ class DraftModel(Decoder):
             if not is_worth_checking(worth, size, large.costs):
                 return
             work.tokens.append(token)
-            work.case = case
+            work.case = streams, MODEL
             size += 1
             writing = self.costs(1)
             is_late = time.perf_counter() + writing + large.costs(size + 1) > deadline
@@ -560,7 +583,7 @@ class DraftModel(Decoder):
         for slot in slots:
             lacking = self.follow(slot.id, slot.tokens) if slot.tokens else []
             if len(lacking) > 1:
-                if self.compute.baton.active:
+                if self.compute.baton.busy:
                     return True
-                return self.read(slot.id, lacking[:AHEAD_TOKENS], []) in (0, ABORTED)
+                return self.read(slot.id, lacking[:AHEAD_TOKENS], []) != Decoded.FAILED
         return False

@@ -41,8 +41,6 @@ from cerebrum.vps.vocabulary import api
 
 # ------------------------------------------------------------------------------------- the passport
 
-PASSPORT_FORMAT = 3
-
 
 @functools.cache  # llama.cpp writes the text into one buffer for all threads
 def cpu_features() -> str:
@@ -72,7 +70,11 @@ class Passport(NamedTuple):
     # Seconds of the decodes of DECODES, by the published file and the one in use; empty: unknown.
     published: Sequence[float] = ()
     here: Sequence[float] = ()
-    format: int = PASSPORT_FORMAT
+
+    @property
+    def pays(self) -> bool:
+        """Whether anything is faster than the published file with the usual settings."""
+        return self.here != self.published
 
     @property
     def encoding(self) -> str:
@@ -110,18 +112,6 @@ def machine() -> dict[str, Any]:
     return {"library": llama_cpp.__version__, "cpu": cpu_features(), "cpus": cpus()}
 
 
-def expected_passport(published: Path, settings: Settings, sha256: str) -> dict[str, Any]:
-    """The fields that a passport must have to be used; see `find_tuned`."""
-    expected = {"format": PASSPORT_FORMAT, **machine()}
-    if settings.fixed_threads:
-        expected["threads"] = settings.threads
-    if sha256:
-        expected["source"] = sha256
-    else:
-        expected["file"] = file_stamp(published)
-    return expected
-
-
 def find_tuned(
     published: Path, settings: Settings, sha256: str = ""
 ) -> tuple[TunedFile | None, str]:
@@ -132,13 +122,20 @@ def find_tuned(
     unknown (empty), the published file must not have been touched since.
     """
     path = tuned_path(settings.state_dir, published)
+    expected = machine()
+    if settings.fixed_threads:
+        expected["threads"] = settings.threads
+    if sha256:
+        expected["source"] = sha256
+    else:
+        expected["file"] = file_stamp(published)
     try:
         passport = read_passport(path)
     except FileNotFoundError:
         return None, "there is no tuned file"
     except (OSError, ValueError, TypeError):
         return None, "its passport cannot be read"
-    for name, here in expected_passport(published, settings, sha256).items():
+    for name, here in expected.items():
         made_for = getattr(passport, name)
         if made_for != here:
             return None, f"it was tuned for {name} {made_for}, here it is {here}"
@@ -201,35 +198,23 @@ def faster_types(timings: Mapping[str, Timing]) -> dict[str, str]:
     return {old: new for old, new in FAITHFUL.items() if fastest([timings[old], timings[new]])}
 
 
-class Outcome(NamedTuple):
-    """The result of `tune`: the times of the published file with the usual settings, and of what
-    will be used.
+def comparison(passport: Passport, published: Timing, here: Timing) -> str:
+    """A table of the times of the published file with the usual settings, and of what will be used;
+    they are one if nothing is faster.
     """
-
-    passport: Passport
-    published: Timing
-    here: Timing
-
-    @property
-    def pays(self) -> bool:
-        """Whether anything is faster than the published file with the usual settings."""
-        return self.here is not self.published
-
-    def table(self) -> str:
-        passport = self.passport
-        flash = "on" if passport.flash_attention else "off"
-        used = f"{passport.encoding}; flash attention {flash}, threads: {passport.threads}"
-        lines = [f"{cpu_name()}; {used}", "", f"{'':34}{'published':>10}{'here':>12}"]
-        here = self.here.rows()
-        for name, old in self.published.rows().items():
-            new = here[name]
-            lines.append(f"{name:34}{1e3 * old:>10.1f}{1e3 * new:>12.1f}  {old / new:.2f} x")
-        if not self.pays:
-            lines.append(
-                f"\nnothing is {MIN_GAIN:.0%} faster here than the published file, "
-                f"which is used as it is"
-            )
-        return "\n".join(lines)
+    flash = "on" if passport.flash_attention else "off"
+    used = f"{passport.encoding}; flash attention {flash}, threads: {passport.threads}"
+    lines = [f"{cpu_name()}; {used}", "", f"{'':34}{'published':>10}{'here':>12}"]
+    times = here.rows()
+    for name, old in published.rows().items():
+        new = times[name]
+        lines.append(f"{name:34}{1e3 * old:>10.1f}{1e3 * new:>12.1f}  {old / new:.2f} x")
+    if here is published:
+        lines.append(
+            f"\nnothing is {MIN_GAIN:.0%} faster here than the published file, "
+            f"which is used as it is"
+        )
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ IO: measuring
@@ -243,7 +228,7 @@ Progress = Callable[[str, int, int], None]  # label, done, total
 def opened(path: Path, settings: Settings) -> contextlib.closing[Llama]:
     """The model with a context of one sequence that is as long as the measurements need."""
     settings = replace(settings, n_ctx=READ_TOKENS + 2 * OUTPUTS, sequences=1)
-    return contextlib.closing(Llama(path, settings, lambda _: True))
+    return contextlib.closing(Llama(path, settings))
 
 
 def measure(model: Llama, read: int) -> Timing:
@@ -329,12 +314,12 @@ def tune(
     report: Progress,
     output: TextIO,
     dry_run: bool = False,
-) -> Outcome:
+) -> Passport:
     """Find the fastest encoding of a published file, and put the tuned file in place (not with
     `dry_run`).
 
-    `sha256` is the published file's, `room` the bytes of memory that the model may take. The table
-    of the outcome is printed to `output` before the file is used. After a TuneError, ModelError or
+    `sha256` is the published file's, `room` the bytes of memory that the model may take. The
+    comparison is printed to `output` before the file is used. After a TuneError, ModelError or
     OSError nothing has changed.
     """
     stamp = file_stamp(published)
@@ -356,13 +341,13 @@ def tune(
             file = folder / "tuned"
             source.write(file, types, functools.partial(report, "writing"))
             left -= growth
-        needs = zip(candidates, memory, strict=True)
-        fitting = [(file, used) for used, need in needs if need <= left]
+        fitting = [
+            (file, used) for used, need in zip(candidates, memory, strict=True) if need <= left
+        ]
         variants = list(dict.fromkeys([(published, settings), *fitting]))
         timings = compare(variants, report)
         best = fastest(timings)
         file, used = variants[best]
-        in_words = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))
         here = {
             **machine(),
             "threads": used.threads,
@@ -371,13 +356,15 @@ def tune(
             "here": list(timings[best].decode.values()),
         }
         here["published"] = list(timings[0].decode.values())
-        here["types"] = {} if file == published else in_words
+        here["types"] = {}
+        if file != published:
+            here["types"] = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))
         passport = Passport(source=sha256, file=stamp, **here)
-        outcome = Outcome(passport, timings[0], timings[best])
-        print(outcome.table(), file=output, flush=True)
+        table = comparison(passport, timings[0], timings[best])
+        print(table, file=output, flush=True)
         if not dry_run:
             put_in_place(folder, passport, tuned_path(settings.state_dir, published))
-    return outcome
+    return passport
 
 
 def put_in_place(folder: Path, passport: Passport, target: Path) -> None:

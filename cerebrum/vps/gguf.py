@@ -1,9 +1,9 @@
 """GGUF files that are written: copies with weights in other types, and samples of one type.
 
     from cerebrum.vps.gguf import Source
-    Source(Path("model.gguf")).write(Path("new.gguf"), {"output.weight": "Q8_0"})
+    Source(Path("model.gguf")).write(Path("new.gguf"), {"output.weight": "Q8_0"}, print)
 
-PyPI's gguf reads and writes the files. Types go by their names there: `Q4_K`, `Q8_0`. Sources of
+PyPI's gguf reads the files. Types go by their names there: `Q4_K`, `Q8_0`. Sources of
 the block layouts: ggml-common.h and ggml-quants.c of llama.cpp (MIT), and docs/gguf.md of ggml.
 """
 
@@ -106,16 +106,12 @@ class Tensor(NamedTuple):
 Types = Mapping[str, str]  # new ones, by the names of tensors or by the old types
 
 
-# Keys of a header that gguf's writer adds by itself.
-MADE_BY_WRITER = ("GGUF.", "general.architecture", "general.alignment")
-
-
 class Source:
     """A model file to copy. ModelError if it is not a whole GGUF."""
 
     def __init__(self, path: Path) -> None:
         try:
-            self.reader = pypi().GGUFReader(path)
+            self.reader = pypi().GGUFReader(path, "c")  # what is changed stays in memory
         except (ValueError, IndexError, KeyError, TypeError, OverflowError):
             raise ModelError("the file is damaged or cut short") from None
         self.tensors = [
@@ -137,39 +133,24 @@ class Source:
                 found[tensor.name] = types[tensor.type]
         return found
 
-    def write(
-        self, path: Path, types: Types, report: Callable[[int, int], None] | None = None
-    ) -> None:
+    def write(self, path: Path, types: Types, report: Callable[[int, int], None]) -> None:
         """Write a copy in which some tensors, by name, have other types. `report(done, total)`
-        counts tensors. ModelError if the header cannot be copied.
+        counts tensors. Until all are written, the copy has no header.
         """
-        writer = pypi().GGUFWriter(path, self.reader.fields["general.architecture"].contents())
-        self.copy_header(writer)
-        for tensor in self.tensors:
-            kind = types.get(tensor.name, tensor.type)
-            raw = pypi().GGMLQuantizationType[kind]
-            writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.size(kind), raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for done, tensor in enumerate(self.tensors, 1):
-            writer.write_tensor_data(tensor.convert(types.get(tensor.name, tensor.type)))
-            if report:
+        reader = self.reader
+        pairs = zip(self.tensors, reader.tensors, strict=True)
+        with path.open("wb") as file:
+            file.seek(reader.data_offset)
+            for done, (tensor, read) in enumerate(pairs, 1):
+                kind = types.get(tensor.name, tensor.type)
+                *_, number, begin = read.field.parts  # of the header
+                number[0] = pypi().GGMLQuantizationType[kind]
+                begin[0] = file.tell() - reader.data_offset
+                file.write(tensor.convert(kind).data)
+                file.write(bytes(-file.tell() % int(reader.alignment)))
                 report(done, len(self.tensors))
-        writer.close()
-
-    def copy_header(self, writer: Any) -> None:
-        for name, field in self.reader.fields.items():
-            is_empty = field.types[0] == pypi().GGUFValueType.ARRAY and not field.data
-            if is_empty or name.startswith(MADE_BY_WRITER):  # gguf does not write empty ones
-                continue
-            try:
-                content = field.contents()
-            except UnicodeDecodeError:
-                raise ModelError(
-                    f"expected text in UTF-8 in the header, got other bytes in {name}"
-                ) from None
-            writer.add_key_value(name, content, field.types[0], field.types[-1])
+            file.seek(0)
+            file.write(reader.data[: reader.data_offset])
 
 
 # ----------------------------------------------------------------------------------------- a sample
@@ -210,7 +191,6 @@ def write_sample(path: Path, kind: str) -> None:
     ones = np.ones((SAMPLE_VOCABULARY, SAMPLE_WIDTH), np.float32)
     writer.add_tensor("token_embd.weight", ones)
     writer.add_tensor("output_norm.weight", ones[0])
-    raw = pypi().GGMLQuantizationType[kind]
     for layer in range(SAMPLE_LAYERS):
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{norm}.weight", ones[0])
@@ -218,7 +198,7 @@ def write_sample(path: Path, kind: str) -> None:
             writer.add_tensor(
                 f"blk.{layer}.{name}.weight",
                 np.zeros(byte_shape(shape, kind), np.uint8),
-                raw_dtype=raw,
+                raw_dtype=pypi().GGMLQuantizationType[kind],
             )
     check_disk(path.parent, sum(tensor.nbytes for tensor in writer.tensors[0].values()))
     writer.write_header_to_file()

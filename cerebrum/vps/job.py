@@ -18,7 +18,7 @@ from cerebrum.text.stages import Written, confidence_of
 from cerebrum.vps.drafts import Drafter
 from cerebrum.vps.llama import Llama, Slot
 from cerebrum.vps.vocabulary import api, begun_answer
-from cerebrum_common import HttpError
+from cerebrum_common import HttpError, timestamp
 
 # Up to this temperature an unlikely token is doubt of the model, above it chance. A request's own
 # threshold holds at every temperature.
@@ -33,27 +33,17 @@ class Job:
     """A request on its way through a worker.
 
     The worker's thread calls `deliver` with lists of events; the job's last event is a done event
-    or an HttpError. Only other threads set `cancelled`.
+    or an HttpError. Only other threads set `cancelled`. It is of use once `prepare` has found the
+    prompt, the most tokens to write, and what ends the completion.
     """
-
-    # What `prepare` finds.
-    # The whole prompt, then less and less of it; each as `Vocabulary.encode` returns it.
-    parts: list[tuple[list[int], bytes, int]]
-    # Of the part that is read:
-    prompt: list[int]
-    heal: bytes  # the completion's first bytes, which the client already has
-    before: int  # tokens of the prompt up to the cursor
-    max_tokens: int  # of the completion
-    ending: Ending  # of the completion
 
     def __init__(self, request: GenerationRequest, deliver: Deliver) -> None:
         self.request = request
         self.deliver = deliver
         self.low = request.priority == "low"
-        # A hint is wanted soon or never, so a draft model may answer.
-        self.is_hint = (
-            bool(request.prompt_ms and request.min_confidence) and not request.temperature
-        )
+        # A hint is wanted soon or never, so a draft model may answer instead of its large one.
+        is_hint = bool(request.prompt_ms and request.min_confidence)
+        self.may_be_early = is_hint and not request.temperature
         self.writer = ""  # the draft model that answers, if one does
         # Tokens of the prompt that the cache had when the job first got a slot.
         self.cached: int | None = None
@@ -67,6 +57,7 @@ class Job:
         """
         request = self.request
         vocabulary = model.vocabulary
+        # The whole prompt, then less and less of it.
         self.parts = [vocabulary.encode(request)]
         if request.prompt_ms and not request.special:
             for fields in nearer(vars(request), vocabulary.layout):
@@ -81,19 +72,23 @@ class Job:
                 extra={"prompt_tokens": count, "n_ctx": n_ctx},
             )
         self.max_tokens = min(request.max_tokens, n_ctx - count)
-        where = request.mode, request.language, self._begun(), request.suffix, request.stop_at
+        begun = "" if request.mode == "instruct" else request.prompt
+        if request.messages:
+            begun = begun_answer(request.messages)
+        where = request.mode, request.language, begun, request.suffix, request.stop_at
         min_confidence = None if request.messages else request.min_confidence
         self.ending = Ending(*where, request.indent, request.stop, min_confidence)
 
     def read(self, part: int) -> None:
-        """Choose the part of the prompt to read."""
+        """Choose the part of the prompt to read: its tokens, the completion's first bytes, which
+        the client already has, and the number of tokens up to the cursor.
+        """
         self.prompt, self.heal, self.before = self.parts[part]
 
-    def _begun(self) -> str:
-        """The text that the completion goes on with."""
-        if self.request.messages:
-            return begun_answer(self.request.messages)
-        return "" if self.request.mode == "instruct" else self.request.prompt
+    @property
+    def only_reads(self) -> bool:
+        """Whether the prompt is only read ahead, for later requests."""
+        return not self.max_tokens
 
     def progress(self, stage: str, done: int, total: int) -> None:
         if self.request.progress:
@@ -121,7 +116,7 @@ class Run:
         self.ending = job.ending
         self.sampler = Sampler(job.request)
         self.written = list[Written]()
-        self.sent = list[str]()
+        self.sent = ""
         self.probability = 1.0  # of the latest token
         self.drafter: Drafter | None = None  # once a token has been generated
         self.pending: int | None = None  # sampled, not yet decoded
@@ -130,7 +125,7 @@ class Run:
         self.first_token = self.last_token = 0.0
         # Its reading was aborted for another request, so it is read in short chunks.
         self.was_aborted = False
-        self.yields = False  # its decode is aborted for any request that has little time
+        self.makes_way_for_hurried = False  # see `way_offered`
         self.outbox = list[Event | HttpError]()
 
     @property
@@ -175,7 +170,7 @@ class Run:
     def send(self, text: str) -> None:
         if text:
             self.outbox.append({"token": text, "total_tokens": self.generated})
-            self.sent.append(text)
+            self.sent += text
 
     def deliver(self) -> None:
         """Deliver the events in the outbox."""
@@ -186,15 +181,18 @@ class Run:
     def result(self, reason: str) -> Event:
         """The done event."""
         job = self.job
+        request = job.request
         event: Event = {
             "done": True,
             "total_tokens": self.generated,
             "inference_time": round(time.monotonic() - job.started, 3),
-            "mode": job.request.mode,
-            "finish_reason": reason,
-            "prompt_tokens": len(job.prompt),
+            "mode": request.mode,
+            "language": request.language,
+            "model": job.writer or request.model,
         }
         event |= {
+            "finish_reason": reason,
+            "prompt_tokens": len(job.prompt),
             "cached_tokens": job.cached,
             "load_time": round(job.submitted - job.started, 4),
             "ttft": None,
@@ -202,13 +200,14 @@ class Run:
             "draft_tokens": self.drafted,
             "accepted_tokens": self.accepted,
         }
+        event["timestamp"] = timestamp()
         if job.writer or job.prompt != job.parts[0][0]:
             event["prompt_cut"] = True
         if self.first_token:
             event["ttft"] = round(self.first_token - job.submitted, 4)
         if (seconds := self.last_token - self.first_token) > 0:
             event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
-        return event | confidence_of(self.written, self.ending.start, "".join(self.sent))
+        return event | confidence_of(self.written, self.ending.start, self.sent)
 
 
 class Sampler:

@@ -106,19 +106,21 @@ ABORTED = 2  # returned by llama_decode after the abort callback has returned tr
 
 def load_model(
     path: Path,
-    progress: Callable[[float], bool] | None = None,
+    give_up: Callable[[float], bool] | None = None,
     weights: bool = True,
     mapped: bool = False,
 ) -> Any:
     """A llama_model. Without `weights`, llama.cpp only knows their sizes; `mapped` ones are in
-    memory that the system may take back. ModelError if llama.cpp cannot load the file, or
-    `progress` returns False. OSError if the file cannot be read.
+    memory that the system may take back. `give_up` gets the share that has been read, now and then.
+    ModelError if llama.cpp cannot load the file, or `give_up` returns True. OSError if the file
+    cannot be read.
     """
     start_library()
     path.open("rb").close()
     params = api.llama_model_default_params()
-    if progress:
-        params.progress_callback = api.llama_progress_callback(lambda done, _data: progress(done))
+    if give_up:
+        go_on = api.llama_progress_callback(lambda done, _data: not give_up(done))
+        params.progress_callback = go_on
     # Not mapped: many weights are repacked in memory, and the mapped pages would stay as well. The
     # system counts mapped pages as available memory, so a second model would seem to fit.
     params.load_mode = api.LLAMA_LOAD_MODE_MMAP if mapped else api.LLAMA_LOAD_MODE_NONE
@@ -208,13 +210,13 @@ class Llama:
         self,
         path: Path,
         settings: Settings,
-        progress: Callable[[float], bool],
+        give_up: Callable[[float], bool] | None = None,
         fim: Sequence[str] = (),
         layout: str = "psm",
         abort_flag: Any = None,
         mapped: bool = False,
     ) -> None:
-        self.model = load_model(path, progress, mapped=mapped)
+        self.model = load_model(path, give_up, mapped=mapped)
         self.vocabulary = Vocabulary(self.model, fim, layout)
         self.n_vocab = int(api.llama_vocab_n_tokens(self.vocabulary.vocab))
         self.window = api.llama_model_n_swa(self.model)  # tokens; 0: no sliding window
@@ -375,7 +377,7 @@ class Slot:
 
     id: int
     tokens: list[int] = field(default_factory=list)
-    run: object = None  # None: the slot is idle
+    run: Any = None  # a `Run`; None: the slot is idle
     used: float = 0.0
     low: bool = False  # the sequence is a request's of low priority
 

@@ -39,7 +39,6 @@ from cerebrum.vps.llama import (
     load_model,
 )
 from cerebrum.vps.vocabulary import api
-from cerebrum_common import HttpError
 
 MIN_FIT_TOKENS = 2048  # a shorter context holds too little of a file beside its completion
 FIT_STEP_TOKENS = 256  # llama.cpp rounds a context up to this
@@ -74,15 +73,6 @@ def fit_context(path: Path, settings: Settings, free: float, need: Need) -> tupl
             if sum(parts.values()) <= free:
                 return candidate, parts
     return candidate, parts
-
-
-def check_memory(available_mb: float, reserve_mb: float) -> None:
-    """HttpError 503 with the figures if less than the reserve of memory is available."""
-    if available_mb < reserve_mb:
-        raise HttpError(
-            "RESOURCE_EXHAUSTED",
-            f"expected {reserve_mb:.0f} MB of memory available, got {available_mb:.0f} MB",
-        )
 
 
 # ---------------------------------------------------------------------------------- IO: the machine
@@ -279,7 +269,7 @@ def read_header(path: str) -> int:
     """
     settings = Settings(n_ctx=512, sequences=1)
     try:
-        llama = Llama(Path(path), settings, lambda _: True, mapped=True)
+        llama = Llama(Path(path), settings, mapped=True)
     except (ModelError, OSError):
         return REFUSED
     llama.vocabulary.tokenize("def f(x):\n    return 'é'\n", True)

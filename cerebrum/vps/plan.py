@@ -24,14 +24,24 @@ MIN_EARLY_GAIN = 0.8  # if the second model can answer while the first one reads
 class LoadPlan(NamedTuple):
     """What to load of a model."""
 
+    model_id: str
+    path: Path  # the published file
     settings: Settings  # the given ones, with a context that fits into memory
-    tuned: TunedFile | None
-    parts: Parts  # the memory that the model takes
-    reason: str  # why the model runs untuned, "" if it does not
+    sha256: str = ""
+    fim: Sequence[str] = ()
+    layout: str = "psm"
+    tuned: TunedFile | None = None
+    reason: str = ""  # why the model runs untuned, "" if it does not
+    parts: Parts = Parts()  # the memory that the model takes
     # Of the decodes of DECODES, by the file that is loaded; empty: unknown.
     seconds: Sequence[float] = ()
     draft: LoadPlan | None = None  # of the draft model
     note: str = ""  # what was decided about the draft model, "" if there was nothing to decide
+
+    @property
+    def kv_dir(self) -> Path:
+        """Where its parked sequences are saved."""
+        return self.settings.state_dir / "kv" / self.model_id
 
     @property
     def bytes(self) -> int:
@@ -64,29 +74,30 @@ class LoadPlan(NamedTuple):
         return f"{self.rate:.1f} tokens a second by the {file} file in {self.settings.context}"
 
 
-def plan_load(
-    published: Path, settings: Settings, sha256: str, free: float, need: Need
-) -> LoadPlan:
+def plan_load(model: Model, folder: Path, settings: Settings, free: float, need: Need) -> LoadPlan:
     """What to load of a model into `free` bytes of memory. The tuned file is larger; it is used
     only if it fits with the context that the published file has. ModelError or OSError if the
     published file cannot be used.
     """
-    fitted, parts = fit_context(published, settings, free, need)
-    tuned, reason = find_tuned(published, fitted, sha256)
+    path = folder / model.file
+    fitted, parts = fit_context(path, settings, free, need)
+    marks = model.fim, model.fim_layout
+    plan = LoadPlan(model.id, path, fitted, model.sha256, *marks, parts=parts)
+    tuned, reason = find_tuned(path, fitted, model.sha256)
     if not tuned:
-        return LoadPlan(fitted, None, parts, reason)
+        return plan._replace(reason=reason)
     try:
         (larger,) = need(tuned.path, [tuned.settings])
-        plan = LoadPlan(fitted, tuned, larger, "", tuned.passport.here)
-        if plan.bytes <= free:
-            return plan
+        faster = plan._replace(tuned=tuned, parts=larger, seconds=tuned.passport.here)
+        if faster.bytes <= free:
+            return faster
         reason = (
-            f"its tuned file needs {plan.bytes / MB:.0f} MB, and "
+            f"its tuned file needs {faster.bytes / MB:.0f} MB, and "
             f"{free / MB:.0f} MB can be freed beside the reserve"
         )
     except (ModelError, OSError) as error:
         reason = f"its tuned file cannot be used: {error}"
-    return LoadPlan(fitted, None, parts, reason, tuned.passport.published)
+    return plan._replace(reason=reason, seconds=tuned.passport.published)
 
 
 def plan_pair(
@@ -95,7 +106,7 @@ def plan_pair(
     """What to load of a model and its draft model, whose files are in `folder`. ModelError or
     OSError if the model's published file cannot be used; its draft model is only left out.
     """
-    alone = plan_load(folder / model.file, settings, model.sha256, free, needed)
+    alone = plan_load(model, folder, settings, free, needed)
     if not draft or not settings.draft:
         return alone
     try:
@@ -141,9 +152,10 @@ def plan_both(
         pairs = zip(needed(large, candidates), drafts, strict=True)
         return [parts | {"draft": sum(other.values())} for parts, other in pairs]
 
-    pair = plan_load(folder / model.file, settings, model.sha256, free, need)
-    check_pair(folder / model.file, path)
+    pair = plan_load(model, folder, settings, free, need)
+    check_pair(pair.path, path)
     small = beside(pair.settings)
+    plan = LoadPlan(draft.id, published, small, draft.sha256)
     (parts,) = needed(path, [small])
-    tuned_small = tuned and tuned._replace(settings=small)
-    return pair._replace(draft=LoadPlan(small, tuned_small, parts, ""))
+    used = tuned and tuned._replace(settings=small)
+    return pair._replace(draft=plan._replace(tuned=used, parts=parts))

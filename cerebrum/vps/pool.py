@@ -19,17 +19,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cerebrum_common as common
 from cerebrum.fields import describe
 from cerebrum.metrics import resident_bytes
 from cerebrum.vps.decoder import ModelTally
 from cerebrum.vps.encoding import untuned
 from cerebrum.vps.llama import MB, ModelError, Settings
-from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, check_memory, file_stamp
+from cerebrum.vps.memory import Parts, available_mb, cgroup_left_bytes, file_stamp
 from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.schedule import Baton
-from cerebrum.vps.worker import Loader, Worker
-from cerebrum_common import HttpError, Model, log
+from cerebrum.vps.worker import Worker
+from cerebrum_common import HttpError, Model, internal_error, log
 
 LOAD_TICK_SECONDS = 0.25  # how often a load's progress is reported
 # A file that failed to load is tried again after this time, or when it changes.
@@ -65,7 +64,7 @@ class Instance:
 how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "early")
 
 
-def remove_unlisted(state_dir: Path, models: Sequence[Model]) -> None:
+def remove_unlisted(state_dir: Path, models: Collection[Model]) -> None:
     """Remove the saved prompts and the tuned files of models that are not among these. Another
     process may be tuning, in a folder whose name begins with a dot.
     """
@@ -203,7 +202,7 @@ class Pool:
         instance.users.add(user)
         reported = -1
         while not instance.ready.done():
-            percent = round(100 * instance.worker.loader.done)
+            percent = round(100 * instance.worker.done)
             if percent > reported:
                 reported = percent
                 progress(percent)
@@ -262,7 +261,7 @@ class Pool:
                     log.error("%s", error.message)
                 return error
             except Exception as exception:
-                return common.internal_error(exception)
+                return internal_error(exception)
             finally:
                 del self.starting[model.id]
 
@@ -320,8 +319,7 @@ class Pool:
 
     async def _load(self, model: Model) -> None:
         """Start to load a model; HttpError if it does not fit into memory or cannot be read."""
-        # As the plan has them: models.toml may change meanwhile.
-        draft = self.models.get(model.draft)
+        # As the plan has it: models.toml may change meanwhile.
         loaded_as = self._how_loaded(model)
         plan = await self.plan(model)
         if plan.settings != self.settings:
@@ -330,20 +328,20 @@ class Pool:
             log.warning("model %s", untuned(model.id, plan.reason))
         if plan.note:
             log.info("model %s: %s", model.id, plan.note)
-        await self._make_room(model.id, plan.parts)
+        loaded = self.instances.values()
+        # The free memory is looked at anew after each: the system changes meanwhile.
+        while going := room_for(model.id, plan.parts, self._free_mb(), self.min_free_mb, loaded):
+            await self._unload(going)
         start = time.monotonic()
         tally = self.tallies[model.id]
-        loader = self._loader(model, plan)
-        if draft and plan.draft:
-            loader.draft = self._loader(draft, plan.draft)
-        worker = Worker(loader, self.baton, tally)
+        worker = Worker(plan, self.baton, tally)
         # Before anything waits for the worker's end, since even a thread can fail to start.
         worker.start()
         ready = asyncio.wrap_future(worker.ready)
         freed = asyncio.create_task(self._reap(worker))
         instance = Instance(model, worker, plan.bytes, ready, freed, loaded_as)
 
-        def loaded(future: asyncio.Future[None]) -> None:
+        def note_end(future: asyncio.Future[None]) -> None:
             error = future.exception()  # marks it as retrieved, even if nobody waits
             if not error:
                 instance.last_used = time.monotonic()
@@ -353,20 +351,8 @@ class Pool:
                 tally.failed_loads += 1
                 self._note_failure(model, error.message)
 
-        ready.add_done_callback(loaded)
+        ready.add_done_callback(note_end)
         self.instances[model.id] = instance
-
-    def _loader(self, model: Model, plan: LoadPlan) -> Loader:
-        parts = self.folder / model.file, plan.settings, model.sha256, plan.tuned
-        return Loader(model.id, *parts, model.fim, model.fim_layout)
-
-    async def _make_room(self, model_id: str, parts: Parts) -> None:
-        """Unload instances until the model fits into memory; HttpError 503 if it cannot."""
-        while True:  # the free memory is looked at anew after each: the system changes meanwhile
-            loaded = self.instances.values()
-            if not (going := room_for(model_id, parts, self._free_mb(), self.min_free_mb, loaded)):
-                return
-            await self._unload(going)
 
     async def _reap(self, worker: Worker) -> None:
         """When the worker has ended, for whatever reason, forget it and return its memory to the
@@ -374,9 +360,7 @@ class Pool:
         """
         await asyncio.wait([asyncio.wrap_future(worker.ended)])
         worker.join()  # returns at once
-        worker.model = None
-        if worker.model_id not in self.models:
-            shutil.rmtree(worker.loader.kv_dir, ignore_errors=True)
+        remove_unlisted(self.settings.state_dir, self.models.values())
         del self.instances[worker.model_id]
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -390,14 +374,6 @@ class Pool:
         growth_mb = max(0.0, megabytes(self.instances.values()) - used_mb)
         return min(available_mb() - self.min_free_mb, cgroup_left_bytes() / MB) - growth_mb
 
-    def _saving(self) -> list[Instance]:
-        """The instances with saved prompts, which can be dropped."""
-        return [instance for instance in self.ready.values() if instance.worker.stored_bytes]
-
-    def can_relieve(self, wanted: str) -> bool:
-        """Whether `relieve` could free any memory."""
-        return bool(removable(self.instances.values(), wanted) or self._saving())
-
     async def relieve(self, wanted: str) -> None:
         """While available memory is below the reserve, unload idle models other than the wanted
         one, then drop saved prompts; HttpError 503 if that is not enough.
@@ -406,13 +382,18 @@ class Pool:
             if not (going := removable(self.instances.values(), wanted)):
                 break
             await self._unload(going[0])
-        for instance in self._saving():
+        for instance in self.ready.values():
             missing_mb = self.min_free_mb - available_mb()
-            if missing_mb > 0:
+            if missing_mb > 0 and instance.worker.stored_bytes:
                 shed = asyncio.wrap_future(instance.worker.shed(math.ceil(missing_mb * MB)))
                 await asyncio.wait([shed, instance.freed], return_when=asyncio.FIRST_COMPLETED)
                 ctypes.CDLL(None).malloc_trim(0)
-        check_memory(available_mb(), self.min_free_mb)
+        available = available_mb()
+        if available < self.min_free_mb:
+            raise HttpError(
+                "RESOURCE_EXHAUSTED",
+                f"expected {self.min_free_mb:.0f} MB of memory available, got {available:.0f} MB",
+            )
 
     # Unloading.
 
@@ -457,8 +438,4 @@ class Pool:
         """End all loads, and unload all models. Their workers save the parked sequences."""
         for load in self.starting.values():
             load.cancel()
-        instances = list(self.instances.values())
-        for instance in instances:
-            instance.worker.stop()
-        for instance in instances:
-            await asyncio.wait([instance.freed])
+        await asyncio.gather(*map(self._unload, self.instances.values()))

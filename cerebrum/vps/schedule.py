@@ -62,6 +62,10 @@ class Costs:
         beyond = max(0, tokens - self.sizes[-1])
         return float(np.interp(tokens, self.sizes, self.seconds) + self.further * beyond)
 
+    def reading(self, tokens: int) -> float:
+        """Seconds to read so many tokens of a prompt."""
+        return self.slowdown * self(tokens)
+
     def longest(self, seconds: float) -> int:
         """Tokens of the longest chunk that will take at most `seconds`: at least 1, at most
         MAX_CHUNK.
@@ -134,6 +138,11 @@ class Baton:
         self.active = dict[object, float]()
         self._turn = threading.Condition()
         self._queue = deque[object]()  # the holder, then those that wait
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request of normal priority is running."""
+        return bool(self.active)
 
     def __enter__(self) -> None:
         ticket = object()

@@ -136,7 +136,7 @@ class Vocabulary:
             layout = "psm"  # nothing would part the suffix from the prefix behind it
         self.layout = layout
         tokens = map(self.token_of, FILE_TOKENS)
-        self.file_token: int = max(api.llama_vocab_fim_sep(self.vocab), *tokens)
+        self.file_token = max(api.llama_vocab_fim_sep(self.vocab), *tokens)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Vocabulary]:
@@ -183,14 +183,13 @@ class Vocabulary:
         capacity = len(text) + 8
         buffer = (api.llama_token * capacity)()
         count = api.llama_tokenize(self.vocab, text, len(text), buffer, capacity, first, special)
-        tokens: list[int] = buffer[: max(0, count)]
-        return tokens
+        return list(buffer[: max(0, count)])
 
     def tokenize_part(self, text: str, special: bool = False) -> list[int]:
         """A text that follows other tokens. SentencePiece would put a space before it, so it is
         tokenized behind a character that merges with nothing.
         """
-        if not self.dummy_space or not text:
+        if not self.dummy_space:
             return self.tokenize(text, False, special)
         apart = self.tokenize(APART, False)
         return self.tokenize(APART + text, False, special)[len(apart) :]

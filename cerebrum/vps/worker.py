@@ -5,12 +5,13 @@ try without HTTP:
     from cerebrum.vps.decoder import ModelTally
     from cerebrum.vps.job import Job
     from cerebrum.vps.llama import Settings, start_library
+    from cerebrum.vps.plan import LoadPlan
     from cerebrum.vps.schedule import Baton
     from cerebrum.request import GenerationRequest
-    from cerebrum.vps.worker import Loader, Worker
+    from cerebrum.vps.worker import Worker
     start_library()
-    loader = Loader("qwen", pathlib.Path("model.gguf"), Settings())
-    worker = Worker(loader, Baton(), ModelTally())
+    plan = LoadPlan("qwen", pathlib.Path("model.gguf"), Settings())
+    worker = Worker(plan, Baton(), ModelTally())
     worker.start()
     events, batch = queue.SimpleQueue(), [{}]
     request = GenerationRequest("def fibonacci(n):", language="python")
@@ -24,7 +25,7 @@ Who owns what
   tokenize and abort with it. They add a `Job` to the worker's waiting ones. The worker's thread
   passes events to the job's `deliver`; the last event of a job that is not cancelled says that it
   is done, or is an error. A flag cancels a job. A byte that llama.cpp's abort callback reads aborts
-  a running `llama_decode`.
+  a running `llama_decode`; who may abort whom is the table of `way_offered`.
 - The worker's `Decoder` decides what each decode computes, and handles the result.
 - A worker schedules sequences. A sequence occupies a slot of the KV cache while it runs, and then
   until the slot is needed. Then the worker parks the sequence in a `PrefixStore` as bytes;
@@ -38,21 +39,21 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 
 from cerebrum.metrics import CANCELLED, resident_bytes
 from cerebrum.vps.decoder import Compute, Decoder, DraftModel, ModelTally
-from cerebrum.vps.encoding import TunedFile, untuned
+from cerebrum.vps.encoding import untuned
 from cerebrum.vps.job import Job, Run
 from cerebrum.vps.llama import MB, Llama, ModelError, Settings, Slot, llama_log
 from cerebrum.vps.memory import check_digest, file_stamp
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.prefixes import (
     MIN_PREFIX,
     STORE_SECONDS,
@@ -87,27 +88,29 @@ class Way(IntEnum):
     AT_ONCE = 4  # without any job, since nobody needs the result
 
 
-def way_for(run: Run, job: Job | None) -> Way:
-    """The way that a run must make at least, for a job to abort its decode; without a job, for one
-    of another model.
+def way_needed(run: Run, job: Job | None) -> Way:
+    """The least that a run must offer for `job` to abort its decode; without a job, for one of
+    another model. For a job that is over, nobody who still waits is disturbed.
     """
+    if job and job.cancelled:
+        return Way.AT_ONCE
     if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
         return Way.FOR_OTHERS
     return Way.FOR_HURRIED if job.request.prompt_ms else Way.WITH_SLOT
 
 
-def makes_way(run: Run, is_long: bool = False) -> Way:
+def way_offered(run: Run, is_long: bool = False) -> Way:
     """For whom the decode of a run is aborted now. `is_long`: it takes more than PREFILL_SECONDS.
 
-        what is computed for the run                          it makes way
-        its text                                              STAYS
-        its text, and its client has left                     AT_ONCE
-        its prompt, of low priority                           WITH_SLOT
-        its prompt, and text that it has lost, of low priority FOR_HURRIED
-        its prompt ahead, longer than a key should wait       FOR_HURRIED
-        its prompt in a long chunk                            FOR_OTHERS
-        its prompt, and its client has left                   FOR_OTHERS, as its next key goes on
-        its prompt in a short chunk                           STAYS
+        what is computed for the run                            it offers
+        its text                                                STAYS
+        its text, and its client has left                       AT_ONCE
+        its prompt, of low priority                             WITH_SLOT
+        its prompt, and text that it has lost, of low priority  FOR_HURRIED
+        its prompt ahead, longer than a key should wait         FOR_HURRIED
+        its prompt in a long chunk                              FOR_OTHERS
+        its prompt, and its client has left                     FOR_OTHERS, as its next key goes on
+        its prompt in a short chunk                             STAYS
 
     What a decode has read of a prompt until then is kept, in whole micro-batches.
     """
@@ -116,7 +119,7 @@ def makes_way(run: Run, is_long: bool = False) -> Way:
         return Way.AT_ONCE if has_left else Way.STAYS
     if run.low and not run.first_token:
         return Way.WITH_SLOT
-    if run.low or run.yields:
+    if run.low or run.makes_way_for_hurried:
         return Way.FOR_HURRIED
     return Way.FOR_OTHERS if is_long or has_left else Way.STAYS
 
@@ -142,64 +145,46 @@ def slots_for(job: Job, decoder: Decoder) -> list[Slot]:
     idle = [slot for slot in decoder.slots if not slot.run]
     if idle or job.low:
         return idle
-    return [run.slot for run in runs if makes_way(run) == Way.WITH_SLOT][:1]
+    return [run.slot for run in runs if way_offered(run) == Way.WITH_SLOT][:1]
 
 
 # ------------------------------------------------------------------------------------- IO: loading
 
 
-@dataclass(slots=True)
-class Loader:
-    """Loads a model: the tuned file or the published one. `path`, `settings` and `encoding` are
-    then those in use.
-    """
+class Loaded(NamedTuple):
+    """A model in memory, and what it was loaded from: the tuned file or the published one."""
 
-    model_id: str
+    model: Llama
     path: Path
     settings: Settings
-    sha256: str = ""
-    tuned: TunedFile | None = None
-    fim: Sequence[str] = ()
-    layout: str = "psm"
-    encoding: str = "published"
-    key: str = ""  # all that a saved state depends on
-    done: float = 0.0  # the share of the file that has been read
-    draft: Loader | None = None  # of the draft model
+    encoding: str
+    key: str  # all that a saved state depends on
 
-    def open(self, beat: Callable[[], bool], abort_flag: Any = None) -> Llama:
-        """Load the tuned file, or the published one if there is no tuned file or loading it fails.
-        `beat` is called now and then, and returns whether to give up. A draft model gets the
-        `abort_flag` of its model.
-        """
 
-        def progress(done: float) -> bool:
-            self.done = done
-            return not beat()
+def load(plan: LoadPlan, beat: Callable[..., bool], abort_flag: Any = None) -> Loaded:
+    """Load the tuned file, or the published one if there is no tuned file or loading it fails.
+    `beat` is called now and then, with the share that has been read, and returns whether to give
+    up. A draft model gets the `abort_flag` of its model.
+    """
 
-        def load(path: Path, settings: Settings, sha256: str) -> Llama:
-            # The published file is checked, also if its tuned copy is loaded.
-            check_digest(self.path, sha256, self.settings.state_dir, beat)
-            return Llama(path, settings, progress, self.fim, self.layout, abort_flag)
+    def read(path: Path, settings: Settings, sha256: str, encoding: str) -> Loaded:
+        # The published file is checked, also if its tuned copy is loaded.
+        check_digest(plan.path, sha256, settings.state_dir, beat)
+        model = Llama(path, settings, beat, plan.fim, plan.layout, abort_flag)
+        made = model.n_ctx, model.unified
+        key = repr((file_stamp(path), llama_cpp.__version__, made, settings))
+        return Loaded(model, path, settings, encoding, key)
 
-        if tuned := self.tuned:
-            try:
-                model = load(tuned.path, tuned.settings, tuned.passport.source)
-            except (ModelError, OSError) as error:
-                if beat():
-                    raise
-                log.warning(
-                    "model %s", untuned(self.model_id, f"its tuned file cannot be used: {error}")
-                )
-            else:
-                self.path = tuned.path
-                self.settings = tuned.settings
-                self.encoding = tuned.passport.encoding
-                return model
-        return load(self.path, self.settings, self.sha256)
-
-    @property
-    def kv_dir(self) -> Path:
-        return self.settings.state_dir / "kv" / self.model_id
+    if tuned := plan.tuned:
+        passport = tuned.passport
+        try:
+            return read(tuned.path, tuned.settings, passport.source, passport.encoding)
+        except (ModelError, OSError) as error:
+            if beat():
+                raise
+            reason = f"its tuned file cannot be used: {error}"
+            log.warning("model %s", untuned(plan.model_id, reason))
+    return read(plan.path, plan.settings, plan.sha256, "published")
 
 
 class Worker(threading.Thread):
@@ -211,19 +196,19 @@ class Worker(threading.Thread):
     Engine submits and cancels jobs from the event loop, and prepares them in further threads.
     """
 
-    def __init__(self, loader: Loader, baton: Baton, tally: ModelTally) -> None:
-        super().__init__(name=f"worker-{loader.model_id}", daemon=True)
-        self.loader = loader
-        self.model_id = loader.model_id
+    def __init__(self, plan: LoadPlan, baton: Baton, tally: ModelTally) -> None:
+        super().__init__(name=f"worker-{plan.model_id}", daemon=True)
+        self.plan = plan
+        self.model_id = plan.model_id
         self.baton = baton
         self.ready = Future[None]()
         self.ended = Future[None]()
         self.stopping = False  # or it has failed
-        self.memory_bytes = 0  # resident memory that loading added
-        self.model: Llama | None = None
-        self.draft: Llama | None = None
+        self.done = 0.0  # the share of the model that has been read
+        self.loaded: Loaded | None = None  # the model
+        self.draft: Loaded | None = None  # its draft model
         self.decoder: Decoder | None = None  # once the model is loaded
-        # Other threads append; the thread removes, and appends those that give way.
+        # Other threads append; the thread removes, and appends those that lose their slots.
         self.waiting = list[Job]()
         self.tally = tally
         # Bytes to drop of the parked sequences; other threads append, the thread removes.
@@ -265,8 +250,8 @@ class Worker(threading.Thread):
 
     def _loaded(self) -> Llama:
         self.ready.result()
-        assert self.model
-        return self.model
+        assert self.loaded
+        return self.loaded.model
 
     def submit(self, job: Job) -> None:
         """Hand over a prepared job; its events begin to arrive."""
@@ -285,27 +270,26 @@ class Worker(threading.Thread):
         """
         job.cancelled = True
         self.wake()
-        self._abort(lambda _run: Way.AT_ONCE)
+        self._abort(job)
 
     def give_way(self, job: Job | None) -> None:
         """Abort a decode that `job`, or one of another model (None), should not wait for. A
         recurrent model is not aborted, since it would have to read from the beginning.
         """
-        if self.model and not self.model.recurrent:
-            self._abort(lambda run: way_for(run, job))
+        if self.loaded and not self.loaded.model.recurrent:
+            self._abort(job)
 
-    def _abort(self, needed: Callable[[Run], Way]) -> None:
-        """Abort a running decode if each of its runs makes at least the way that is `needed` of it;
+    def _abort(self, job: Job | None) -> None:
+        """Abort the current decode if each of its runs offers at least the way that `job` needs;
         also one that is for no run yet. `Compute.decode` clears the byte before it asks a last time
         who has left, so no cancelled job is missed.
         """
         decoder = self.decoder
-        running = decoder.compute.running if decoder else None
-        if not decoder or running is None:
-            return
-        is_long = decoder.compute.is_long
-        if all(makes_way(run, is_long) >= needed(run) for run in running):
-            decoder.model.abort()
+        current = decoder and decoder.compute.current
+        if decoder and current:
+            runs = current.runs
+            if all(way_offered(run, current.is_long) >= way_needed(run, job) for run in runs):
+                decoder.model.abort()
 
     def shed(self, size: int) -> Future[None]:
         """Drop the least recently used parked sequences, of `size` bytes or more, or all. The
@@ -324,8 +308,8 @@ class Worker(threading.Thread):
         """Make the thread save its sequences and end soon, without waiting for it."""
         self.stopping = True
         self.wake()
-        if self.model:
-            self.model.abort()
+        if self.loaded:
+            self.loaded.model.abort()
 
     # -- the thread
 
@@ -333,6 +317,11 @@ class Worker(threading.Thread):
         """Note progress; the next step may take `seconds`. Returns whether to stop."""
         self.due = time.monotonic() + max(HUNG_SECONDS, SLOWEST * seconds)
         return self.stopping
+
+    def _loading(self, done: float = 0.0) -> bool:
+        """Note this share of a model as read. Returns whether to stop."""
+        self.done = done
+        return self._beat()
 
     def run(self) -> None:
         try:
@@ -371,7 +360,9 @@ class Worker(threading.Thread):
                 self.baton.note(each, None if is_low else each.costs(1))
             if not any(each.runs for each in self.decoders):
                 self._idle(decoder)
-            elif not sum(each.turn() for each in self.decoders):
+                continue
+            turned = [each.turn() for each in self.decoders]
+            if not any(turned):
                 self._alarm.wait(GIVE_WAY_SECONDS)
 
     def _failure(self, error: Exception) -> HttpError:
@@ -389,34 +380,32 @@ class Worker(threading.Thread):
         if isinstance(error, ModelError):
             said = " | ".join(llama_log.lines)[-1000:]
             log.error("%s: %s; llama.cpp said: %s", name, error, said)
-            return HttpError("MODEL_LOAD_FAILED", f"{name} ({self.loader.path.name}): {error}")
+            return HttpError("MODEL_LOAD_FAILED", f"{name} ({self.plan.path.name}): {error}")
         log.error("%s: loading failed", name, exc_info=error)
         return HttpError("MODEL_LOAD_FAILED", f"{name}: loading failed; see the log")
 
     def _load(self) -> Decoder:
-        loader = self.loader
         before = resident_bytes()
-        self.model = loader.open(self._beat)
-        made = self.model.n_ctx, self.model.unified
-        loader.key = repr((file_stamp(loader.path), llama_cpp.__version__, made, loader.settings))
-        costs = measure_costs(self.model, self.baton, self._beat)
-        settings = loader.settings
+        self.loaded = loaded = load(self.plan, self._loading)
+        model = loaded.model
+        settings = loaded.settings
+        costs = measure_costs(model, self.baton, self._beat)
         compute = Compute(self.baton, self._beat)
-        draft_model = self._load_draft(self.model, compute)
-        sequences = Sequences(self.model, settings.sequences, settings.cache_mb * MB)
+        draft_model = self._load_draft(model, compute)
+        sequences = Sequences(model, settings.sequences, settings.cache_mb * MB)
         store = sequences.store
-        for entry in load_parked(loader.kv_dir, loader.key):
+        for entry in load_parked(self.plan.kv_dir, loaded.key):
             self._beat()
             store.add(entry)
+        # Resident memory that loading added.
         self.memory_bytes = max(0, resident_bytes() - before - store.size)
-        self.decoder = Decoder(
-            self.model, sequences, costs, compute, self.tally, settings.draft, draft_model
-        )
+        parts = model, sequences, sequences.slots, costs, compute, self.tally, self.waiting
+        self.decoder = Decoder(*parts, drafting=settings.draft, draft_model=draft_model)
         drafts = f", drafts by {draft_model.writer}" if draft_model else ""
         log.info(
             "model %s loaded (%s%s): %d MB; decode of 1/16 tokens %s ms; %d sequences restored",
             self.model_id,
-            loader.encoding,
+            loaded.encoding,
             drafts,
             self.memory_bytes // MB,
             f"{1000 * costs(1):.1f}/{1000 * costs(16):.1f}",
@@ -424,24 +413,26 @@ class Worker(threading.Thread):
         )
         return self.decoder
 
-    def _load_draft(self, model: Llama, compute: Compute) -> DraftModel | None:
+    def _load_draft(self, large: Llama, compute: Compute) -> DraftModel | None:
         """The draft model, if there is one; None, and a line in the log, if it cannot be loaded."""
-        loader = self.loader.draft
-        if not loader:
+        plan = self.plan.draft
+        if not plan:
             return None
         try:
-            self.draft = loader.open(self._beat, model.abort_flag)
+            self.draft = loaded = load(plan, self._loading, large.abort_flag)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
-            log.warning("model %s: %s writes no drafts: %s", self.model_id, loader.model_id, error)
+            log.warning("model %s: %s writes no drafts: %s", self.model_id, plan.model_id, error)
             return None
-        costs = measure_costs(self.draft, self.baton, self._beat)
-        followers = loader.settings.sequences
-        answers = loader.settings.early * self.draft.unified
-        sequences = Sequences(self.draft, followers + answers, 0)
-        parts = self.draft, sequences, costs, compute, self.tally
-        return DraftModel(*parts, writer=loader.model_id, followers=followers, waiting=self.waiting)
+        model = loaded.model
+        settings = loaded.settings
+        costs = measure_costs(model, self.baton, self._beat)
+        answers = settings.early * model.unified
+        sequences = Sequences(model, settings.sequences + answers, 0)
+        slots = sequences.slots[settings.sequences :]  # those before follow the large model's
+        parts = model, sequences, slots, costs, compute, self.tally, self.waiting
+        return DraftModel(*parts, writer=plan.model_id)
 
     def _close(self) -> None:
         """Answer every job, save the parked sequences, free the model. Each step runs even if an
@@ -450,7 +441,7 @@ class Worker(threading.Thread):
         with self._door:
             self._closed = True
         decoder = self.decoder
-        for each in self.decoders:  # the draft model's first: its model does not answer any more
+        for each in self.decoders:  # the draft model's first: its jobs wait for the large one then
             self.baton.note(each, None)
             for run in each.runs:
                 with self._logged("ending a request"):
@@ -458,20 +449,19 @@ class Worker(threading.Thread):
         for job in self.waiting:  # they may be sent again, whatever the others have ended by
             with self._logged("refusing a request"):
                 job.deliver([self._farewell])
-        if decoder:
+        if decoder and self.loaded:
             with self._logged("saving parked sequences"):
                 sequences = decoder.sequences
                 for slot in sequences.slots:
                     self._beat()
                     sequences.park(slot)
-                save_parked(
-                    self.loader.kv_dir, self.loader.key, sequences.store.entries, self._beat
-                )
+                entries = sequences.store.entries
+                save_parked(self.plan.kv_dir, self.loaded.key, entries, self._beat)
         self.decoder = None
-        for model in (self.draft, self.model):
-            if model:
+        for loaded in (self.draft, self.loaded):
+            if loaded:
                 with self._logged("freeing it"):
-                    model.close()
+                    loaded.model.close()
 
     @contextlib.contextmanager
     def _logged(self, task: str) -> Iterator[None]:
@@ -499,11 +489,8 @@ class Worker(threading.Thread):
     def _start(self, job: Job, slots: list[Slot], decoder: Decoder) -> None:
         """Start the job in one of these slots, which are idle, or the only one makes way."""
         try:
-            yielding = slots[0].run
-            if isinstance(yielding, Run):
-                decoder.release(yielding)
-                yielding.job.progress("queued", 0, 1)
-                self.waiting.append(yielding.job)
+            if run := slots[0].run:
+                decoder.put_back(run)
             decoder.start(job, slots)
         except Exception as error:
             for slot in slots:  # any of them may be half prepared
@@ -517,7 +504,7 @@ class Worker(threading.Thread):
         """
         while decoder.draft_model and decoder.draft_model.read_idle(decoder.slots):
             self._beat()
-            if self._alarm.wait(GIVE_WAY_SECONDS if self.baton.active else 0):
+            if self._alarm.wait(GIVE_WAY_SECONDS if self.baton.busy else 0):
                 return
         if self._alarm.wait(STORE_SECONDS):
             return

@@ -153,7 +153,7 @@ def record(folder: Path, name: str, share: float):
     for language in EXAMPLES:
         rows += places(folder, language, share, random.Random(f"{name} {language}"))
     settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
-    model = Llama(servers.weights_of(name), settings, lambda _: True)
+    model = Llama(servers.weights_of(name), settings)
     with FILE.with_suffix("").open("a") as out:
         for reading in readings(model, [case_of(row, text_of(folder, row)) for row in rows]):
             tokens = [(text, round(100 * chance)) for text, chance in reading.tokens]

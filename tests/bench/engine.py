@@ -54,12 +54,13 @@ from typing import Any
 
 import numpy as np
 import servers
-from families import Edited
+from families import copy_with
 from harness import FILES, ROOT, settings
 from servers import Result, Server, copying, llama_server, prose, ratio, vpsd, words
 
 from cerebrum.vps import llama
 from cerebrum.vps.encoding import cpu_name, find_tuned, tuned_path
+from cerebrum.vps.gguf import Source
 
 # llama.cpp's build 11434 accepts all of these. The first are for writing, the others for prompts.
 WRITING_FLAGS = (
@@ -313,7 +314,7 @@ def write_deep(path: Path):
     nothing, since two matrices of each are zero.
     """
     count = 28  # layers of the 1.5B
-    source = Edited(FILES["qwen_1_5b"], {"qwen2.block_count": LAYERS * count})
+    source = Source(FILES["qwen_1_5b"])
     tensors = []
     for tensor in source.tensors:
         tensors.append(tensor)
@@ -325,7 +326,7 @@ def write_deep(path: Path):
             layer = int(number) + copy * count
             tensors.append(tensor._replace(name=f"blk.{layer}.{name}", data=data))
     source.tensors = tensors
-    source.write(path, {})
+    copy_with(source, path, qwen2__block_count=LAYERS * count)
 
 
 def deep_models(folder: Path) -> Path:

@@ -118,7 +118,7 @@ def readings(model: Llama, cases: Iterable[Case]) -> Iterator[Reading]:
 def record(file: Path, name: str, cases: list[Case]):
     """Write what a model says into the file, each text once it has ended."""
     settings = Settings(n_ctx=CONTEXT, sequences=SEQUENCES)
-    model = Llama(servers.weights_of(name), settings, lambda _: True)
+    model = Llama(servers.weights_of(name), settings)
     with file.open("a") as out:
         for number, reading in enumerate(readings(model, cases)):
             row = reading.case | {"model": name, "end": reading.end, "tokens": reading.tokens}

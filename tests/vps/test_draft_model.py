@@ -38,7 +38,7 @@ from cerebrum.vps.memory import Parts
 from cerebrum.vps.plan import LoadPlan, plan_pair
 from cerebrum.vps.prefixes import Sequences
 from cerebrum.vps.schedule import Costs
-from cerebrum.vps.worker import Loader, Worker
+from cerebrum.vps.worker import Worker
 from cerebrum_common import Model
 
 # Seconds of decodes by their tokens, of a 7B's shapes: an Intel with AVX-512, and an AMD EPYC.
@@ -116,8 +116,7 @@ def test_a_sequence_is_followed(row: list[str]):
     slot = Slot(0, tokens_of(had))
     sequences = Sequences(cells, 1, 0)
     sequences.slots = [slot]
-    parts = cells, sequences, Costs(INTEL), nothing, nothing, False, None
-    follower = DraftModel(*parts, writer="small", followers=1, waiting=[])
+    follower = DraftModel(cells, sequences, [], Costs(INTEL), nothing, nothing, [])
     assert follower.follow(0, tokens) == (tokens[kept:] if reads else [])
     assert (slot.tokens, cells.dropped[-1]) == (tokens[:kept], kept)
 
@@ -153,9 +152,9 @@ def eager(patch) -> None:
     patch(vps_worker, "measure_costs", lambda *_: Costs(free))
 
 
-def pair_of(folder: Path, target: str, draft: str, settings: Settings) -> Loader:
-    small = Loader(draft, folder / f"{draft}.gguf", replace(settings, cache_mb=0, outputs=1))
-    return Loader("tiny", folder / f"{target}.gguf", settings, draft=small)
+def pair_of(folder: Path, target: str, draft: str, settings: Settings) -> LoadPlan:
+    small = LoadPlan(draft, folder / f"{draft}.gguf", replace(settings, cache_mb=0, outputs=1))
+    return LoadPlan("tiny", folder / f"{target}.gguf", settings, draft=small)
 
 
 # The target, the draft model, and the share of tokens that it expects, if that is certain.
@@ -202,7 +201,7 @@ def test_sampled_and_healed_texts_are_those_of_the_model_alone(models: Path, tmp
     settings = replace(EXACT, state_dir=tmp_path, cache_mb=0)
     pair = pair_of(models, "dense", "dense", settings)
     texts = []
-    for loader in (pair, replace(pair, draft=None)):
+    for loader in (pair, pair._replace(draft=None)):
         with running(worker_of(loader)) as worker:
             texts.append([])
             for seed in range(40):
@@ -288,15 +287,15 @@ class Clock:
         return [size for whose, size, _ in self.log if whose == name]
 
 
-def scripted(folder: Path, patch, costs, early: int = 0) -> Loader:
+def scripted(folder: Path, patch, costs, early: int = 0) -> LoadPlan:
     """A scripted model with these costs, and its draft model, which is always right."""
     measured = itertools.cycle([costs, DRAFT])
     patch(vps_worker, "measure_costs", lambda *_: Costs(next(measured)))
     for name in ("m.gguf", "small.gguf"):
         (folder / name).write_bytes(b"weights")
     settings = Settings(threads=1, state_dir=folder)
-    small = Loader("small", folder / "small.gguf", replace(settings, early=early))
-    return Loader("m", folder / "m.gguf", settings, draft=small)
+    small = LoadPlan("small", folder / "small.gguf", replace(settings, early=early))
+    return LoadPlan("m", folder / "m.gguf", settings, draft=small)
 
 
 @pytest.fixture
@@ -411,7 +410,7 @@ def test_while_nobody_waits_it_reads_on_and_gives_way_at_once(pair: Worker, cloc
     with held:
         pair.baton.note(None, 0.1)
         pair.give_way(None)
-    wait_until(lambda: pair.decoder.compute.running is None, "it is aborted")
+    wait_until(lambda: pair.decoder.compute.current is None, "it is aborted")
     pair.baton.note(None, None)
     wait_until(lambda: sum(clock.sizes("draft")) >= 64 + 200, "all is read")
     assert clock.sizes("draft") == [64, 64, 64, 64, 8]  # the first was aborted

@@ -27,8 +27,9 @@ from cerebrum.vps import worker as vps_worker
 from cerebrum.vps.decoder import AHEAD_TOKENS
 from cerebrum.vps.job import Run
 from cerebrum.vps.llama import MAX_CHUNK, ModelError
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.schedule import Costs
-from cerebrum.vps.worker import Loader, Worker
+from cerebrum.vps.worker import Worker
 
 SLOW = {1: 0.12, 16: 0.8}  # seconds of decodes by their tokens, of a 7B's shapes
 LINES = "x = abc\n" * 300  # each character is a token
@@ -40,14 +41,14 @@ QUICK = {1: 1e-5, 16: 1e-4}
 
 
 @pytest.fixture
-def loader(loads: Loads, tmp_path: Path, patch) -> Loader:
+def loader(loads: Loads, tmp_path: Path, patch) -> LoadPlan:
     """A 7B and its draft model, both scripted."""
     patch(ScriptedLlama, "probability", lambda *_: 0.99)
     return scripted(tmp_path, patch, SLOW, early=2)
 
 
 @pytest.fixture
-def pair(loader: Loader, patch) -> Iterator[Worker]:
+def pair(loader: LoadPlan, patch) -> Iterator[Worker]:
     with running(worker_of(loader)) as worker:
         # Which would hide what an answer has read.
         patch(worker.decoder.draft_model, "read_idle", lambda _: False)
@@ -128,7 +129,7 @@ ASKED = json.loads(r"""[
 @pytest.mark.parametrize(("more", "writers", "text"), ASKED, ids=str)
 def test_whose_answer_a_request_gets(more, writers, text, pair: Worker):
     assert told(hint(pair, **more))[:2] == (writers, text)
-    assert not Ask("x", **HINT | {"temperature": 0.1}).job.is_hint
+    assert not Ask("x", **HINT | {"temperature": 0.1}).job.may_be_early
 
 
 def test_a_guest_waits_while_others_need_the_cpu(pair: Worker):
@@ -189,15 +190,16 @@ def test_a_text_that_has_begun_ends_with_an_error(pair: Worker):
 
 
 @pytest.mark.parametrize("missing", ["broken", "not loaded", "switched off"])
-def test_without_it_the_large_model_reads_what_is_near(missing, loader: Loader, loads: Loads):
+def test_without_it_the_large_model_reads_what_is_near(missing, loader: LoadPlan, loads: Loads):
     small = loader.draft
     assert small
     if missing == "broken":
         loads.broken["small.gguf"] = ModelError("damaged")
     elif missing == "not loaded":
-        loader.draft = None
+        loader = loader._replace(draft=None)
     else:
-        small.settings = replace(small.settings, early=0)
+        settings = replace(small.settings, early=0)
+        loader = loader._replace(draft=small._replace(settings=settings))
     with running(worker_of(loader)) as worker:
         assert told(hint(worker)) == ([], "bcde", NEARER, True)
         assert told(hint(worker, prompt_ms=0)) == ([], "bcde", len(LINES) + 1, False)
@@ -232,7 +234,7 @@ def test_unloading_answers_what_it_reads(pair: Worker, clock: Clock):
     assert asked.error() == "SHUTTING_DOWN"
 
 
-def test_what_it_reads_is_not_saved(loader: Loader):
+def test_what_it_reads_is_not_saved(loader: LoadPlan):
     for _ in range(2):
         with running(worker_of(loader)) as worker:
             assert told(hint(worker))[:2] == EARLY
@@ -283,8 +285,9 @@ def test_the_text_is_what_the_small_model_writes_alone(models: Path, tmp_path, p
     settings = replace(EXACT, state_dir=tmp_path, cache_mb=0)
     loader = pair_of(models, "dense", "another", settings)
     assert loader.draft
-    loader.draft.settings = replace(loader.draft.settings, early=settings.sequences)
-    alone = Loader("another", models / "another.gguf", settings)
+    early = replace(loader.draft.settings, early=settings.sequences)
+    loader = loader._replace(draft=loader.draft._replace(settings=early))
+    alone = LoadPlan("another", models / "another.gguf", settings)
     costs = iter([Costs({1: 1.0, 16: 2.0}), Costs({1: 1e-9, 16: 2e-9}), Costs(SLOW)])
     patch(vps_worker, "measure_costs", lambda *_: next(costs))
     written: list[bytes] = []

@@ -30,11 +30,11 @@ from cerebrum.vps.encoding import (
     DECODES,
     FAITHFUL,
     MIN_GAIN,
-    Outcome,
     Passport,
     Timing,
     TunedFile,
     TuneError,
+    comparison,
     find_tuned,
     passport_path,
     tune,
@@ -91,7 +91,7 @@ class Lab:
         self.patch(encoding, "compare", compare)
         return compared
 
-    def tune(self, room: int = ROOM, report=quiet, **more) -> Outcome:
+    def tune(self, room: int = ROOM, report=quiet, **more) -> Passport:
         more = {"output": io.StringIO()} | more
         return tune(self.published, "abc", self.settings, room, report, **more)
 
@@ -128,7 +128,7 @@ def lab(published, tmp_path, patch) -> Lab:
 def test_the_faster_types_are_written(lab):
     compared = lab.script(FASTER)
     reported = []
-    outcome = lab.tune(report=lambda *step: reported.append(step))
+    passport = lab.tune(report=lambda *step: reported.append(step))
     (files,) = compared
     plain = replace(lab.settings, flash_attention=False)
     assert [used for _, used in files] == [lab.settings, lab.settings, plain]
@@ -137,7 +137,7 @@ def test_the_faster_types_are_written(lab):
     expected |= {"file": file_stamp(lab.published), "size": lab.path.stat().st_size}
     expected |= {"published": [1.0] * 3, "here": [0.5] * 3}
     assert json.loads(passport_path(lab.path).read_text()) == expected
-    assert outcome.passport._asdict() == expected
+    assert passport._asdict() == expected
     types = {tensor.name: tensor.type for tensor in Source(lab.path).tensors}
     assert types["blk.0.ffn_down.weight"] == "Q4_1"
     assert lab.left() == ["m.gguf", "m.gguf.json"]
@@ -163,16 +163,15 @@ CHOICES: list[tuple[Mapping[str, float], Whole, str, bool]] = [
 def test_what_is_chosen_is_found(lab, costs, whole, chosen, flash):
     lab.script(costs, whole)
     assert lab.found() == NONE
-    outcome = lab.tune()
+    passport = lab.tune(output=(printed := io.StringIO()))
     is_tuned = chosen != "published"
-    passport = outcome.passport
     assert (passport.source, passport.encoding) == ("abc", chosen)
     settings = replace(lab.settings, flash_attention=flash)
     used = TunedFile(lab.path if is_tuned else lab.published, settings, passport)
     assert find_tuned(lab.published, lab.settings, "abc") == (used, "")
     assert lab.left() == [*(["m.gguf"] if is_tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
-    assert outcome.pays == (nothing not in outcome.table()) == (is_tuned or not flash)
+    assert passport.pays == (nothing not in printed.getvalue()) == (is_tuned or not flash)
     other = None, "it was tuned for source abc, here it is def"
     assert find_tuned(lab.published, lab.settings, "def") == other
     assert encoding.remove_tuned(lab.published, lab.settings) == is_tuned
@@ -185,11 +184,11 @@ def test_what_is_chosen_is_found(lab, costs, whole, chosen, flash):
 
 def test_what_does_not_fit_into_memory_is_not_tried(lab):
     compared = lab.script(FASTER)
-    size = lab.tune().passport.size
+    size = lab.tune().size
     published = lab.published.stat().st_size
     tried = []
     for room in (size + NO_FLASH, size + 1000, size - 1000, published + 1000):
-        is_tuned = lab.tune(room).passport.size > published
+        is_tuned = lab.tune(room).size > published
         tried.append((len(compared[-1]), is_tuned))
     assert tried == [(3, True), (2, True), (2, False), (1, False)]
     message = r"expected \d+ MB of memory beside the reserve, got \d+ MB"
@@ -200,9 +199,9 @@ def test_what_does_not_fit_into_memory_is_not_tried(lab):
 def test_more_threads_are_tried_unless_the_user_chose(lab):
     lab.patch(encoding, "cpus", lambda: 4)
     lab.script(FASTER, lambda _, used: 0.8 if used.threads == 4 else 1.0)
-    assert lab.tune().passport.threads == 2
+    assert lab.tune().threads == 2
     free = replace(lab, settings=replace(lab.settings, fixed_threads=False))
-    assert (free.tune().passport.threads, free.found()[0].settings.threads) == (4, 4)
+    assert (free.tune().threads, free.found()[0].settings.threads) == (4, 4)
     assert lab.found() == (None, "it was tuned for threads 4, here it is 2")
 
 
@@ -218,7 +217,7 @@ a decode of 16, ms                     100.0        50.0  2.00 x
 def test_the_table():
     before = Timing(0.004, {1: 0.03, 4: 0.05, 16: 0.1})
     after = Timing(0.001, {1: 0.02, 4: 0.025, 16: 0.05})
-    table = Outcome(Passport(**PASSPORT), before, after).table()
+    table = comparison(Passport(**PASSPORT), before, after)
     head = f"{encoding.cpu_name()}; tuned: Q5_0 to Q8_0; flash attention off, threads: 2"
     assert table == f"{head}\n{TABLE}"
 
@@ -227,11 +226,12 @@ def test_the_table():
 
 
 def test_the_figures_are_printed_before_the_file_is_used_and_a_dry_run_changes_nothing(lab):
-    assert lab.tune(dry_run=True).passport.types
+    assert lab.tune(dry_run=True).types
     assert lab.left() == []
     output, printed = io.StringIO(), []
     lab.patch(os, "replace", lambda *_: printed.append(output.getvalue()))
-    assert f"{lab.tune(output=output).table()}\n" == printed[0]
+    lab.tune(output=output)
+    assert printed[0] == output.getvalue() != ""
 
 
 def test_too_little_disk_is_reported_with_the_figures(lab):
@@ -277,11 +277,10 @@ PASSPORT = {
     "threads": 2,
     "flash_attention": False,
     "types": {"Q5_0": "Q8_0"},
-    "format": 3,
     "file": "10.20",
     "size": 4,
 }
-ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3, "format": 1}
+ELSEWHERE = {"library": "0.0.1", "cpu": "z80", "cpus": 99, "threads": 3}
 INCOMPLETE = "its tuned file is missing or cut short"
 NO_PASSPORT = "its passport cannot be read"
 

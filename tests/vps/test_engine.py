@@ -35,12 +35,13 @@ from cerebrum.settings import write_atomically
 from cerebrum.vps import drafts, llama, memory, schedule
 from cerebrum.vps import job as vps_job
 from cerebrum.vps import worker as vps_worker
-from cerebrum.vps.decoder import ModelTally
+from cerebrum.vps.decoder import Current, ModelTally
 from cerebrum.vps.drafts import Drafter, Gain
 from cerebrum.vps.encoding import TunedFile
 from cerebrum.vps.job import Event, Job, Run
 from cerebrum.vps.llama import MAX_CHUNK, MAX_DRAFT, MB
 from cerebrum.vps.memory import Parts, fit_context
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.prefixes import (
     Parked,
     PrefixStore,
@@ -53,7 +54,7 @@ from cerebrum.vps.prefixes import (
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, longest_delay
 from cerebrum.vps.vocabulary import heal_from
-from cerebrum.vps.worker import Loader, Worker
+from cerebrum.vps.worker import Worker
 from cerebrum_common import HttpError
 
 # Seconds of a decode of one token and of 16: a 0.5B on an AMD EPYC.
@@ -187,7 +188,7 @@ text left         | AT_ONCE AT_ONCE
 text low          | STAYS STAYS
 prompt            | STAYS FOR_OTHERS
 prompt left       | FOR_OTHERS FOR_OTHERS
-prompt yields     | FOR_HURRIED FOR_HURRIED
+prompt hurried    | FOR_HURRIED FOR_HURRIED
 prompt low left   | WITH_SLOT WITH_SLOT
 prompt low again  | FOR_HURRIED FOR_HURRIED
 """
@@ -197,14 +198,16 @@ def run_of(words: str) -> Any:
     """A run of which these words are true."""
     job = SimpleNamespace(cancelled="left" in words)
     run = SimpleNamespace(prefilling="prompt" in words, job=job, low="low" in words)
-    run.first_token, run.yields = "again" in words, "yields" in words
+    run.first_token, run.makes_way_for_hurried = "again" in words, "hurried" in words
     return run
 
 
 def test_who_makes_way_for_whom() -> None:
     for words, ways in rows(WAYS):
         for is_long, way in enumerate(ways.split()):
-            assert vps_worker.makes_way(run_of(words), bool(is_long)) == vps_worker.Way[way], words
+            assert vps_worker.way_offered(run_of(words), bool(is_long)) == vps_worker.Way[way], (
+                words
+            )
 
 
 # ------------------------------------------------------------------------------------------- drafts
@@ -685,7 +688,7 @@ class Ask:
         return str(self.outcome()[1].code)
 
 
-def worker_of(loader: Loader) -> Worker:
+def worker_of(loader: LoadPlan) -> Worker:
     """A worker beside no other."""
     return Worker(loader, Baton(), ModelTally())
 
@@ -728,7 +731,7 @@ def worker(request: pytest.FixtureRequest, tmp_path: Path, loads: Loads) -> Iter
     path.write_bytes(b"weights")
     sequences = getattr(request, "param", 2)
     settings = llama.Settings(threads=1, sequences=sequences, draft=False, state_dir=tmp_path)
-    with running(worker_of(Loader("m", path, settings))) as worker:
+    with running(worker_of(LoadPlan("m", path, settings))) as worker:
         yield worker
 
 
@@ -741,7 +744,7 @@ def ask(worker: Worker, prompt: str, **more) -> Ask:
 
 def test_drafts_follow_the_seconds_that_they_took(worker: Worker, patch):
     """What is drafted here is never right, and a decode takes a second for each token."""
-    model, decoder = worker.model, worker.decoder
+    model, decoder = worker.decoder.model, worker.decoder
     now, sizes = [0.0], list[int]()
     decoder.drafting, real = True, model.decode
     patch(vps_worker.time, "perf_counter", lambda: now[0])
@@ -782,10 +785,10 @@ def test_a_tuned_file_is_loaded_if_it_can_be(
     settings = llama.Settings(state_dir=tmp_path / "state")
     smaller = replace(settings, micro_batch=128)
     tuned = TunedFile(tmp_path / "tuned", smaller, tuned_passport(source))
-    with running(worker_of(Loader("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
+    with running(worker_of(LoadPlan("m", tmp_path / "m.gguf", settings, tuned=tuned))) as worker:
         pass
     assert loads.loaded == loaded.split(", ")
-    used = worker.loader
+    used = worker.loaded
     assert f"{used.path.name} {used.settings.micro_batch}" == loads.loaded[-1]
     assert used.encoding == ("published" if warning else TUNED)
     reason = f"its tuned file cannot be used: {warning}"
@@ -800,8 +803,10 @@ def test_caches_are_kept_apart_by_file_and_settings(tmp_path, patch) -> None:
 
     def load(name: str, **other) -> None:
         (tmp_path / name).write_bytes(name.encode())
-        with running(worker_of(Loader("m", tmp_path / name, replace(settings, **other)))) as worker:
-            keys.add(worker.loader.key)
+        with running(
+            worker_of(LoadPlan("m", tmp_path / name, replace(settings, **other)))
+        ) as worker:
+            keys.add(worker.loaded.key)
 
     load("m.gguf")
     load("tuned")
@@ -822,7 +827,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch):
         return real(request)
 
     patch(vps_job, "Sampler", sampler)
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     model.hold.clear()
     beside = ask(worker, "x", max_tokens=3)
     assert model.decoding.wait(PATIENCE)
@@ -847,7 +852,7 @@ def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(worker: Wor
     patch(vps_worker, "STORE_SECONDS", 0.01)
     worker.wake()  # it may be waiting for the usual time
     wait_until(lambda: worker.due == math.inf, "the worker rests")
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     cases = ("abc" * 9, 100.0, 1.0), ("xyz" * 9, 1.0, 1e6)
     for saved, (prompt, hung_seconds, slowest) in enumerate(cases, 1):
         patch(vps_worker, "HUNG_SECONDS", hung_seconds)
@@ -891,7 +896,7 @@ def test_saved_prompts_are_dropped_on_request(worker: Worker):
 
 @pytest.mark.parametrize("fails", ["decode", "save", "close"])
 def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails):
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     model.hold.clear()
     running = [ask(worker, "x" * 20), ask(worker, "y" * 20)]
     assert model.decoding.wait(PATIENCE)
@@ -910,7 +915,7 @@ def test_a_worker_that_fails_answers_all_requests_and_ends(worker: Worker, fails
 
 def test_any_fault_of_a_load_is_reported(tmp_path, loads: Loads):
     loads.broken["m.gguf"] = FileNotFoundError(2, "No such file", "/secret/path")
-    worker = worker_of(Loader("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
+    worker = worker_of(LoadPlan("m", tmp_path / "m.gguf", llama.Settings(state_dir=tmp_path)))
     worker.start()
     error: Any = worker.ready.exception(PATIENCE)
     assert error.code == "MODEL_LOAD_FAILED"
@@ -945,7 +950,7 @@ def script(worker: Worker, arrivals: dict[str, Any]) -> list[str]:
     `arrivals` has functions that are called during a decode: that of "l2" during the second one
     that begins with l.
     """
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     real, log = model.decode, list[str]()
     # The sizes must not depend on this machine's speed.
     worker.decoder.costs.learn = lambda *_: None
@@ -997,7 +1002,9 @@ def test_a_decode_is_aborted_if_all_its_runs_make_way(worker: Worker):
     decoder: Any = worker.decoder
     for runs, flag in (["prompt low", "prompt left"], b"\1"), (["prompt low", "text"], b"\0"):
         decoder.model.abort_flag[0] = b"\0"
-        decoder.compute.running = list(map(run_of, runs))
+        decoder.compute.current = Current(list(map(run_of, runs)), is_long=False)
+        worker.give_way(run_of("left").job)  # who has left disturbs nobody
+        assert decoder.model.abort_flag[0] == b"\0"
         worker.give_way(None)
         assert decoder.model.abort_flag[0] == flag
 
@@ -1086,7 +1093,7 @@ def test_a_chunk_that_is_read_ahead_ends_for_those_who_do_not_need_it(
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_completion_of_low_priority_that_has_begun_keeps_its_sequence(worker: Worker, lost):
     """Even while it is read again because its recurrent state was lost."""
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     model.recurrent = lost
     asked = list[Ask]()
 
@@ -1106,7 +1113,7 @@ def test_one_of_two_prompts_of_low_priority_gives_way(worker: Worker, fails):
     """The other one stands still. If the first cannot be saved, the normal job fails, and both go
     on.
     """
-    model: Any = worker.model
+    model: Any = worker.decoder.model
     asked = dict[str, Ask]()
 
     def two() -> None:
@@ -1223,7 +1230,7 @@ def test_each_gets_the_text_after_the_own_prompt_whatever_was_kept_of_others(
     rng = random.Random(kind)
     tally = Counter[str]()
     for _ in range(4):
-        with running(worker_of(Loader("m", path, settings))) as worker:
+        with running(worker_of(LoadPlan("m", path, settings))) as worker:
             for _ in range(12):
                 asked = []
                 for secret in rng.choice((SECRETS, SECRETS[:1], SECRETS[1:])):

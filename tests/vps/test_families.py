@@ -43,10 +43,11 @@ from cerebrum.vps.llama import (
     start_library,
 )
 from cerebrum.vps.memory import accepts, check_digest, needed
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.prefixes import Parked, Sequences
 from cerebrum.vps.schedule import Baton
 from cerebrum.vps.vocabulary import Vocabulary, api, cut_runs
-from cerebrum.vps.worker import Loader, Worker
+from cerebrum.vps.worker import Worker
 from cerebrum_common import HttpError
 
 ONE = Settings(threads=1, n_ctx=64, sequences=1, micro_batch=16)
@@ -82,11 +83,11 @@ EXACT = replace(ONE, n_ctx=512, sequences=3, micro_batch=64, flash_attention=Fal
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_the_text_is_that_of_a_greedy_loop(family, seed, rounds, models: Path, tmp_path):
     path = models / f"{family}.gguf"
-    loader = Loader("tiny", path, replace(EXACT, state_dir=tmp_path))
+    loader = LoadPlan("tiny", path, replace(EXACT, state_dir=tmp_path))
     check_against_a_greedy_loop(loader, rounds, random.Random(f"{family} {seed}"))
 
 
-def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random) -> ModelTally:
+def check_against_a_greedy_loop(loader: LoadPlan, rounds: int, draw: random.Random) -> ModelTally:
     """Ask for completions as an editor might, with edits, cancels and restarts, and compare each
     text. Returns what was counted.
     """
@@ -99,7 +100,7 @@ def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random
         """Whether each answer was certain: no two logits were nearly equal."""
         asked = []
         # With the tokens that llama.cpp does not know as ends.
-        reference.is_end = worker.model.vocabulary.is_end
+        reference.is_end = worker.decoder.model.vocabulary.is_end
         for _ in range(draw.choice((1, 1, 2, 3))):
             text = edit(draw, draw.choice(texts))[-300:] or "x"
             texts[:] = [*texts[-5:], text]
@@ -121,7 +122,7 @@ def check_against_a_greedy_loop(loader: Loader, rounds: int, draw: random.Random
 
     while rounds > 0:
         turns = min(rounds, draw.randint(1, 20))
-        with running(Worker(replace(loader), Baton(), tally)) as worker:
+        with running(Worker(loader, Baton(), tally)) as worker:
             for _ in range(turns):
                 compared += sum(ask_some(worker))
         rounds -= turns
@@ -135,7 +136,7 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 ):
     settings = Settings(threads=1, n_ctx=4096, sequences=2, cache_mb=1, state_dir=tmp_path)
     read = []
-    with running(worker_of(Loader("tiny", models / "dense.gguf", settings))) as worker:
+    with running(worker_of(LoadPlan("tiny", models / "dense.gguf", settings))) as worker:
         for text in ("x = 1\n" * 400, "y = 2\n" * 400, "x = 1\n" * 401, "y = 2\n" * 401):
             before = worker.tally.prompt_tokens
             ask(worker, text, max_tokens=1).outcome()
@@ -148,7 +149,7 @@ def test_files_in_turns_stay_in_their_slots_where_they_are_too_large_to_be_saved
 
 @contextlib.contextmanager
 def opened(path: Path, settings: Settings = ONE, **fim) -> Iterator[Llama]:
-    model = Llama(path, settings, lambda _: True, **fim)
+    model = Llama(path, settings, **fim)
     yield model
     model.close()
 
@@ -410,7 +411,7 @@ def test_a_tied_embedding_is_loaded_twice(models: Path, tmp_path):
     assert needed(published, forms)[0]["weights"] == published.stat().st_size
     source = Source(published)
     source.tensors = [tensor for tensor in source.tensors if tensor.name != "output.weight"]
-    source.write(tied, {})
+    families.copy_with(source, tied)
     count = len(families.vocabulary(families.FAMILIES["dense"])[0])
     embedding = count * families.EMBEDDING * 34 // 32  # bytes in Q8_0
     assert needed(tied, forms)[0]["weights"] == tied.stat().st_size + embedding
@@ -490,7 +491,7 @@ def test_what_completes_no_text_is_refused_by_its_header(architecture, kind, tmp
         with pytest.raises(ModelError, match=message):
             needed(path, [Settings(state_dir=tmp_path)])
     with pytest.raises(ModelError, match=message):
-        Llama(path, Settings(threads=1, n_ctx=512, state_dir=tmp_path), lambda _: True)
+        Llama(path, Settings(threads=1, n_ctx=512, state_dir=tmp_path))
     assert not [*(tmp_path / "verified").iterdir()]
 
 

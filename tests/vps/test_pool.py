@@ -28,8 +28,8 @@ from cerebrum.settings import Environment
 from cerebrum.vps import memory, plan, pool
 from cerebrum.vps.encoding import TunedFile, find_tuned
 from cerebrum.vps.llama import MB, ModelError, Settings
+from cerebrum.vps.plan import LoadPlan
 from cerebrum.vps.pool import Instance
-from cerebrum.vps.worker import Loader
 from cerebrum_common import SSE_COMMENT, HttpError
 from vpsd import Admission, Engine, events_of, load_config
 
@@ -51,12 +51,13 @@ class ScriptedWorker:
     stored_bytes = memory_bytes = 0
     prepare_fault: Exception | None = None
 
-    def __init__(self, loader: Loader, _baton, tally) -> None:
-        self.loader, self.tally = loader, tally
-        self.model_id, self.tuned = loader.model_id, loader.tuned
-        self.draft = loader.draft  # what it could use of it
+    def __init__(self, plan: LoadPlan, _baton, tally) -> None:
+        self.plan, self.tally = plan, tally
+        self.model_id, self.tuned = plan.model_id, plan.tuned
+        self.draft = plan.draft  # what it could use of it
         self.ready, self.ended = Future[None](), Future[None]()
-        self.model = SimpleNamespace(n_ctx=4096)
+        model = SimpleNamespace(n_ctx=4096)
+        self.loaded = SimpleNamespace(model=model, path=plan.path, encoding="published")
         self.submitted = []
         self.submit = self.submitted.append
         self.made.append(self)
@@ -248,7 +249,7 @@ async def test_a_draft_model_is_loaded_with_its_model_and_listed_unless_it_could
     house.reconfigure(models=(house.pool.models[A], large))
     assert (await house.listed(B))["draft"] == A
     worker = await house.idle(B)
-    draft = worker.loader.draft
+    draft = worker.plan.draft
     assert (draft.model_id, draft.path, draft.settings.outputs) == (A, house.file(A), 1)
     assert list(house.pool.ready) == [B]  # it serves nobody itself
     assert house.pool.instances[B].estimate == 2 * MB
@@ -456,15 +457,14 @@ async def test_saved_prompts_are_dropped_before_a_request_is_refused(house):
         done.set_result(None)
         return done
 
-    for module in (vpsd, pool):
-        house.patch(module, "available_mb", lambda: free["mb"])
+    house.patch(pool, "available_mb", lambda: free["mb"])
     worker.shed, worker.stored_bytes = shed, 200 * MB
     await house.idle()
     assert dropped == [124 * MB]
     free["mb"], worker.stored_bytes = 800, 1
     message = "expected 1024 MB of memory available, got 930 MB"
     assert (await house.error(house.ask())).message == message  # all that was saved was too little
-    assert house.refuses().message == message
+    assert (await house.error(house.ask())).message == message
 
 
 def held(id: str, size: int, state: str, used: float, *users) -> Instance:
@@ -674,9 +674,9 @@ async def test_what_changes_of_a_pair_reaches_the_loaded_model(house, changed, c
     house.reconfigure(models=(*models.values(),))
     assert worker.stopping
     await house.ends(B)
-    loader = (await house.idle(B)).loader
-    assert (loader.fim, loader.layout) == (models[B].fim, models[B].fim_layout)
-    assert (loader.draft.path.name, loader.draft.sha256) == (models[A].file, models[A].sha256)
+    plan = (await house.idle(B)).plan
+    assert (plan.fim, plan.layout) == (models[B].fim, models[B].fim_layout)
+    assert (plan.draft.path.name, plan.draft.sha256) == (models[A].file, models[A].sha256)
 
 
 async def test_what_was_kept_of_a_model_goes_when_it_is_listed_no_more(house):
