@@ -578,8 +578,9 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     wanted = replace(wanted, fields=fields, **gateway.who(request))
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
-    completion = Completion(wanted, notes=request.notes)
-    pairs = Subscriber(gateway.broadcasts, completion, editor, dialect.reply.has_comments).pairs()
+    has_comments = dialect.reply.has_comments
+    reader = Subscriber(gateway.broadcasts, wanted, request.notes, editor, has_comments)
+    pairs = reader.pairs()
     reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
     if wanted.stream:
         return stream_in_dialect(pairs, reply_to)

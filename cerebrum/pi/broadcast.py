@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,6 @@ from cerebrum.pi.completion import (
     text_event,
 )
 from cerebrum.pi.counting import Usage
-from cerebrum.pi.dispatcher import MAX_SERVED
 from cerebrum.pi.runner import Runner
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, internal_error
@@ -148,20 +148,21 @@ class Remembered:
     beginning: JsonObject  # the value of the pair "started"
     done: JsonObject  # the result
     prompt_cut: bool  # the model that was asked for has not read all of the prompt
-    asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
+    # A digest of all fields of an infill: an equal one gets this text, whenever it comes.
+    exact: bytes = b""
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
     @property
     def pairs(self) -> list[Pair]:
         return [("started", self.beginning), ("text", text_event(self.text)), ("done", self.done)]
 
-    def typed_in(self, completion: Completion) -> int | None:
+    def typed_in(self, prompt: str, exact: bytes) -> int | None:
         """How many characters of the text precede a request's cursor, 0 if it answers an equal
-        request; None if it is no answer.
+        request, by the digest of all its fields; None if it is no answer, as for another gap.
         """
-        if self.asked == completion.digest:
+        if self.exact == exact:
             return 0
-        typed = typed_of(self.prompt, self.text, completion.request.fields.prompt, self.omitted)
+        typed = typed_of(self.prompt, self.text, prompt, self.omitted)
         return typed if 0 < typed < len(self.text) else None
 
 
@@ -181,7 +182,8 @@ class Broadcast:
 
     def typed_in(self, request: CompletionRequest, may_type: bool) -> int | None:
         """How many characters of the text so far precede a request's cursor, 0 if the requests are
-        equal; None if it is no answer. `may_type`: its editor may have typed what it reads here.
+        equal; None if it is no answer, as for another gap. `may_type`: its editor may have typed
+        what it reads here.
         """
         older = self.completion.request
         if may_share(request, older):
@@ -245,7 +247,7 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
     is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
     would_repeat = not (is_late or prompt_cut)
     if request.kind == "infill" and request.fields.temperature == 0 and would_repeat:
-        old.asked = broadcast.completion.digest
+        old.exact = digest_of(request.fields, vars(request.fields))
     return old
 
 
@@ -258,22 +260,26 @@ WAITING_SECONDS = 5.0
 
 @dataclass(slots=True, eq=False)
 class Subscriber:
-    """One client's request in a dialect, and its position in a text, which others may read too."""
+    """One client's request in a dialect, and its position in a text, which others may read too. It
+    runs nothing: the task of a `Broadcast` does, on behalf of all who read it.
+    """
 
     broadcasts: Broadcasts
-    completion: Completion
+    request: CompletionRequest
+    notes: JsonObject  # for the request's line in the log
     editor: str  # client, address and user agent: one editor's requests have the same
     has_comments: bool  # the client's dialect: "waiting" and "idle" can be sent
     broadcast: Broadcast | None = None  # that it reads; None: the text is finished
     at: int = 0  # pairs read
     typed: int = 0  # characters of the text that the client typed before
     skip: int = 0  # those of them that are not yet read
-    waits: bool = True  # False: the request is speculative
     replaced: bool = False  # the user has typed on, and the editor has asked again
+    started: float = field(default_factory=time.monotonic)
 
     @property
-    def request(self) -> CompletionRequest:
-        return self.completion.request
+    def waits(self) -> bool:
+        """Whether somebody waits for the answer now."""
+        return not self.request.speculative
 
     async def pairs(self) -> Pairs:
         """The pairs of `Runner.run` but "progress", which no dialect has, and "waiting".
@@ -293,8 +299,8 @@ class Subscriber:
                     yield pair
             if not self.waits:
                 raise HttpError(SUPERSEDED, "other requests came first")
-            if not self.at:
-                yield "started", self.broadcasts.runner.beginning(self.completion)
+            if self.broadcast and not self.at:
+                yield "started", self.broadcasts.runner.beginning(self.broadcast.completion)
             yield "done", {"finish_reason": "replaced"}
         finally:
             self.broadcasts.leave(self)
@@ -326,7 +332,7 @@ class Subscriber:
                 value = value | {"type_through": True}
             self.broadcasts.remember(self)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
-                self.broadcasts.show(self.completion, text_in(pairs)[self.typed :])
+                self.broadcasts.show(self.request, self.started, text_in(pairs)[self.typed :])
         return event, value
 
     def _rest_of(self, events: bytes) -> bytes:
@@ -360,41 +366,33 @@ class Broadcasts:
         runs, or of a new one.
         """
         request = subscriber.request
-        completion = subscriber.completion
         self.subscribers.append(subscriber)
         dispatcher = self.runner.dispatcher
         digest = digest_of(request.fields, EQUAL_FIELDS)
-        if request.speculative or self._is_llama_vims(request, digest):
-            completion.request = request = replace(request, speculative=True)
-            completion.clients.clear()
-            subscriber.waits = False
+        if self._is_llama_vims(request, digest):
+            subscriber.request = request = replace(request, speculative=True)
         if request.fields.max_tokens == 0:
             dispatcher.read_ahead(request)
-            return self._without_text(completion, "length")  # it replaces nothing
-        if subscriber.waits and request.kind == "infill" and not request.guest:
-            set_newest(dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
+            return self._without_text(request, "length")  # it replaces nothing
+        dispatcher.note_editor(request, subscriber.started)
         if request.fields.min_confidence == NEVER:
-            pairs = self._without_text(completion, "unsure")
+            pairs = self._without_text(request, "unsure")
         elif found := self._find(subscriber, digest):
             text, subscriber.typed = found
             subscriber.skip = subscriber.typed
             self._share(subscriber, text)
             pairs = text.pairs
         else:
-            subscriber.broadcast = self._start(completion, digest)
-            pairs = subscriber.broadcast.pairs
+            own = subscriber.broadcast = Broadcast(Completion(request), digest)
+            own.completion.end = own.end
+            own.task = asyncio.create_task(self._run(own))
+            pairs = own.pairs
         self._replace_older(subscriber)
         return pairs
 
-    def _start(self, completion: Completion, digest: bytes) -> Broadcast:
-        own = Broadcast(completion, digest)
-        own.task = asyncio.create_task(self._run(own))
-        completion.end = own.end
-        return own
-
-    def _without_text(self, completion: Completion, reason: str) -> list[Pair]:
+    def _without_text(self, request: CompletionRequest, reason: str) -> list[Pair]:
         """An answer for which no backend is asked."""
-        beginning = self.runner.beginning(completion)
+        beginning = self.runner.beginning(Completion(request))
         return [("started", beginning), ("done", {"finish_reason": reason})]
 
     def forget(self) -> None:
@@ -421,9 +419,11 @@ class Broadcasts:
         """
         request = subscriber.request
         may_type = may_type_through(request)
+        fields = request.fields
+        exact = digest_of(fields, vars(fields))
         for old in reversed(self.memory):
             if may_type and old.digest == digest and request.client in old.clients:
-                typed = old.typed_in(subscriber.completion)
+                typed = old.typed_in(fields.prompt, exact)
                 if typed is not None:
                     return old, typed
         for other in self.subscribers:
@@ -454,7 +454,7 @@ class Broadcasts:
             return
         running = text.completion
         running.clients.append(request.client)
-        running.requested = subscriber.completion.started  # it waits for a place from now on
+        running.requested = subscriber.started  # it waits for a place from now on
         if running.request.speculative:
             runner.dispatcher.promote(running, request.client)
 
@@ -516,23 +516,18 @@ class Broadcasts:
         if not broadcast:
             return
         completion = broadcast.completion
-        task = broadcast.task
-        subscriber.completion.notes |= completion.figures()
+        subscriber.notes |= completion.figures()
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
             completion.client = waiting[0].request.client
             self.runner.dispatcher.changed()
-        elif not others:
-            task.cancel()
-        elif not (completion.request.speculative or task.done()):
+        elif not others or not (completion.request.speculative or broadcast.task.done()):
             broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
 
-    def show(self, completion: Completion, text: str) -> None:
+    def show(self, request: CompletionRequest, now: float, text: str) -> None:
         """Count what an infill's prompt has of the last hint in its file; then the text, which its
-        client is shown now, unless it is the rest of this hint.
+        client is shown, unless it is the rest of this hint. `now`: when the client asked.
         """
-        request = completion.request
-        now = completion.started
         # A model may write either form of line ends, and an editor inserts its own.
         text = text.replace("\r\n", "\n")
         prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")

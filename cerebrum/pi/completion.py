@@ -5,7 +5,6 @@ each class says who writes it. A completion's text travels as pairs, the last of
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import json
 import math
@@ -216,10 +215,9 @@ class Attempt:
 @dataclass(eq=False)
 class Completion:
     """A request on its way. `Dispatcher` and `Broadcasts` write the client, the dispatcher also
-    the attempts, and that somebody waits for a speculative one; `Broadcasts` who waits for it,
-    since when, and that it is speculative. Whoever runs it sets how to end it: the handler, its
-    broadcast for all who read it, or the dispatcher that reads ahead. `Counting` and `Broadcasts`
-    add notes. Times are monotonic seconds.
+    the attempts, and that somebody waits for a speculative one; `Broadcasts` who waits for it, and
+    since when. Whoever runs it sets how to end it: the handler, its broadcast for all who read it,
+    or the dispatcher that reads ahead. `Counting` adds notes. Times are monotonic seconds.
     """
 
     request: CompletionRequest
@@ -238,12 +236,8 @@ class Completion:
     def __post_init__(self) -> None:
         self.client = self.request.client
         self.requested = self.started
-        self.clients.append(self.client)
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """Of all fields. A long text takes milliseconds."""
-        return digest_of(self.request.fields, vars(self.request.fields))
+        if not self.request.speculative:
+            self.clients.append(self.client)
 
     @property
     def deadline(self) -> float:

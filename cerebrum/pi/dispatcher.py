@@ -468,6 +468,11 @@ class Dispatcher:
         if not completion.request.guest:
             state.regular = now
 
+    def note_editor(self, request: CompletionRequest, now: float) -> None:
+        """A client asks for an infill, which perhaps needs no place."""
+        if request.kind == "infill" and not (request.guest or request.is_spare):
+            set_newest(self.state.editors, request.client, now, MAX_SERVED)
+
     def promote(self, completion: Completion, client: str) -> None:
         """This client waits for a speculative completion from now on."""
         completion.request = replace(completion.request, speculative=False)
