@@ -81,10 +81,17 @@ CODE_FIELDS = {
     "filename": NAME,
     "language": NAME,
     "min_confidence": RULES["min_confidence"],
-    "suggest": Field(str, choices=tuple(SUGGEST)),
+    "suggest": Field(str, default="always", choices=tuple(SUGGEST)),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
-INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT, "speculative": FLAG}
+INFILL_FIELDS = {
+    **CODE_FIELDS,
+    "input_prefix": TEXT,
+    "input_suffix": TEXT,
+    "speculative": FLAG,
+    # llama.vim's key for "complete now" sends the same as its automatic requests.
+    "suggest": replace(CODE_FIELDS["suggest"], default="often"),
+}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
@@ -294,35 +301,23 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
 
 
 def read_code(
-    members: Members, read: Members, suggest: str = "always", special: bool = False
+    members: Members, read: Members, prefix: str, suffix: str, kind: str, **more: Any
 ) -> CompletionRequest:
-    """A request for code, without its text. `suggest` is the default if the request sets none,
-    `special` as in `read_stops`.
+    """A request of this kind for code, with `more` fields. At the end of a file there is no gap:
+    the text before the cursor is completed.
     """
-    sampling = read_sampling(read, read_stops(members, special))
+    fields = read_sampling(read, read_stops(members, "special" in more))
     least = read["min_confidence"]
-    sampling["min_confidence"] = SUGGEST[read["suggest"] or suggest] if least is None else least
+    fields["min_confidence"] = SUGGEST[read["suggest"]] if least is None else least
     for name in ("prompt_ms", "predict_ms"):
-        sampling[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
-    sampling |= {"filename": read["filename"], "language": read["language"]}
-    fields = GenerationRequest(**sampling, indent=read["n_indent"])
+        fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
+    fields |= {"filename": read["filename"], "language": read["language"], "prompt": prefix}
+    if suffix.strip() or not prefix:
+        fields |= {"suffix": suffix, "mode": "infill"}
+    asked = GenerationRequest(**fields | more, indent=read["n_indent"])
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
     usage = wants_usage(members)
-    return CompletionRequest(
-        "completion", fields, read["stream"], usage, read["cache_prompt"], only
-    )
-
-
-def ask_text(
-    request: CompletionRequest, prefix: str, suffix: str, infill: bool, **more: Any
-) -> CompletionRequest:
-    """Ask for a completion, or for an infill if the client does. At the end of a file there is no
-    gap: the text before the cursor is completed.
-    """
-    if suffix.strip() or not prefix:
-        more |= {"suffix": suffix, "mode": "infill"}
-    fields = replace(request.fields, prompt=prefix, **more)
-    return replace(request, kind="infill" if infill else "completion", fields=fields)
+    return CompletionRequest(kind, asked, read["stream"], usage, read["cache_prompt"], only)
 
 
 def read_completion(members: Members) -> CompletionRequest:
@@ -333,17 +328,15 @@ def read_completion(members: Members) -> CompletionRequest:
     read = read_fields(members, TEXT_FIELDS)
     prompt = read_prompt(members)
     suffix = read["suffix"]
-    special = not suffix and NEXT_EDIT.match(prompt) is not None
-    request = read_code(members, read, special=special)
-    if special:
-        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
+    if not suffix and NEXT_EDIT.match(prompt):
+        return read_code(members, read, prompt, "", "completion", stop_at="none", special=True)
     split = None if suffix else split_fim(prompt)
     if not split:
-        infill = "suffix" in members  # at the end of a file, the suffix is empty
-        return ask_text(request, prompt, suffix, infill)
+        kind = "infill" if "suffix" in members else "completion"  # empty at the end of a file
+        return read_code(members, read, prompt, suffix, kind)
     prefix, suffix, filename, extra = split
     filename = filename or read["filename"]
-    return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
+    return read_code(members, read, prefix, suffix, "infill", filename=filename, extra=extra)
 
 
 def read_infill(members: Members) -> CompletionRequest:
@@ -355,11 +348,9 @@ def read_infill(members: Members) -> CompletionRequest:
     prompt = read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     extra = [file for file in files if file["text"]]
-    # llama.vim's key for "complete now" sends the same as its automatic requests.
-    request = read_code(members, read, "often")
-    request = replace(request, speculative=read["speculative"])
     prefix = read["input_prefix"] + prompt
-    return ask_text(request, prefix, read["input_suffix"], infill=True, extra=extra)
+    request = read_code(members, read, prefix, read["input_suffix"], "infill", extra=extra)
+    return replace(request, speculative=read["speculative"])
 
 
 def read_chat(members: Members) -> CompletionRequest:
