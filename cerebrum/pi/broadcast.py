@@ -145,16 +145,11 @@ class Remembered:
     prompt: str  # the end of it
     omitted: int  # characters of the prompt before this end
     text: str
-    beginning: JsonObject  # the value of the pair "started"
-    done: JsonObject  # the result
+    pairs: list[Pair]
     prompt_cut: bool  # the model that was asked for has not read all of the prompt
     # A digest of all fields of an infill: an equal one gets this text, whenever it comes.
     exact: bytes = b""
     clients: set[str] = field(default_factory=set)  # who got the whole text
-
-    @property
-    def pairs(self) -> list[Pair]:
-        return [("started", self.beginning), ("text", text_event(self.text)), ("done", self.done)]
 
     def typed_in(self, prompt: str, exact: bytes) -> int | None:
         """How many characters of the text precede a request's cursor, 0 if it answers an equal
@@ -228,6 +223,7 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
     program's, which relies on its limit: a text cut by the limit must not begin another answer.
     """
     request = broadcast.completion.request
+    fields = request.fields
     last = dict(broadcast.pairs)  # of each event
     result = last["done"]
     reason = result.get("finish_reason", "stop")
@@ -238,16 +234,16 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
         return None
     # An answer for which no backend is asked has no figures.
     done = {name: result[name] for name in ("finish_reason", *SURENESS) if name in result}
-    prompt = request.fields.prompt
-    omitted = max(0, len(prompt) - CURSOR_CHARS)
+    pairs: list[Pair] = [("started", last["started"]), ("text", text_event(text)), ("done", done)]
+    omitted = max(0, len(fields.prompt) - CURSOR_CHARS)
     prompt_cut = result.get("prompt_cut", False)
-    end = prompt[omitted:]
-    old = Remembered(broadcast.digest, end, omitted, text, last["started"], done, prompt_cut)
+    end = fields.prompt[omitted:]
+    old = Remembered(broadcast.digest, end, omitted, text, pairs, prompt_cut)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
-    is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
+    is_late = reason == "length" and result["total_tokens"] < fields.max_tokens
     would_repeat = not (is_late or prompt_cut)
-    if request.kind == "infill" and request.fields.temperature == 0 and would_repeat:
-        old.exact = digest_of(request.fields, vars(request.fields))
+    if request.kind == "infill" and fields.temperature == 0 and would_repeat:
+        old.exact = digest_of(fields, vars(fields))
     return old
 
 
