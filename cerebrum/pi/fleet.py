@@ -76,11 +76,10 @@ class Fleet:
 
     @property
     def message(self) -> str:
-        """Why no backend is available."""
-        if self.available:
-            return ""
-        named = [f"{backend.id}: {backend.breaker.message}" for backend in self.backends]
-        return "; ".join(named) if len(named) > 1 else self.first.breaker.message
+        """Why no backend is available; "" if one is."""
+        if self.available or len(self.backends) == 1:
+            return self.first.breaker.message
+        return "; ".join(f"{backend.id}: {backend.breaker.message}" for backend in self.backends)
 
     @property
     def models(self) -> Collection[str] | None:
