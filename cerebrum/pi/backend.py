@@ -371,8 +371,7 @@ class Backend:
         """Count a whole answer, and return its result."""
         result = valid_members(done, RESULT_FIELDS)
         reason = result.get("finish_reason", "stop")
-        if not attempt.evicted:
-            attempt.outcome = Answered(reason if reason in FINISHED else "other")
+        attempt.settle(Answered(reason if reason in FINISHED else "other"))
         # One event may hold several tokens.
         self._count(attempt, max(0, result.get("total_tokens", 0) - attempt.tokens))
         attempt.prompt_cut = "prompt_ms" in attempt.sent.fields and result.get("prompt_cut", False)

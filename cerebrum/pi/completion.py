@@ -178,8 +178,8 @@ class Attempt:
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the last token came, or the end of a whole answer
     prompt_cut: bool = False  # the model that was asked for has not read all of the prompt
-    # What became of it. HttpError: it failed; None: it is on its way, or its client has left. An
-    # eviction stays, whatever still comes.
+    # What became of it, see `settle`. HttpError: it failed; None: it is on its way, or its client
+    # has left.
     outcome: Answered | Evicted | HttpError | None = None
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
@@ -190,6 +190,11 @@ class Attempt:
     @property
     def request(self) -> CompletionRequest:
         return self.completion.request
+
+    def settle(self, outcome: Answered | Evicted | HttpError) -> None:
+        """Write what became of it. An eviction stays, whatever still comes."""
+        if not self.evicted:
+            self.outcome = outcome
 
     @property
     def evicted(self) -> str:
@@ -244,7 +249,7 @@ class Completion:
         """Until when a dialect's request waits for a place. A request of our own API never
         waits.
         """
-        return self.requested + WAIT_SECONDS[self.request.kind] if self.request.kind else -math.inf
+        return self.requested + WAIT_SECONDS.get(self.request.kind, -math.inf)
 
     @property
     def attempt(self) -> Attempt | None:

@@ -376,12 +376,12 @@ class Dispatcher:
         attempt = await self._enter(completion)
         places = self.state.places
         backend = places[attempt]
-        here = [other for other, where in places.items() if where is backend]
+        here = [other for other in places if places[other] is backend and other != attempt]
         try:
             # Those that are being ended are cut, but a client may be slow to take its last text.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for older in [other for other in here if other.evicted and other != attempt]:
+                    for older in [other for other in here if other.evicted]:
                         await older.ended.wait()
             yield attempt, backend
         finally:
@@ -481,21 +481,20 @@ class Dispatcher:
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.evicted:
-            attempt.outcome = Evicted(SUPERSEDED)
+            attempt.settle(Evicted(SUPERSEDED))
             attempt.completion.end(HttpError(SUPERSEDED, "another request took its place"))
 
     def _preempt(self, attempt: Attempt) -> None:
         """End a guest's attempt. Without a text it starts again, if its client still waits."""
         again = time.monotonic() < attempt.completion.deadline
-        attempt.outcome = Evicted(PREEMPTED, again)
+        attempt.settle(Evicted(PREEMPTED, again))
         attempt.admission.left()
         attempt.cut()
 
     def _leave(self, attempt: Attempt) -> None:
         """Give the place of an attempt back."""
-        state = self.state
         request = attempt.request
-        del state.places[attempt]
+        del self.state.places[attempt]
         attempt.admission.left()
         attempt.left = time.monotonic()
         attempt.ended.set()
@@ -530,7 +529,7 @@ class Dispatcher:
         self.ahead.clear()
         for attempt in self.state.places:
             if attempt.request.ahead:
-                attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
+                self._supersede(attempt)
 
     def read_all(self, request: CompletionRequest) -> None:
         """Queue all of a request's prompt to be read."""
@@ -569,5 +568,5 @@ class Dispatcher:
             if self.ahead.get(client) is attempt.completion:
                 del self.ahead[client]
             if task.cancelled():
-                self.ahead.clear()  # the daemon stops, or the keys have changed
+                self.ahead.clear()  # the daemon stops
         self._leave(attempt)

@@ -45,7 +45,7 @@ class Runner:
                                 yield pair
                         return
                     except HttpError as error:
-                        attempt.outcome = attempt.outcome or error
+                        attempt.settle(error)
                         if attempt.may_be_repeated:
                             # Both hold the prompt as it was sent.
                             error.__traceback__ = None
