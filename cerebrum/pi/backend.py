@@ -100,10 +100,9 @@ def budget_of(request: CompletionRequest, n_ctx: int) -> int:
     return int(max(n_ctx - answer, n_ctx // 4) - MARGIN_TOKENS)
 
 
-def passed_fields(attempt: Attempt) -> JsonObject:
-    """vpsd's fields for an attempt, beside those of its text."""
-    request = attempt.request
-    fields = attempt.request.fields
+def passed_fields(request: CompletionRequest) -> JsonObject:
+    """vpsd's fields for a request, beside those of its text."""
+    fields = request.fields
     given = vars(fields)
     passed = {name: given[name] for name in PASSED_TO_BACKENDS if given[name] is not None}
     if request.session:
@@ -114,43 +113,6 @@ def passed_fields(attempt: Attempt) -> JsonObject:
     if language := BY_NAME.get(fields.language.lower()):
         passed["language"] = language
     return passed
-
-
-def fit_prompt(
-    attempt: Attempt, kind: Kind, name: str, n_ctx: int, layout: str, refused: TooLong | None
-) -> Fitted:
-    """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
-    `refused`. `name` is the backend's for the model.
-    """
-    request = attempt.request
-    fields = request.fields
-    ratio: float = RATIO
-    most = sys.maxsize
-    if refused:
-        n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
-        weight = attempt.sent.weight
-        if counted := refused.extra.get("prompt_tokens"):
-            ratio = REFIT * max(weight, 1) / counted
-        else:
-            ratio = REFIT * RATIO
-            most = int(UNCOUNTED * weight / RATIO)
-    budget = budget_of(request, n_ctx)
-    if not kind.counts_exactly:
-        budget = min(int(budget / OVERCOUNT), most)
-    budget = int(budget * ratio / RATIO)
-    is_editors = request.kind == "infill"
-    is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
-    # vpsd knows what it has read, and chooses what to read in time.
-    around = WINDOW if kind.counts_exactly or not is_limited else SOON
-    text = prepare(vars(fields), fields.mode, budget, layout, is_editors, around)
-    tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
-    answer_tokens = n_ctx - int(OVERCOUNT * tokens) - MARGIN_TOKENS
-    body = passed_fields(attempt) | text.body
-    if is_limited:
-        body["prompt_ms"] = fields.prompt_ms
-    return Fitted(
-        body, attempt.model, name, answer_tokens, n_ctx, text.kept, text.weight, request.file
-    )
 
 
 # -------------------------------------------------------------------------------------- the backend
@@ -232,12 +194,11 @@ class Backend:
         breaker.expire(self.probed)
         if self._is_busy and breaker.state == "closed":
             return
-        trouble = ""
         try:
             await self._learn_state()
+            self._learn_trouble("")
         except HttpError as error:
-            trouble = error.message
-        self._learn_trouble(trouble)
+            self._learn_trouble(error.message)
         self.probes += 1
 
     async def _learn_state(self) -> None:
@@ -304,7 +265,10 @@ class Backend:
         try:
             while True:
                 try:
-                    attempt.sent = wanted = await self._fit(attempt, refused)
+                    # Parsing a long request, fitting it and following its text get a turn of the
+                    # event loop each.
+                    await asyncio.sleep(0)
+                    attempt.sent = wanted = self._fit(attempt, refused)
                     kind = self.kind  # a reload may replace it
                     async with (
                         kind.ask(wanted) as answer,
@@ -330,15 +294,39 @@ class Backend:
         finally:
             self.answering.remove(attempt)
 
-    async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
-        """Fit the prompt of an attempt, again if it was `refused`."""
-        # Parsing a long request, fitting it and following its text get a turn of the event loop
-        # each.
-        await asyncio.sleep(0)
+    def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
+        """Fit the prompt of an attempt into the model's context, again if it was `refused`."""
+        kind = self.kind
         model = attempt.model
-        layout = self.kind.layout(model, self._about(model))
+        request = attempt.request
+        fields = request.fields
+        n_ctx = self.n_ctx(model)
+        ratio: float = RATIO
+        most = sys.maxsize
+        if refused:
+            n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
+            weight = attempt.sent.weight
+            if counted := refused.extra.get("prompt_tokens"):
+                ratio = REFIT * max(weight, 1) / counted
+            else:
+                ratio = REFIT * RATIO
+                most = int(UNCOUNTED * weight / RATIO)
+        budget = budget_of(request, n_ctx)
+        if not kind.counts_exactly:
+            budget = min(int(budget / OVERCOUNT), most)
+        budget = int(budget * ratio / RATIO)
+        layout = kind.layout(model, self._about(model))
+        is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
+        # vpsd knows what it has read, and chooses what to read in time.
+        around = WINDOW if kind.counts_exactly or not is_limited else SOON
+        text = prepare(vars(fields), fields.mode, budget, layout, request.kind == "infill", around)
+        tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
+        answer_tokens = n_ctx - int(OVERCOUNT * tokens) - MARGIN_TOKENS
+        body = passed_fields(request) | text.body
+        if is_limited:
+            body["prompt_ms"] = fields.prompt_ms
         name = self.names.get(model, model)
-        return fit_prompt(attempt, self.kind, name, self.n_ctx(model), layout, refused)
+        return Fitted(body, model, name, answer_tokens, n_ctx, text.kept, text.weight, request.file)
 
     def _take(self, attempt: Attempt, event: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set. Note
