@@ -311,7 +311,7 @@ class Subscriber:
         try:
             await asyncio.wait_for(broadcast.changed.wait(), seconds)
         except TimeoutError:
-            line = self.broadcasts.runner.dispatcher.in_turn()
+            line = self.broadcasts.runner.dispatcher.state.in_turn()
             if broadcast.completion in line:
                 return "waiting", 1 + line.index(broadcast.completion)
         # Nothing else comes before "started": an error can still be an HTTP status.

@@ -261,8 +261,7 @@ class Completion:
         """The most informative error so far. One that a backend reports outweighs another backend's
         failure.
         """
-        outcomes = [attempt.outcome for attempt in self.attempts]
-        errors = [outcome for outcome in outcomes if isinstance(outcome, HttpError)]
+        errors = [one.outcome for one in self.attempts if isinstance(one.outcome, HttpError)]
         reported = [error for error in errors if not isinstance(error, BackendFailure)]
         return next(reversed(reported or errors), None)
 

@@ -66,15 +66,28 @@ class State:
         places = self.places.items()
         return {attempt: backend for attempt, backend in places if not attempt.request.is_spare}
 
-    def running(self, backends: Sequence[Backend]) -> list[Attempt]:
-        """The attempts that take a place at these backends: not those that are being ended or for
-        which nobody waits.
+    def running(self, backends: Sequence[Backend], session: str = "") -> list[Attempt]:
+        """The attempts that take a place at these backends: not those that are being ended, or that
+        a new request of this session ends, or for which nobody waits.
         """
-        return [
-            attempt
-            for attempt, where in self.answering.items()
-            if where in backends and not attempt.evicted
-        ]
+        here = [attempt for attempt, where in self.answering.items() if where in backends]
+        staying = [attempt for attempt in here if not attempt.evicted]
+        return [other for other in staying if session == "" or other.request.session != session]
+
+    def in_turn(self) -> list[Completion]:
+        """The completions that wait for a place, the next one first. Guests come last; then people
+        take turns, those with the fewest places first, then those who have had no turn or whose
+        last one is the longest ago; of one person's, infills come first.
+        """
+        clients = [attempt.completion.client for attempt in self.answering if not attempt.evicted]
+
+        def order(completion: Completion) -> tuple[float, ...]:
+            request = completion.request
+            client = completion.client
+            last_turn = self.turns.get(client, 0.0)
+            return request.guest > 0, clients.count(client), last_turn, request.kind != "infill"
+
+        return sorted(self.line, key=order)
 
 
 class Assign(NamedTuple):
@@ -200,8 +213,7 @@ def place_for(claim: Claim) -> Assign | None:
     request = claim.completion.request
     free = []
     for backend in claim.usable:
-        running = claim.state.running([backend])
-        if len(of_others(running, request.session)) < backend.limit:
+        if len(claim.state.running([backend], request.session)) < backend.limit:
             free.append(backend)
     return best_place(claim.state, request, claim.options, free)
 
@@ -222,11 +234,6 @@ def best_place(
         if best := [backend for backend in free if backend in having]:
             return Assign(model, min(best, key=order))
     return None
-
-
-def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
-    """The attempts that a new request of this session does not end."""
-    return [other for other in attempts if not session or other.request.session != session]
 
 
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
@@ -296,26 +303,13 @@ def may_start(claim: Claim) -> bool:
         return True
     if not all(other.request.guest for other in state.line):
         return False
-    running = of_others(state.running(state.fleet.backends), request.session)
+    running = state.running(state.fleet.backends, request.session)
     guests = [attempt for attempt in running if attempt.request.guest]
     own = [guest for guest in guests if guest.completion.client == completion.client]
     if len(own) >= request.guest:
         return False
     spared = claim.now - state.regular < EDITOR_SECONDS
     return len(guests) < max(1, limit_of(claim.usable) - spared)
-
-
-def whose_turn(
-    state: State, running: Mapping[str, int], completion: Completion
-) -> tuple[float, ...]:
-    """Sort key of those that wait: the smallest gets the next place. Guests come last; then people
-    take turns, those with the fewest places first, then those who have had no turn or whose last
-    one is the longest ago; of one person's, infills come first.
-    """
-    request = completion.request
-    client = completion.client
-    last_turn = state.turns.get(client, 0.0)
-    return request.guest > 0, running[client], last_turn, request.kind != "infill"
 
 
 def all_taken(state: State, guest: int) -> HttpError:
@@ -411,21 +405,13 @@ class Dispatcher:
         """A backend, its breaker, the settings or who waits for a completion has changed."""
         self._advance()
 
-    def in_turn(self) -> list[Completion]:
-        """The completions that wait for a place, the next one first."""
-        state = self.state
-        running = Counter(
-            attempt.completion.client for attempt in state.answering if not attempt.evicted
-        )
-        return sorted(state.line, key=functools.partial(whose_turn, state, running))
-
     def _advance(self) -> dict[Completion, float]:
         """Give free places to those that wait, in turns, and return when to ask again for each of
         the others. If nobody waits, idle backends read ahead.
         """
         state = self.state
         waits = dict[Completion, float]()
-        while waiting := [other for other in self.in_turn() if other not in waits]:
+        while waiting := [other for other in state.in_turn() if other not in waits]:
             completion = waiting[0]
             match decide(state, completion, time.monotonic()):
                 case Assign() as place:

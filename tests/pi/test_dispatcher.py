@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +29,6 @@ from cerebrum.pi.dispatcher import (
     Wait,
     decide,
     decide_spare,
-    whose_turn,
 )
 from cerebrum.pi.fleet import Fleet
 from cerebrum.pi.upstream import LATE, BackendFailure, TooLong
@@ -367,10 +365,10 @@ IN_TURN = [
 
 def test_people_take_turns() -> None:
     state = State(Fleet(), turns=TURNS)
-    held = Counter(dora=1)
-    waiting = list[Completion]()
+    dora = Completion(CompletionRequest("chat", ASKED, client="dora"))
+    held = Attempt(dora, "a", "big", Breaker().admit(NOW))
+    state.places[held] = Case().fleet().backends[0]
     for name, kind in sorted(IN_TURN):
         request = CompletionRequest(kind, ASKED, client=name, guest=name in ("tom", "tim"))
-        waiting.append(Completion(request))
-    waiting.sort(key=lambda completion: whose_turn(state, held, completion))
-    assert [(waits.client, waits.request.kind) for waits in waiting] == IN_TURN
+        state.line[Completion(request)] = asyncio.Future(loop=asyncio.new_event_loop())
+    assert [(waits.client, waits.request.kind) for waits in state.in_turn()] == IN_TURN
