@@ -81,7 +81,6 @@ from cerebrum.metrics import (
     write_stats,
 )
 from cerebrum.pi import dialects, upstream
-from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import Completion, CompletionRequest, Pairs, read_text
@@ -90,7 +89,6 @@ from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.files import FILES, headers_of
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.runner import Runner
-from cerebrum.pi.upstream import BackendConfig
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
 from cerebrum.service import Service, make_parser, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
@@ -152,7 +150,7 @@ class Config:
     no key.
     """
 
-    backends: tuple[BackendConfig, ...]
+    backends: tuple[upstream.BackendConfig, ...]
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]]  # model ids by mode
     host: str
@@ -349,9 +347,8 @@ class Gateway:
     @property
     def models_here(self) -> list[Model]:
         """The models that some backend has, or all while no backend has listed any."""
-        models = self.config.models
         here = self.fleet.models or ()
-        return [model for model in models if model.id in here or not here]
+        return [model for model in self.config.models if model.id in here or not here]
 
     @property
     def uptime(self) -> float:
@@ -366,8 +363,8 @@ class Gateway:
     def sample(self) -> None:
         """Bring the last half hour's counts up to date."""
         counting = self.counting
-        running = sum(attempt.tokens for attempt in self.dispatcher.state.places)
-        totals = (self.requests, counting.failed, counting.tokens + running)
+        tokens = counting.tokens + sum(attempt.tokens for attempt in self.dispatcher.state.places)
+        totals = (self.requests, counting.failed, tokens)
         counting.history.sample(time.monotonic(), totals)
 
     def probed(self) -> None:
@@ -415,8 +412,10 @@ def complete_natively(gateway: Gateway, request: Request) -> Pairs:
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    pairs = complete_natively(gateway, request)
-    return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
+    return Response(
+        events=complete_natively(gateway, request),
+        render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]),
+    )
 
 
 # Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once
@@ -474,7 +473,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
     """
     catalog = gateway.config.models
     fleet = gateway.fleet
-    entries = [describe_model(model, fleet.backends) for model in catalog]
+    entries = [describe_model(model, fleet) for model in catalog]
     listed = {
         "models": entries,
         "vps_available": fleet.available,
@@ -486,13 +485,13 @@ async def models(gateway: Gateway, request: Request) -> Response:
     return Response(compact(listed))
 
 
-def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
+def describe_model(model: Model, fleet: Fleet) -> JsonObject:
     """A model's entry in /v1/models."""
     names = ("id", "name", "languages", "parameters", "quantization")
     entry = {name: getattr(model, name) for name in names}
     ids = []
     reported = JsonObject()
-    for backend in backends:
+    for backend in fleet.backends:
         about = (backend.models or {}).get(model.id)
         if backend.available and about:
             ids.append(backend.id)
@@ -510,8 +509,9 @@ def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
             "id": name,
             "endings": syntax.endings.split(),
             "filenames": syntax.filenames.split(),
+            "served": name in served,
         }
-        entries.append(entry | {"served": name in served})
+        entries.append(entry)
     return entries
 
 
@@ -539,8 +539,7 @@ async def show(gateway: Gateway, request: Request) -> Response:
 
 
 def in_ollama(gateway: Gateway, model: Model) -> JsonObject:
-    n_ctx = gateway.fleet.n_ctx(model.id)
-    return dialects.write_ollama_model(model, n_ctx, gateway.created)
+    return dialects.write_ollama_model(model, gateway.fleet.n_ctx(model.id), gateway.created)
 
 
 ANY = CompletionRequest("", GenerationRequest(mode=""))  # without model and language
@@ -657,10 +656,15 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     ]
     members: JsonObject = {"timestamp": timestamp(), "notes": notes}
     members |= (await stats(gateway, request)).body | gateway.counting.history.describe()
-    members |= {"vps_message": fleet.message, "models_loaded": sorted(loaded)}
-    members["client"] = request.client if request.client in gateway.config.names else ""
-    members["extension"] = gateway.extension_sha256
-    return Response(members)
+    return Response(
+        members
+        | {
+            "vps_message": fleet.message,
+            "models_loaded": sorted(loaded),
+            "client": request.client if request.client in gateway.config.names else "",
+            "extension": gateway.extension_sha256,
+        }
+    )
 
 
 # Members of a backend's entry in /v1/stats, and its attributes with the same value.
@@ -685,10 +689,12 @@ def describe_backends(gateway: Gateway) -> dict[str, SimpleNamespace]:
     entries = {}
     for backend in gateway.fleet.backends:
         members = {name: attrgetter(path)(backend) for name, path in OF_BACKEND.items()}
-        entry = entries[backend.id] = SimpleNamespace(**members)
-        entry.requests_active = active[backend]
-        entry.models = list(backend.models or ())
-        entry.breaker = backend.breaker.describe(time.monotonic())
+        entries[backend.id] = SimpleNamespace(
+            **members,
+            requests_active=active[backend],
+            models=list(backend.models or ()),
+            breaker=backend.breaker.describe(time.monotonic()),
+        )
     return entries
 
 
@@ -789,9 +795,8 @@ def dialect_routes(
 ) -> Iterator[Route]:
     """The routes of completions in these dialects."""
     for dialect in spoken:
-        handler = functools.partial(speak, dialect)
         for path in dialect.paths:
-            yield route("POST", path, handler, json=True)
+            yield route("POST", path, functools.partial(speak, dialect), json=True)
 
 
 ROUTES = (

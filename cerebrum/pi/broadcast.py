@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
@@ -45,6 +45,7 @@ MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
 CURSOR_CHARS = 1024
 MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
 MAX_FINISHED_CHARS = 2048
+FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
 # The answer to one request can begin the answer to another only if these fields are equal in both.
 EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
@@ -58,11 +59,8 @@ def is_typed_on(older: GenerationRequest, newer: GenerationRequest) -> bool:
         return False
     above = older.prompt
     above_newer = newer.prompt
-    below = text_below(older)
-    below_newer = text_below(newer)
-    if bool(below) != bool(below_newer):
-        return False
-    if not (below.startswith(below_newer) or below_newer.startswith(below)):
+    below, longer_below = sorted(map(text_below, (older, newer)), key=len)
+    if bool(below) != bool(longer_below) or not longer_below.startswith(below):
         return False
     return nearly_continues(above, above_newer) or nearly_continues(above_newer, above)
 
@@ -218,6 +216,16 @@ def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
     return running.fields == fields and bool(running.guest) == bool(request.guest)
 
 
+def follows_one(request: CompletionRequest, got: Iterable[Remembered]) -> bool:
+    """Whether this is certainly llama.vim's request for what follows a text that it shows: one of
+    those that it `got`.
+    """
+    if not request.only or request.fields.predict_ms == FIRST_MS:
+        return False
+    prompt = request.fields.prompt
+    return any(typed_of(old.prompt, old.text, prompt, old.omitted) == len(old.text) for old in got)
+
+
 def to_remember(broadcast: Broadcast) -> Remembered | None:
     """The text of a complete broadcast; None if nobody may type it. A plain completion may be a
     program's, which relies on its limit: a text cut by the limit must not begin another answer.
@@ -339,9 +347,6 @@ class Subscriber:
         return text_event(rest) if rest else b""
 
 
-FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
-
-
 @dataclass(slots=True, eq=False)
 class Broadcasts:
     """Owns all broadcasts, the remembered texts, and their subscribers."""
@@ -365,7 +370,9 @@ class Broadcasts:
         self.subscribers.append(subscriber)
         dispatcher = self.runner.dispatcher
         digest = digest_of(request.fields, EQUAL_FIELDS)
-        if self._is_llama_vims(request, digest):
+        newest = reversed(self.memory)
+        got = [old for old in newest if old.digest == digest and request.client in old.clients]
+        if follows_one(request, got):
             subscriber.request = request = replace(request, speculative=True)
         if request.fields.max_tokens == 0:
             dispatcher.read_ahead(request)
@@ -373,7 +380,7 @@ class Broadcasts:
         dispatcher.note_editor(request, subscriber.started)
         if request.fields.min_confidence == NEVER:
             pairs = self._without_text(request, "unsure")
-        elif found := self._find(subscriber, digest):
+        elif found := self._find(subscriber, digest, got):
             text, subscriber.typed = found
             subscriber.skip = subscriber.typed
             self._share(subscriber, text)
@@ -395,33 +402,21 @@ class Broadcasts:
         """Forget the finished texts."""
         self.memory.clear()
 
-    def _is_llama_vims(self, request: CompletionRequest, digest: bytes) -> bool:
-        """Whether this is certainly llama.vim's request for what follows a text that it shows."""
-        if not request.only or request.fields.predict_ms == FIRST_MS:
-            return False
-        prompt = request.fields.prompt
-        for old in self.memory:
-            typed = typed_of(old.prompt, old.text, prompt, old.omitted)
-            is_reader = request.client in old.clients and old.digest == digest
-            if is_reader and typed == len(old.text):
-                return True
-        return False
-
     def _find(
-        self, subscriber: Subscriber, digest: bytes
+        self, subscriber: Subscriber, digest: bytes, got: Sequence[Remembered]
     ) -> tuple[Remembered | Broadcast, int] | None:
         """A text that answers an equal request, or that the client has begun to type, and how much
-        of it: a finished text that the client got, else one that is being written for its editor.
+        of it: one of the finished ones that it `got`, else one that is being written for its
+        editor.
         """
         request = subscriber.request
         may_type = may_type_through(request)
         fields = request.fields
         exact = digest_of(fields, vars(fields))
-        for old in reversed(self.memory):
-            if may_type and old.digest == digest and request.client in old.clients:
-                typed = old.typed_in(fields.prompt, exact)
-                if typed is not None:
-                    return old, typed
+        for old in got if may_type else ():
+            typed = old.typed_in(fields.prompt, exact)
+            if typed is not None:
+                return old, typed
         for other in self.subscribers:
             running = other.broadcast
             if running and not running.failure:

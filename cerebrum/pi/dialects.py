@@ -527,10 +527,12 @@ class LlamaReply(Reply):
             "generation_settings": {"n_ctx": self.beginning["n_ctx"]},
         }
         kept = self.beginning.get("kept") or {}
-        answer["truncated"] = kept.get("parts", ["all"]) != ["all"]
-        answer["stop_type"] = "limit" if finish_reason(result) == "length" else "eos"
-        answer["tokens_cached"] = counts["total_tokens"]
-        answer["timings"] = timings(result)
+        answer |= {
+            "truncated": kept.get("parts", ["all"]) != ["all"],
+            "stop_type": "limit" if finish_reason(result) == "length" else "eos",
+            "tokens_cached": counts["total_tokens"],
+            "timings": timings(result),
+        }
         answer |= own_members(result)
         if self.request.only is None:
             return compact(answer)

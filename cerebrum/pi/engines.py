@@ -166,12 +166,16 @@ def read_counts(members: Members) -> JsonObject:
     read = cached + fresh if type(cached) is type(fresh) is int else None
     written = used.get("completion_tokens", timed.get("predicted_n"))
     details = members_of(used.get("prompt_tokens_details"))
-    counts = {"prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", read))}
-    counts["total_tokens"] = members.get("tokens_predicted", written)
-    counts["cached_tokens"] = details.get("cached_tokens", cached)
-    counts["tokens_per_second"] = timed.get("predicted_per_second")
-    counts["draft_tokens"] = timed.get("draft_n")
-    counts["accepted_tokens"] = timed.get("draft_n_accepted")
+    counts = {
+        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", read)),
+        "total_tokens": members.get("tokens_predicted", written),
+        "cached_tokens": details.get("cached_tokens", cached),
+    }
+    counts |= {
+        "tokens_per_second": timed.get("predicted_per_second"),
+        "draft_tokens": timed.get("draft_n"),
+        "accepted_tokens": timed.get("draft_n_accepted"),
+    }
     if MILLISECONDS.accepts(timed.get("prompt_ms")):
         counts["ttft"] = timed["prompt_ms"] / 1000
     return {name: value for name, value in counts.items() if value is not None}
@@ -330,17 +334,16 @@ class Translator:
         self.counts = read_counts(members) or self.counts
         self.heard = now
         if self.engine_reason is None:
-            probability = read_probability(members)
-            yield from self._text(*read_engine_event(members), probability, now)
+            yield from self._text(members, now)
         if self.progress and not self.tokens:
             progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens
             counts = {"done": progress.get("processed"), "total": progress.get("total")}
             if all(map(COUNT.accepts, counts.values())):
                 yield "progress", {"stage": "prefill"} | counts
 
-    def _text(
-        self, text: str, reason: str | None, probability: float | None, now: float
-    ) -> Iterator[Pair]:
+    def _text(self, members: Members, now: float) -> Iterator[Pair]:
+        text, reason = read_engine_event(members)
+        probability = read_probability(members)
         # An event has at least one token, so this engine ignores max_tokens.
         if text and self.tokens == self.most:
             text = ""

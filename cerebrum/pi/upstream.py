@@ -511,14 +511,13 @@ class Upstream:
 
     async def _connect(self) -> Reader:
         endpoint = self._config.endpoint
-        loop = asyncio.get_running_loop()
         host = endpoint.host
         # A race takes 0.3 ms of CPU, and leaves garbage when it fails.
         race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    transport, reader = await loop.create_connection(
+                    transport, reader = await asyncio.get_running_loop().create_connection(
                         Reader, host, endpoint.port, ssl=self._tls, happy_eyeballs_delay=race
                     )
             except ConnectionRefusedError:
