@@ -571,7 +571,9 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
 
 
 async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -> Response:
-    """The handler of a dialect's completions."""
+    """The handler of a dialect's completions. A stream's first block may be empty, as in
+    NATIVE_EVENTS.
+    """
     wanted = dialect.read(parse_json(request.body))
     fields = native_fields(wanted, gateway.config.models)
     wanted = replace(wanted, fields=fields, **gateway.who(request))
@@ -579,31 +581,23 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
     has_comments = dialect.reply.has_comments
     reader = Subscriber(gateway.broadcasts, wanted, request.notes, editor, has_comments)
-    pairs = reader.pairs()
-    reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
-    if wanted.stream:
-        return stream_in_dialect(pairs, reply_to)
-    beginning, text, result = await collect(pairs)
-    if result.get("finish_reason") == "replaced":
-        text = ""
-    body = reply_to(beginning).whole(text, result)
-    return Response(body, headers=kept_headers(beginning["kept"]))
-
-
-def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
-    """A completion as a stream in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
-    response = Response(events=pairs)
-    replies = list[dialects.Reply]()  # one of each backend that has begun
+    reply = dialect.reply(wanted, head.request_id, int(time.time()))
+    response = Response()
 
     def begin(beginning: Members) -> bytes:
-        reply = reply_to(beginning)
         response.headers = kept_headers(beginning["kept"])
-        events.update(text=reply.text, done=reply.end)
-        replies.append(reply)
-        return b"" if replies[1:] else reply.begin()
+        return reply.begin(beginning)
 
-    events = NATIVE_EVENTS | {"started": begin}
-    response.render = lambda pair: events[pair[0]](pair[1])
+    if wanted.stream:
+        events = NATIVE_EVENTS | {"started": begin, "text": reply.text, "done": reply.end}
+        response.events = reader.pairs()
+        response.render = lambda pair: events[pair[0]](pair[1])
+        return response
+    beginning, text, result = await collect(reader.pairs())
+    begin(beginning)
+    if result.get("finish_reason") == "replaced":
+        text = ""
+    response.body = reply.whole(text, result)
     return response
 
 

@@ -8,7 +8,9 @@ API, and writes the answer in the client's format (`Reply`), whole or as a strea
     >>> request = INFILL.read(body)
     >>> request.fields.prompt
     'def add(a, b):\\n    return '
-    >>> reply = INFILL.reply(request, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
+    >>> reply = INFILL.reply(request, "some-id", 0)
+    >>> reply.begin({"model": "qwen_0_5b", "n_ctx": 4096})
+    b''
     >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:18]
     b'{"content":"a + b"'
 
@@ -27,7 +29,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from cerebrum.fields import (
@@ -421,13 +423,13 @@ def usage(result: Members) -> JsonObject:
 @dataclass
 class Reply:
     """The answer to one request in its dialect; here OpenAI's completion of a text: {"id",
-    "object", "choices", …}. `beginning` is the value of the pair "started": {"model", "n_ctx", …}.
+    "object", "choices", …}.
     """
 
     request: CompletionRequest
     request_id: str
     created: int
-    beginning: Members
+    beginning: Members = field(default_factory=dict)
 
     prefix = "cmpl"
     whole_object = "text_completion"
@@ -435,11 +437,17 @@ class Reply:
     block = staticmethod(sse)  # of a stream
     has_comments = True  # which show that the connection is alive, or a place in the line
 
-    def __post_init__(self) -> None:
+    def begin(self, beginning: Members) -> bytes:
+        """The events for a pair "started", whose value is {"model", "n_ctx", …}. It comes again if
+        another backend or model takes over.
+        """
+        is_first = not self.beginning
+        self.beginning = beginning
         # For `TOKEN_TEXT.sub`.
         self.template = self.block(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
+        return self.opening() if is_first else b""
 
-    def begin(self) -> bytes:
+    def opening(self) -> bytes:
         """The events before the first text."""
         return b""
 
@@ -489,7 +497,7 @@ class ChatReply(Reply):
     chunk_object = "chat.completion.chunk"
     always = False  # a `delta` has a content, also after the last text
 
-    def begin(self) -> bytes:
+    def opening(self) -> bytes:
         return sse(self.frame({"delta": {"role": "assistant", "content": ""}}))
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
