@@ -245,8 +245,7 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
     pairs: list[Pair] = [("started", last["started"]), ("text", text_event(text)), ("done", done)]
     omitted = max(0, len(fields.prompt) - CURSOR_CHARS)
     prompt_cut = result.get("prompt_cut", False)
-    end = fields.prompt[omitted:]
-    old = Remembered(broadcast.digest, end, omitted, text, pairs, prompt_cut)
+    old = Remembered(broadcast.digest, fields.prompt[omitted:], omitted, text, pairs, prompt_cut)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
     is_late = reason == "length" and result["total_tokens"] < fields.max_tokens
     would_repeat = not (is_late or prompt_cut)
@@ -345,6 +344,21 @@ class Subscriber:
         rest = text[self.skip :]
         self.skip = max(0, self.skip - len(text))
         return text_event(rest) if rest else b""
+
+
+def gives_way(older: Subscriber, newer: Subscriber) -> bool:
+    """Whether an infill ends for a newer one: a speculative one for the next of its client; others
+    once the user of their editor has typed on, unless both are equal. If the newer one's text is
+    finished, infills that continue its prompt go on: an editor asks ahead for the text after a
+    completion that it shows.
+    """
+    if not newer.waits:
+        return not older.waits and older.request.client == newer.request.client
+    fields = older.request.fields
+    typed = newer.request.fields
+    is_later = fields.prompt.startswith(typed.prompt)
+    goes_on = fields == typed or (is_later and not newer.broadcast)
+    return older.editor == newer.editor and not goes_on and is_typed_on(fields, typed)
 
 
 @dataclass(slots=True, eq=False)
@@ -464,27 +478,11 @@ class Broadcasts:
         broadcast.wake()
 
     def _replace_older(self, subscriber: Subscriber) -> None:
-        """End an editor's older infills once its user has typed on, unless they are equal. If the
-        text is finished, infills that continue the newer prompt go on: an editor asks ahead for the
-        text after a completion that it shows.
-        """
-        request = subscriber.request
-        if request.kind != "infill":
-            return
-        newer = request.fields
-        infills = [other for other in self.subscribers if other.request.kind == "infill"]
-        if not subscriber.waits:
-            for other in infills:
-                is_own = other.request.client == request.client
-                if is_own and not other.waits and other is not subscriber:
-                    self._replace(other)
-            return
-        for other in [other for other in infills if other.editor == subscriber.editor]:
-            older = other.request.fields
-            is_later = older.prompt.startswith(newer.prompt)
-            goes_on = older == newer or (is_later and not subscriber.broadcast)
-            if not goes_on and is_typed_on(older, newer):
-                self.replaced += 1
+        """End the older infills that give way to a new one."""
+        for other in [*self.subscribers]:
+            kinds = {other.request.kind, subscriber.request.kind}
+            if other is not subscriber and kinds == {"infill"} and gives_way(other, subscriber):
+                self.replaced += subscriber.waits
                 self._replace(other)
 
     def _replace(self, subscriber: Subscriber) -> None:
