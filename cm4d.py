@@ -285,7 +285,7 @@ class Gateway:
         self.reconfigured = 0
         self.fleet = Fleet()
         self.counting = Counting(config.state_dir / "people.json")
-        self.dispatcher = Dispatcher(self.fleet, self.counting.work)
+        self.dispatcher = Dispatcher(self.fleet, self.counting)
         self.runner = Runner(self.fleet, self.dispatcher, self.counting)
         self.broadcasts = Broadcasts(self.runner)
         self._use(config)

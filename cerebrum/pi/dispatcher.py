@@ -12,9 +12,9 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
@@ -29,6 +29,7 @@ from cerebrum.pi.completion import (
     Evicted,
     set_newest,
 )
+from cerebrum.pi.counting import Counting
 from cerebrum.pi.fleet import Fleet, Options
 from cerebrum.pi.kind import TOO_MANY
 from cerebrum.pi.upstream import BackendFailure
@@ -71,8 +72,11 @@ class State:
         a new request of this session ends, or for which nobody waits.
         """
         here = [attempt for attempt, where in self.answering.items() if where in backends]
-        staying = [attempt for attempt in here if not attempt.evicted]
-        return [other for other in staying if session == "" or other.request.session != session]
+        return [
+            other
+            for other in here
+            if not other.evicted and (session == "" or other.request.session != session)
+        ]
 
     def in_turn(self) -> list[Completion]:
         """The completions that wait for a place, the next one first. Guests come last; then people
@@ -211,10 +215,11 @@ def place_for(claim: Claim) -> Assign | None:
     if not spares_editors(claim) or not may_start(claim):
         return None
     request = claim.completion.request
-    free = []
-    for backend in claim.usable:
-        if len(claim.state.running([backend], request.session)) < backend.limit:
-            free.append(backend)
+    free = [
+        backend
+        for backend in claim.usable
+        if len(claim.state.running([backend], request.session)) < backend.limit
+    ]
     return best_place(claim.state, request, claim.options, free)
 
 
@@ -297,15 +302,14 @@ def may_start(claim: Claim) -> bool:
     after a regular completion, and this guest is below its limit.
     """
     state = claim.state
-    completion = claim.completion
-    request = completion.request
+    request = claim.completion.request
     if not request.guest:
         return True
     if not all(other.request.guest for other in state.line):
         return False
     running = state.running(state.fleet.backends, request.session)
     guests = [attempt for attempt in running if attempt.request.guest]
-    own = [guest for guest in guests if guest.completion.client == completion.client]
+    own = [guest for guest in guests if guest.completion.client == claim.completion.client]
     if len(own) >= request.guest:
         return False
     spared = claim.now - state.regular < EDITOR_SECONDS
@@ -342,15 +346,15 @@ MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 
 class Dispatcher:
-    """Sole owner of the line, of the places, and of the prompts to be read ahead. `count_work` is
-    called with the model and the result of each prompt that was read ahead.
+    """Sole owner of the line, of the places, and of the prompts to be read ahead, whose work it
+    counts.
     """
 
-    def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
+    def __init__(self, fleet: Fleet, counting: Counting) -> None:
         self.state = State(fleet)
         # Prompts that are read ahead, now or later, by client.
         self.ahead: dict[str, Completion] = {}
-        self._count_work = count_work
+        self._counting = counting
 
     @property
     def active(self) -> int:
@@ -472,8 +476,7 @@ class Dispatcher:
 
     def _preempt(self, attempt: Attempt) -> None:
         """End a guest's attempt. Without a text it starts again, if its client still waits."""
-        again = time.monotonic() < attempt.completion.deadline
-        attempt.settle(Evicted(PREEMPTED, again))
+        attempt.settle(Evicted(PREEMPTED, time.monotonic() < attempt.completion.deadline))
         attempt.admission.left()
         attempt.cut()
 
@@ -542,7 +545,7 @@ class Dispatcher:
             async with contextlib.aclosing(backend.answer(attempt)) as pairs:
                 async for event, value in pairs:
                     if event == "done":
-                        self._count_work(attempt.model, value)
+                        self._counting.work(attempt.model, value)
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
         except Exception as exception:
