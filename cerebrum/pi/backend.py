@@ -189,10 +189,9 @@ class Backend:
         """Update the breaker, `response_ms` and `models`. A busy backend is left alone: its answer
         shows that it is up.
         """
-        breaker = self.breaker
         self.probed = time.monotonic()
-        breaker.expire(self.probed)
-        if self._is_busy and breaker.state == "closed":
+        self.breaker.expire(self.probed)
+        if self._is_busy and self.breaker.state == "closed":
             return
         try:
             await self._learn_state()
@@ -216,11 +215,10 @@ class Backend:
 
     def _learn_trouble(self, trouble: str) -> None:
         """Note that the backend has this trouble, or none, and log a change."""
-        breaker = self.breaker
-        if trouble != breaker.trouble:
+        if trouble != self.breaker.trouble:
             level = logging.WARNING if trouble else logging.INFO
             log.log(level, "%s: %s", self.id, trouble or "VPS backend is available")
-        breaker.trouble = trouble
+        self.breaker.trouble = trouble
 
     async def learn_models(self) -> None:
         """Fetch the list of models; without an answer the last list stays. HttpError if a list is

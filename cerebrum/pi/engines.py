@@ -76,14 +76,12 @@ def write_sampling(wanted: Fitted, limit: str) -> JsonObject:
 
 def write_openai(wanted: Fitted) -> JsonObject:
     """The members of both of OpenAI's requests."""
-    usage = {"stream_options": {"include_usage": True}}
-    return write_sampling(wanted, "max_tokens") | usage
+    return write_sampling(wanted, "max_tokens") | {"stream_options": {"include_usage": True}}
 
 
 def write_files(fields: Members) -> str:
     """Other files' texts, which precede the file itself."""
-    texts = (entry["text"].rstrip("\n") for entry in fields.get("extra", ()))
-    return "".join(f"{text}\n" for text in texts)
+    return "".join(entry["text"].rstrip("\n") + "\n" for entry in fields.get("extra", ()))
 
 
 def write_chat(wanted: Fitted) -> JsonObject:
@@ -279,9 +277,8 @@ class Translator:
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")
         near = (end_of(prompt, language), suffix[:NEAR_CHARS])
-        stop_at = fields.get("stop_at", "auto")
-        indent = fields.get("indent", 0)
-        self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops, least)
+        limits = (fields.get("stop_at", "auto"), fields.get("indent", 0))
+        self.ending = Ending(fields["mode"], language, *near, *limits, stops, least)
         self.written = list[Written]()
         self.is_told = True  # the probability of all text
         self.sent = list[str]()

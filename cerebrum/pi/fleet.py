@@ -160,10 +160,9 @@ class Fleet:
         the smallest: a backend's 404 says which file is missing and how to get it.
         """
         present = self.models
-        language = request.fields.language
         mode = request.fields.mode
         here = [model for model in self._catalog if present is None or model.id in present]
-        listed = [model for model in self._catalog if language in model.languages]
+        listed = [model for model in self._catalog if request.fields.language in model.languages]
         serving = [model for model in here if model in listed]
         if not listed or (request.in_dialect and not serving):
             serving = here

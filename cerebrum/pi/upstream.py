@@ -253,8 +253,8 @@ class Events:
 
 def data_of(event: bytes) -> bytes:
     """The data of an event, from one or several lines."""
-    lines = (line for line in event.split(b"\n") if line.startswith(b"data:"))
-    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
+    lines = event.split(b"\n")
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
 
 
 # ------------------------------------------------------------------------------ IO: asking backends
