@@ -182,13 +182,15 @@ def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable, a
     bad key's first.
     """
-    client_keys = environ.keys("CEREBRUM_CM4_API_KEY")
-    clients = environ.clients(*CLIENTS)
+    more: JsonObject = {
+        "client_keys": environ.keys("CEREBRUM_CM4_API_KEY"),
+        "clients": environ.clients(*CLIENTS),
+    }
     path = environ.path("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
-    more: JsonObject = {
+    more |= {
         "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
         "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
@@ -200,17 +202,10 @@ def load_config(environ: Environment) -> Config:
         "log_level": environ.log_level(),
         "log_file": environ.text("CEREBRUM_LOG_FILE", log_file),
         "log_prompts": environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
+        "tls": read_tls(environ),
+        "state_dir": environ.state_dir(),
     }
-    return Config(
-        backends=backends,
-        models=catalog.models,
-        prefer=catalog.prefer,
-        client_keys=client_keys,
-        clients=clients,
-        **more,
-        tls=read_tls(environ),
-        state_dir=environ.state_dir(),
-    )
+    return Config(backends, catalog.models, catalog.prefer, **more)
 
 
 # --------------------------------------------------------------------------------- policy: requests
@@ -579,8 +574,9 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     wanted = replace(wanted, fields=fields, **gateway.who(request))
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
-    has_comments = dialect.reply.has_comments
-    reader = Subscriber(gateway.broadcasts, wanted, request.notes, editor, has_comments)
+    reader = Subscriber(
+        gateway.broadcasts, wanted, request.notes, editor, dialect.reply.has_comments
+    )
     reply = dialect.reply(wanted, head.request_id, int(time.time()))
     response = Response()
 
