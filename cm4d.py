@@ -487,7 +487,7 @@ def describe_model(model: Model, fleet: Fleet) -> JsonObject:
     ids = []
     reported = JsonObject()
     for backend in fleet.backends:
-        about = (backend.models or {}).get(model.id)
+        about = backend.about(model.id)
         if backend.available and about:
             ids.append(backend.id)
             reported = reported or about

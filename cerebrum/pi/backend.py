@@ -170,9 +170,9 @@ class Backend:
         return self.kind.takes_our_ids if self.models is None else model in self.models
 
     def n_ctx(self, model: str) -> int:
-        return int(self._about(model).get("n_ctx") or self.config.n_ctx or DEFAULT_N_CTX)
+        return int(self.about(model).get("n_ctx") or self.config.n_ctx or DEFAULT_N_CTX)
 
-    def _about(self, model: str) -> JsonObject:
+    def about(self, model: str) -> JsonObject:
         """What the backend reports about a model; {} if the model is unknown."""
         return (self.models or {}).get(model, {})
 
@@ -313,7 +313,7 @@ class Backend:
         if not kind.counts_exactly:
             budget = min(int(budget / OVERCOUNT), most)
         budget = int(budget * ratio / RATIO)
-        layout = kind.layout(model, self._about(model))
+        layout = kind.layout(model, self.about(model))
         is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
         # vpsd knows what it has read, and chooses what to read in time.
         around = WINDOW if kind.counts_exactly or not is_limited else SOON
@@ -376,7 +376,7 @@ class Backend:
             self.rests_until = max(until, self.rests_until)
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
-            self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list
+            self.about(attempt.model)["n_ctx"] = n_ctx  # until the next list
 
     def _fail(self, attempt: Attempt, error: HttpError) -> None:
         """Count and report an error that ended an attempt. Nobody waits for a spare one, so it must

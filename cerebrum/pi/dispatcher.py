@@ -12,7 +12,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from cerebrum.pi.completion import (
     set_newest,
 )
 from cerebrum.pi.counting import Counting
-from cerebrum.pi.fleet import Fleet, Options
+from cerebrum.pi.fleet import Fleet, Option
 from cerebrum.pi.kind import TOO_MANY
 from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, internal_error, log
@@ -94,13 +94,6 @@ class State:
         return sorted(self.line, key=order)
 
 
-class Assign(NamedTuple):
-    """A place at this backend, for an answer by this model."""
-
-    model: str
-    backend: Backend
-
-
 class Wait(NamedTuple):
     """Ask again when a place becomes free, at the latest at this time (monotonic seconds)."""
 
@@ -118,21 +111,23 @@ class Claim(NamedTuple):
 
     state: State
     completion: Completion
-    options: Options
+    options: Sequence[Option]
     usable: Sequence[Backend]
     now: float
 
 
-def decide(state: State, completion: Completion, now: float) -> Assign | Preempt | Wait | HttpError:
-    """What happens now to a completion that has no place; an error ends it."""
+def decide(state: State, completion: Completion, now: float) -> Option | Preempt | Wait | HttpError:
+    """What happens now to a completion that has no place: an option gives it one, an error ends
+    it.
+    """
     request = completion.request
     deadline = completion.deadline
     may_wait = now < deadline
     # 1. Which models may answer, best first, and which backends have each of them?
-    options = state.fleet.who_may(request)
+    options = state.fleet.options(request)
     # 2. What has failed this completion is not asked again, but for a 429 after its pause.
     options = untried(completion, options)
-    able = backends_of(state.fleet, options)
+    able = dict.fromkeys(option.backend for option in options)
     rests = [backend.rests_until for backend in able if backend.rests_until > now]
     resume = min(rests, default=math.inf)
     until = min(resume, deadline)
@@ -142,7 +137,7 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     if not usable:
         if may_wait and (resume <= deadline or any(backend.breaker.trial for backend in able)):
             return Wait(until)
-        why = nobody(state.fleet, options) if resume == math.inf else HttpError(*TOO_MANY)
+        why = nobody(state.fleet, request) if resume == math.inf else HttpError(*TOO_MANY)
         return completion.failure or why
     # 4. Is a place free, and may this client take it? `place_for` does not count the older requests
     #    of its session; `_assign` ends them.
@@ -157,20 +152,20 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
 
 
-def decide_spare(state: State, request: CompletionRequest, now: float) -> Assign | None:
+def decide_spare(state: State, request: CompletionRequest, now: float) -> Option | None:
     """Where a prompt is to be read ahead now, or a speculative request sent; None for nowhere. It
     must cost nothing, and nobody may wait for a place meanwhile. It goes where the next request of
     its file will go, once that backend has nothing else to do.
     """
-    options = state.fleet.who_may(request)
-    readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
+    options = state.fleet.options(request)
+    readers = [option.backend for option in options if option.backend.kind.reads_ahead]
     place = best_place(state, request, options, which_admit(readers, now))
     if place and is_idle(state, place.backend, request) and not state.line:
         return place
     return None
 
 
-def untried(completion: Completion, options: Options) -> Options:
+def untried(completion: Completion, options: Iterable[Option]) -> list[Option]:
     """The options without the backends that have failed this completion, and without the models
     that a backend could not load. A 429 is no failure if the client is ready to wait. Behind a
     balancer, another replica may answer what one has broken off; a refusal is final, and so is a
@@ -187,30 +182,22 @@ def untried(completion: Completion, options: Options) -> Options:
             broke_off = isinstance(error, BackendFailure) and not error.late
             failed[attempt.backend, model] += 1 if broke_off else REPLICAS
 
-    def may_try(backend: Backend, model: str) -> bool:
+    def may_try(option: Option) -> bool:
+        backend = option.backend
         most = REPLICAS if backend.config.affinity_header else 1
-        return failed[backend.id, model] + failed[backend.id, ""] < most
+        return failed[backend.id, option.model] + failed[backend.id, ""] < most
 
-    return [
-        (model, [other for other in having if may_try(other, model)]) for model, having in options
-    ]
+    return list(filter(may_try, options))
 
 
-def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
-    """The backends that have one of these models."""
-    return [
-        backend for backend in fleet.backends if any(backend in having for _, having in options)
-    ]
-
-
-def which_admit(backends: Sequence[Backend], now: float) -> list[Backend]:
+def which_admit(backends: Iterable[Backend], now: float) -> list[Backend]:
     """The backends that may be asked; those in trouble only if there are no others."""
     awake = [backend for backend in backends if backend.rests_until <= now]
     admitting = [backend for backend in awake if backend.breaker.admits]
     return [backend for backend in admitting if not backend.breaker.trouble] or admitting
 
 
-def place_for(claim: Claim) -> Assign | None:
+def place_for(claim: Claim) -> Option | None:
     """A free place that this client may take."""
     if not spares_editors(claim) or not may_start(claim):
         return None
@@ -224,21 +211,20 @@ def place_for(claim: Claim) -> Assign | None:
 
 
 def best_place(
-    state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]
-) -> Assign | None:
+    state: State, request: CompletionRequest, options: Sequence[Option], free: Sequence[Backend]
+) -> Option | None:
     """The best model that one of these backends has, at the one that probably has the beginning of
     the prompt in its cache, or else at the least busy one.
     """
     last = state.served.get(request.file)
     busy = Counter(state.answering.values())  # with requests that are being ended
+    models = [option.model for option in options]
 
-    def order(backend: Backend) -> tuple[bool, float]:
-        return backend.id != last, busy[backend] / backend.limit
+    def order(option: Option) -> tuple[float, ...]:
+        backend = option.backend
+        return models.index(option.model), backend.id != last, busy[backend] / backend.limit
 
-    for model, having in options:
-        if best := [backend for backend in free if backend in having]:
-            return Assign(model, min(best, key=order))
-    return None
+    return min((option for option in options if option.backend in free), key=order, default=None)
 
 
 def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
@@ -325,14 +311,14 @@ def all_taken(state: State, guest: int) -> HttpError:
     )
 
 
-def nobody(fleet: Fleet, options: Options) -> HttpError:
+def nobody(fleet: Fleet, request: CompletionRequest) -> HttpError:
     """Why no backend may be asked."""
-    if any(having for _, having in options):
+    if fleet.options(request):
         return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
     if unknown := [backend.breaker.message for backend in fleet.backends if backend.models is None]:
         return HttpError("VPS_UNAVAILABLE", next(filter(None, unknown), NEVER_ASKED))
     known = ", ".join(fleet.models or ())
-    model, _ = options[0]
+    model = fleet.rank(request)[0]
     expected = f"expected a model that a backend has ({known or 'none'})"
     return HttpError("MODEL_NOT_FOUND", f"{expected}, got {describe(model)}")
 
@@ -418,7 +404,7 @@ class Dispatcher:
         while waiting := [other for other in state.in_turn() if other not in waits]:
             completion = waiting[0]
             match decide(state, completion, time.monotonic()):
-                case Assign() as place:
+                case Option() as place:
                     state.line.pop(completion).set_result(self._assign(completion, place))
                 case Preempt(guest):
                     self._preempt(guest)
@@ -429,7 +415,7 @@ class Dispatcher:
         self._advance_reading()
         return waits
 
-    def _assign(self, completion: Completion, place: Assign) -> Attempt:
+    def _assign(self, completion: Completion, place: Option) -> Attempt:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
         session and the spare ones there.
         """
@@ -533,7 +519,7 @@ class Dispatcher:
             if place and completion.request.client not in readers:
                 self._begin_reading(completion, place)
 
-    def _begin_reading(self, completion: Completion, place: Assign) -> None:
+    def _begin_reading(self, completion: Completion, place: Option) -> None:
         attempt = self._assign(completion, place)
         task = asyncio.create_task(self._read(place.backend, attempt))
         completion.end = lambda _: task.cancel()

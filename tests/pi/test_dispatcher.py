@@ -23,14 +23,13 @@ from cerebrum.pi.completion import (
 )
 from cerebrum.pi.dispatcher import (
     EDITOR_SECONDS,
-    Assign,
     Preempt,
     State,
     Wait,
     decide,
     decide_spare,
 )
-from cerebrum.pi.fleet import Fleet
+from cerebrum.pi.fleet import Fleet, Option
 from cerebrum.pi.upstream import LATE, BackendFailure, TooLong
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, Model
@@ -161,7 +160,7 @@ def decided(case: Case) -> str:
     else:
         decision = decide(state, case.completion(), case.now)
     match decision:
-        case Assign(model, backend):
+        case Option(model, backend):
             return f"{model}@{backend.id}"
         case Preempt(guest):
             return f"end {case.places[[*state.places].index(guest)]}"
