@@ -5,6 +5,7 @@ of a native stream. A `Translator` parses the events; it also ends the text wher
 piece is complete, which these engines do not do.
 
     >>> fields = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
+    >>> fields |= {"stop": [], "stop_at": "auto", "indent": 0, "predict_ms": 0, "progress": False}
     >>> translator = Translator(fields, [])
     >>> event = b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n'
     >>> list(translator.feed(event, 0.0))
@@ -69,7 +70,7 @@ def write_sampling(wanted: Fitted, limit: str) -> JsonObject:
     if members.get("top_p", 0) >= 1:
         del members["top_p"]  # 1 leaves all tokens; TGI refuses 1
     # Some engines refuse an empty list; in others it replaces the model's own stops.
-    if stops := fields.get("stop"):
+    if stops := fields["stop"]:
         members["stop"] = stops[:MOST_STOPS]
     return members
 
@@ -273,19 +274,19 @@ class Translator:
         suffix = fields.get("suffix", "")
         turns = fields.get("messages") or ()
         asked = "\n".join([prompt, suffix, *(turn["content"] for turn in turns)])
-        stops = [stop for stop in fields.get("stop", ()) if len(stop) <= MAX_STOP_CHARS]
+        stops = [stop for stop in fields["stop"] if len(stop) <= MAX_STOP_CHARS]
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")
         near = (end_of(prompt, language), suffix[:NEAR_CHARS])
-        limits = (fields.get("stop_at", "auto"), fields.get("indent", 0))
+        limits = (fields["stop_at"], fields["indent"])
         self.ending = Ending(fields["mode"], language, *near, *limits, stops, least)
         self.written = list[Written]()
         self.is_told = True  # the probability of all text
         self.sent = list[str]()
         self.events = Events()
         self.most = fields.get("max_tokens") or MAX_TOKENS
-        self.seconds = fields.get("predict_ms", 0) / 1000 or math.inf  # for the text
-        self.progress = fields.get("progress", False)
+        self.seconds = fields["predict_ms"] / 1000 or math.inf  # for the text
+        self.progress = fields["progress"]
         self.counts: JsonObject = {}  # of the last event that has any
         self.tokens = 0  # events with text; an engine may put several tokens into one
         self.deadline = math.inf  # after it, the text ends as soon as it has a line end

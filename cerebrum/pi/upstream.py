@@ -287,21 +287,20 @@ class Reader(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, idle: float) -> None:
+    def watch(self, idle: float, deadline: float = math.inf) -> None:
         """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS.
         There is one timer, rescheduled only when it fires: asyncio.timeout around each read would
         cost more than the read itself.
         """
-        self._check(idle, self._loop.time() + STREAM_SECONDS)
-
-    def _check(self, idle: float, deadline: float) -> None:
         if self.end:
             return  # no read waits
-        left = min(self._since + idle, deadline) - self._loop.time()
+        now = self._loop.time()
+        deadline = min(deadline, now + STREAM_SECONDS)
+        left = min(self._since + idle, deadline) - now
         if left <= 0:
             self.cut()
         else:
-            self._timer = self._loop.call_later(min(left, idle), self._check, idle, deadline)
+            self._timer = self._loop.call_later(min(left, idle), self.watch, idle, deadline)
 
     def cut(self) -> None:
         """Close the connection. A read returns what has come, then b""."""
