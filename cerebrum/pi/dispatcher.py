@@ -160,9 +160,14 @@ def decide_spare(state: State, request: CompletionRequest, now: float) -> Option
     options = state.fleet.options(request)
     readers = [option.backend for option in options if option.backend.kind.reads_ahead]
     place = best_place(state, request, options, which_admit(readers, now))
-    if place and is_idle(state, place.backend, request) and not state.line:
-        return place
-    return None
+    if not place or place.backend.breaker.state != "closed" or state.line:
+        return None
+    busy = [attempt.request for attempt, where in state.places.items() if where is place.backend]
+    # A speculative request ends reading, and the older one of its client.
+    if request.speculative:
+        busy = [older for older in busy if not older.ahead]
+        busy = [older for older in busy if not older.speculative or older.client != request.client]
+    return None if busy else place
 
 
 def untried(completion: Completion, options: Iterable[Option]) -> list[Option]:
@@ -225,17 +230,6 @@ def best_place(
         return models.index(option.model), backend.id != last, busy[backend] / backend.limit
 
     return min((option for option in options if option.backend in free), key=order, default=None)
-
-
-def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
-    """Whether a backend has nothing else to do than what this spare request may end: a speculative
-    one ends reading, and the older one of its client.
-    """
-    here = [attempt.request for attempt, where in state.places.items() if where is backend]
-    if request.speculative:
-        here = [older for older in here if not older.ahead]
-        here = [older for older in here if not older.speculative or older.client != request.client]
-    return backend.breaker.state == "closed" and not here
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
@@ -360,13 +354,17 @@ class Dispatcher:
         attempt = await self._enter(completion)
         places = self.state.places
         backend = places[attempt]
-        here = [other for other in places if places[other] is backend and other != attempt]
+        older = [
+            other
+            for other in places
+            if other.evicted and places[other] is backend and other != attempt
+        ]
         try:
             # Those that are being ended are cut, but a client may be slow to take its last text.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for older in [other for other in here if other.evicted]:
-                        await older.ended.wait()
+                    for other in older:
+                        await other.ended.wait()
             yield attempt, backend
         finally:
             self._leave(attempt)
