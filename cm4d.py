@@ -170,9 +170,9 @@ class Config:
         return Access(self.client_keys, own_names(self.hosts), self.origins, self.clients)
 
     @property
-    def names(self) -> dict[str, Client]:
-        """The clients by name."""
-        return {client.name: client for client in (self.clients or {}).values()}
+    def names(self) -> dict[str, int]:
+        """The places of each named client."""
+        return {client.name: client.places for client in (self.clients or {}).values()}
 
 
 CLIENTS = "CEREBRUM_CM4_KEYS_FILE", HERE / "client-keys"
@@ -261,8 +261,9 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> Gener
     fields = wanted.fields
     model = model_named(fields.model, models)
     others = [entry["filename"] for entry in fields.extra]
-    language = BY_NAME.get(fields.language.lower())
-    language = language or guess_language(fields.filename, fields.prompt, others)
+    language = BY_NAME.get(fields.language.lower()) or guess_language(
+        fields.filename, fields.prompt, others
+    )
     return replace(fields, language=language, model=model.id if model else "")
 
 
@@ -336,8 +337,8 @@ class Gateway:
 
     def who(self, request: Request) -> JsonObject:
         """The fields of a CompletionRequest that say who asks."""
-        named = self.config.names.get(request.client)
-        return {"client": request.client, "guest": named.places if named else 0}
+        places = self.config.names.get(request.client, 0)
+        return {"client": request.client, "guest": places}
 
     @property
     def models_here(self) -> list[Model]:

@@ -318,8 +318,9 @@ def read_code(
         fields |= {"suffix": suffix, "mode": "infill"}
     asked = GenerationRequest(**fields | more, indent=read["n_indent"])
     only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
-    usage = wants_usage(members)
-    return CompletionRequest(kind, asked, read["stream"], usage, read["cache_prompt"], only)
+    return CompletionRequest(
+        kind, asked, read["stream"], wants_usage(members), read["cache_prompt"], only
+    )
 
 
 def read_completion(members: Members) -> CompletionRequest:
@@ -347,10 +348,9 @@ def read_infill(members: Members) -> CompletionRequest:
     """
     members = present(members)
     read = read_fields(members, INFILL_FIELDS)
-    prompt = read_prompt(members)
+    prefix = read["input_prefix"] + read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     extra = [file for file in files if file["text"]]
-    prefix = read["input_prefix"] + prompt
     request = read_code(members, read, prefix, read["input_suffix"], "infill", extra=extra)
     return replace(request, speculative=read["speculative"])
 
@@ -476,8 +476,7 @@ class Reply:
 
     def end(self, result: Members) -> bytes:
         """The events after the last text, for a native result."""
-        last = self.frame(self.part(""), finish_reason(result))
-        events = sse(last | own_members(result))
+        events = sse(self.frame(self.part(""), finish_reason(result)) | own_members(result))
         if self.request.usage:
             events += sse(self.frame({}) | {"usage": usage(result)})
         return events + sse_block(b"[DONE]")
