@@ -186,7 +186,8 @@ class Backend:
         return bool(self.answering) and not self.kind.answers_aside
 
     async def probe(self) -> None:
-        """Update the breaker, `response_ms` and `models`. A busy backend is left alone: its answer
+        """Ask for the backend's health, and for its list of models if that is old or may have
+        changed. Updates the breaker and what is known. A busy backend is left alone: its answer
         shows that it is up.
         """
         self.probed = time.monotonic()
@@ -194,24 +195,18 @@ class Backend:
         if self._is_busy and self.breaker.state == "closed":
             return
         try:
-            await self._learn_state()
+            loaded = await self.kind.ask_health()
+            now = time.monotonic()
+            self.response_ms = round((now - self.probed) * 1000, 1)
+            self.breaker.healthy(now)
+            has_changed = loaded not in (None, self.models_loaded)
+            if has_changed or self.breaker.trouble or now >= self._models_until:
+                await self.learn_models()
+            self.models_loaded = list(self.models or ()) if loaded is None else loaded
             self._learn_trouble("")
         except HttpError as error:
             self._learn_trouble(error.message)
         self.probes += 1
-
-    async def _learn_state(self) -> None:
-        """Ask for the backend's health, and for its list of models if it is old or may have
-        changed. HttpError if it is not well.
-        """
-        loaded = await self.kind.ask_health()
-        now = time.monotonic()
-        self.response_ms = round((now - self.probed) * 1000, 1)
-        self.breaker.healthy(now)
-        has_changed = loaded not in (None, self.models_loaded)
-        if has_changed or self.breaker.trouble or now >= self._models_until:
-            await self.learn_models()
-        self.models_loaded = list(self.models or ()) if loaded is None else loaded
 
     def _learn_trouble(self, trouble: str) -> None:
         """Note that the backend has this trouble, or none, and log a change."""
@@ -372,8 +367,8 @@ class Backend:
             # Unless the backend asks for a pause, only those who are ready to wait make one.
             request = attempt.request
             waits = request.in_dialect and not request.is_spare
-            until = time.monotonic() + (error.retry_after or BUSY_SECONDS * waits)
-            self.rests_until = max(until, self.rests_until)
+            pause = error.retry_after or BUSY_SECONDS * waits
+            self.rests_until = max(time.monotonic() + pause, self.rests_until)
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
             self.about(attempt.model)["n_ctx"] = n_ctx  # until the next list
