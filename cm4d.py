@@ -328,8 +328,10 @@ class Gateway:
         used; then nothing has changed.
         """
         if self.config.clients is not None and not config.access.needs_key:
-            message = "expected the file, it has gone; an empty one lets nobody in"
-            raise ConfigError(f"CEREBRUM_CM4_KEYS_FILE: {message}")
+            raise ConfigError(
+                "CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody "
+                "in"
+            )
         self._use(config)
         self.broadcasts.forget()
         self.reconfigured += 1
@@ -360,8 +362,7 @@ class Gateway:
         """Bring the last half hour's counts up to date."""
         counting = self.counting
         tokens = counting.tokens + sum(attempt.tokens for attempt in self.dispatcher.state.places)
-        totals = (self.requests, counting.failed, tokens)
-        counting.history.sample(time.monotonic(), totals)
+        counting.history.sample(time.monotonic(), (self.requests, counting.failed, tokens))
 
     def probed(self) -> None:
         """A backend was probed. It may be back, so those that wait may get a place; or it may have
@@ -400,8 +401,7 @@ def complete_natively(gateway: Gateway, request: Request) -> Pairs:
     session = ""
     if fields.session:
         # Two clients may choose the same name, and a backend sees only the Pi's address.
-        name = f"{request.client} {fields.session}"
-        session = hashlib.sha256(name.encode()).hexdigest()
+        session = hashlib.sha256(f"{request.client} {fields.session}".encode()).hexdigest()
     wanted = CompletionRequest("", fields, session=session, **gateway.who(request))
     return gateway.runner.run(Completion(wanted, request.end, request.notes))
 
@@ -640,22 +640,22 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     fleet = gateway.fleet
     gateway.sample()
     loaded = set[str]().union(*(backend.models_loaded for backend in fleet.backends))
-    notes = [
-        f"{backend.id} is away: {backend.breaker.message}"
-        for backend in fleet.backends
-        if fleet.available and backend.breaker.message
-    ]
-    members: JsonObject = {"timestamp": timestamp(), "notes": notes}
+    members: JsonObject = {
+        "timestamp": timestamp(),
+        "notes": [
+            f"{backend.id} is away: {backend.breaker.message}"
+            for backend in fleet.backends
+            if fleet.available and backend.breaker.message
+        ],
+    }
     members |= (await stats(gateway, request)).body | gateway.counting.history.describe()
-    return Response(
-        members
-        | {
-            "vps_message": fleet.message,
-            "models_loaded": sorted(loaded),
-            "client": request.client if request.client in gateway.config.names else "",
-            "extension": gateway.extension_sha256,
-        }
-    )
+    members |= {
+        "vps_message": fleet.message,
+        "models_loaded": sorted(loaded),
+        "client": request.client if request.client in gateway.config.names else "",
+        "extension": gateway.extension_sha256,
+    }
+    return Response(members)
 
 
 # Members of a backend's entry in /v1/stats, and its attributes with the same value.
@@ -763,8 +763,7 @@ METRICS = (
 
 def table_of(gateway: Gateway, backends: Mapping[str, SimpleNamespace]) -> Table:
     """The rows of METRICS with their subjects; `backends` as `describe_backends` has them."""
-    counting = gateway.counting
-    subjects = ({"": gateway}, counting.tallies, counting.people.total, backends)
+    subjects = ({"": gateway}, gateway.counting.tallies, gateway.counting.people.total, backends)
     return zip(("", "model", "client", "backend"), subjects, METRICS, strict=True)
 
 

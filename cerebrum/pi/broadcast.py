@@ -248,8 +248,7 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
     old = Remembered(broadcast.digest, fields.prompt[omitted:], omitted, text, pairs, prompt_cut)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
     is_late = reason == "length" and result["total_tokens"] < fields.max_tokens
-    would_repeat = not (is_late or prompt_cut)
-    if request.kind == "infill" and fields.temperature == 0 and would_repeat:
+    if request.kind == "infill" and fields.temperature == 0 and not (is_late or prompt_cut):
         old.exact = digest_of(fields, vars(fields))
     return old
 

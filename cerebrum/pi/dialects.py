@@ -562,8 +562,12 @@ class OllamaReply(Reply):
         return {"response": text}
 
     def frame(self, part: JsonObject, reason: str | None = None) -> JsonObject:
-        about = {"model": self.beginning["model"], "created_at": time_of(self.created)}
-        return about | part | {"done": reason is not None}
+        return {
+            "model": self.beginning["model"],
+            "created_at": time_of(self.created),
+            **part,
+            "done": reason is not None,
+        }
 
     def end(self, result: Members) -> bytes:
         return self.whole("", result) + b"\n"

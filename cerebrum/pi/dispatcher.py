@@ -64,8 +64,11 @@ class State:
     @property
     def answering(self) -> dict[Attempt, Backend]:
         """The attempts that hold a place for a client: not those for which nobody waits."""
-        places = self.places.items()
-        return {attempt: backend for attempt, backend in places if not attempt.request.is_spare}
+        return {
+            attempt: backend
+            for attempt, backend in self.places.items()
+            if not attempt.request.is_spare
+        }
 
     def running(self, backends: Sequence[Backend], session: str = "") -> list[Attempt]:
         """The attempts that take a place at these backends: not those that are being ended, or that

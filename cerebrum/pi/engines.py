@@ -272,8 +272,8 @@ class Translator:
 
         prompt = fields.get("prompt", "")
         suffix = fields.get("suffix", "")
-        turns = fields.get("messages") or ()
-        asked = "\n".join([prompt, suffix, *(turn["content"] for turn in turns)])
+        turns = [turn["content"] for turn in fields.get("messages", ())]
+        asked = "\n".join([prompt, suffix, *turns])
         stops = [stop for stop in fields["stop"] if len(stop) <= MAX_STOP_CHARS]
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cerebrum.fields import Field, JsonObject, Members
+from cerebrum.fields import Field, Members
 from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
@@ -108,9 +108,12 @@ def read_backends(
     names the wrong table and its fault.
     """
     if not tables:
-        url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
-        default: JsonObject = {"id": "vps", "url": url, "key_env": "CEREBRUM_API_KEY"}
-        default["max_concurrent"] = max_concurrent
+        default = {
+            "id": "vps",
+            "url": environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"),
+            "key_env": "CEREBRUM_API_KEY",
+            "max_concurrent": max_concurrent,
+        }
         return (_read_backend(default, "CEREBRUM_VPS_URL", environ),)
     backends = [
         _read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1)
