@@ -325,10 +325,14 @@ class Subscriber:
         return ("idle", None) if is_read and not (broadcast.failure or self.replaced) else None
 
     def _next(self, pairs: Sequence[Pair]) -> Pair:
+        """The pair at the client's position, without the text that the client has typed."""
         event, value = pairs[self.at]
         self.at += 1
         if event == "text" and self.skip:
-            value = self._rest_of(value)
+            text = read_text(value)
+            rest = text[self.skip :]
+            self.skip = max(0, self.skip - len(text))
+            value = text_event(rest) if rest else b""
         elif event == "done":
             if self.typed:
                 value = value | {"type_through": True}
@@ -336,13 +340,6 @@ class Subscriber:
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
                 self.broadcasts.show(self.request, self.started, text_in(pairs)[self.typed :])
         return event, value
-
-    def _rest_of(self, events: bytes) -> bytes:
-        """Events with text, without what the client has typed."""
-        text = read_text(events)
-        rest = text[self.skip :]
-        self.skip = max(0, self.skip - len(text))
-        return text_event(rest) if rest else b""
 
 
 def gives_way(older: Subscriber, newer: Subscriber) -> bool:
@@ -384,6 +381,7 @@ class Broadcasts:
         dispatcher = self.runner.dispatcher
         digest = digest_of(request.fields, EQUAL_FIELDS)
         newest = reversed(self.memory)
+        # The finished texts that this client got, of requests that differ in the prompt alone.
         got = [old for old in newest if old.digest == digest and request.client in old.clients]
         if follows_one(request, got):
             subscriber.request = request = replace(request, speculative=True)
