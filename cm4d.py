@@ -361,7 +361,8 @@ class Gateway:
     def sample(self) -> None:
         """Bring the last half hour's counts up to date."""
         counting = self.counting
-        tokens = counting.tokens + sum(attempt.tokens for attempt in self.dispatcher.state.places)
+        tokens = sum(tally.tokens for tally in counting.tallies.values())
+        tokens += sum(attempt.tokens for attempt in self.dispatcher.state.places)
         counting.history.sample(time.monotonic(), (self.requests, counting.failed, tokens))
 
     def probed(self) -> None:
@@ -385,11 +386,14 @@ async def health(gateway: Gateway, request: Request) -> Response:
     least one backend is available. A 503 says what is wrong.
     """
     fleet = gateway.fleet
-    backends = [
-        {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
-        for backend in fleet.backends
-    ]
-    state = {"vps_available": fleet.available, "uptime": gateway.uptime, "backends": backends}
+    state = {
+        "vps_available": fleet.available,
+        "uptime": gateway.uptime,
+        "backends": [
+            {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
+            for backend in fleet.backends
+        ],
+    }
     if fleet.available:
         return Response({"status": "healthy", "timestamp": timestamp(), **state})
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})

@@ -302,9 +302,9 @@ def may_start(claim: Claim) -> bool:
 def all_taken(state: State, guest: int) -> HttpError:
     known = state.fleet.backends
     there = [backend for backend in known if backend.available] or known
-    limit = guest or limit_of(there)
     return HttpError(
-        "RATE_LIMIT", f"expected at most {limit} completions at a time; try again later"
+        "RATE_LIMIT",
+        f"expected at most {guest or limit_of(there)} completions at a time; try again later",
     )
 
 

@@ -64,8 +64,11 @@ def write_sampling(wanted: Fitted, limit: str) -> JsonObject:
     tokens.
     """
     fields = wanted.fields
-    most = min(fields["max_tokens"], max(1, wanted.answer_tokens))
-    members = {"model": wanted.name, "stream": True, limit: most}
+    members = {
+        "model": wanted.name,
+        "stream": True,
+        limit: min(fields["max_tokens"], max(1, wanted.answer_tokens)),
+    }
     members |= {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
     if members.get("top_p", 0) >= 1:
         del members["top_p"]  # 1 leaves all tokens; TGI refuses 1
@@ -510,8 +513,12 @@ class LlamaServer(Engine):
             members["n_probs"] = 1
         if "suffix" not in fields:
             return "/completion", members | {"prompt": write_files(fields) + fields["prompt"]}
-        gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-        return "/infill", members | gap | {"input_extra": fields.get("extra", ())}
+        return "/infill", members | {
+            "input_prefix": fields["prompt"],
+            "input_suffix": fields["suffix"],
+            "prompt": "",
+            "input_extra": fields.get("extra", ()),
+        }
 
     async def list_models(self) -> Models:
         listed = await super().list_models()
