@@ -81,7 +81,6 @@ from cerebrum.metrics import (
     write_stats,
 )
 from cerebrum.pi import dialects, upstream
-from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
 from cerebrum.pi.completion import Completion, CompletionRequest, Pairs, read_text
@@ -90,7 +89,6 @@ from cerebrum.pi.dispatcher import Dispatcher, limit_of
 from cerebrum.pi.files import FILES, headers_of
 from cerebrum.pi.fleet import Fleet, first_there
 from cerebrum.pi.runner import Runner
-from cerebrum.pi.upstream import BackendConfig
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
 from cerebrum.service import Service, make_parser, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
@@ -152,7 +150,7 @@ class Config:
     no key.
     """
 
-    backends: tuple[BackendConfig, ...]
+    backends: tuple[upstream.BackendConfig, ...]
     models: tuple[Model, ...]
     prefer: Mapping[str, tuple[str, ...]]  # model ids by mode
     host: str
@@ -172,9 +170,9 @@ class Config:
         return Access(self.client_keys, own_names(self.hosts), self.origins, self.clients)
 
     @property
-    def names(self) -> dict[str, Client]:
-        """The clients by name."""
-        return {client.name: client for client in (self.clients or {}).values()}
+    def names(self) -> dict[str, int]:
+        """The places of each named client."""
+        return {client.name: client.places for client in (self.clients or {}).values()}
 
 
 CLIENTS = "CEREBRUM_CM4_KEYS_FILE", HERE / "client-keys"
@@ -184,13 +182,15 @@ def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable, a
     bad key's first.
     """
-    client_keys = environ.keys("CEREBRUM_CM4_API_KEY")
-    clients = environ.clients(*CLIENTS)
+    more: JsonObject = {
+        "client_keys": environ.keys("CEREBRUM_CM4_API_KEY"),
+        "clients": environ.clients(*CLIENTS),
+    }
     path = environ.path("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
-    more: JsonObject = {
+    more |= {
         "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
         "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
         "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
@@ -202,17 +202,10 @@ def load_config(environ: Environment) -> Config:
         "log_level": environ.log_level(),
         "log_file": environ.text("CEREBRUM_LOG_FILE", log_file),
         "log_prompts": environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
+        "tls": read_tls(environ),
+        "state_dir": environ.state_dir(),
     }
-    return Config(
-        backends=backends,
-        models=catalog.models,
-        prefer=catalog.prefer,
-        client_keys=client_keys,
-        clients=clients,
-        **more,
-        tls=read_tls(environ),
-        state_dir=environ.state_dir(),
-    )
+    return Config(backends, catalog.models, catalog.prefer, **more)
 
 
 # --------------------------------------------------------------------------------- policy: requests
@@ -268,8 +261,9 @@ def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> Gener
     fields = wanted.fields
     model = model_named(fields.model, models)
     others = [entry["filename"] for entry in fields.extra]
-    language = BY_NAME.get(fields.language.lower())
-    language = language or guess_language(fields.filename, fields.prompt, others)
+    language = BY_NAME.get(fields.language.lower()) or guess_language(
+        fields.filename, fields.prompt, others
+    )
     return replace(fields, language=language, model=model.id if model else "")
 
 
@@ -287,7 +281,7 @@ class Gateway:
         self.reconfigured = 0
         self.fleet = Fleet()
         self.counting = Counting(config.state_dir / "people.json")
-        self.dispatcher = Dispatcher(self.fleet, self.counting.work)
+        self.dispatcher = Dispatcher(self.fleet, self.counting)
         self.runner = Runner(self.fleet, self.dispatcher, self.counting)
         self.broadcasts = Broadcasts(self.runner)
         self._use(config)
@@ -334,8 +328,10 @@ class Gateway:
         used; then nothing has changed.
         """
         if self.config.clients is not None and not config.access.needs_key:
-            message = "expected the file, it has gone; an empty one lets nobody in"
-            raise ConfigError(f"CEREBRUM_CM4_KEYS_FILE: {message}")
+            raise ConfigError(
+                "CEREBRUM_CM4_KEYS_FILE: expected the file, it has gone; an empty one lets nobody "
+                "in"
+            )
         self._use(config)
         self.broadcasts.forget()
         self.reconfigured += 1
@@ -343,15 +339,14 @@ class Gateway:
 
     def who(self, request: Request) -> JsonObject:
         """The fields of a CompletionRequest that say who asks."""
-        named = self.config.names.get(request.client)
-        return {"client": request.client, "guest": named.places if named else 0}
+        places = self.config.names.get(request.client, 0)
+        return {"client": request.client, "guest": places}
 
     @property
     def models_here(self) -> list[Model]:
         """The models that some backend has, or all while no backend has listed any."""
-        models = self.config.models
         here = self.fleet.models or ()
-        return [model for model in models if model.id in here or not here]
+        return [model for model in self.config.models if model.id in here or not here]
 
     @property
     def uptime(self) -> float:
@@ -366,9 +361,9 @@ class Gateway:
     def sample(self) -> None:
         """Bring the last half hour's counts up to date."""
         counting = self.counting
-        running = sum(attempt.tokens for attempt in self.dispatcher.state.places)
-        totals = (self.requests, counting.failed, counting.tokens + running)
-        counting.history.sample(time.monotonic(), totals)
+        tokens = sum(tally.tokens for tally in counting.tallies.values())
+        tokens += sum(attempt.tokens for attempt in self.dispatcher.state.places)
+        counting.history.sample(time.monotonic(), (self.requests, counting.failed, tokens))
 
     def probed(self) -> None:
         """A backend was probed. It may be back, so those that wait may get a place; or it may have
@@ -391,11 +386,14 @@ async def health(gateway: Gateway, request: Request) -> Response:
     least one backend is available. A 503 says what is wrong.
     """
     fleet = gateway.fleet
-    backends = [
-        {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
-        for backend in fleet.backends
-    ]
-    state = {"vps_available": fleet.available, "uptime": gateway.uptime, "backends": backends}
+    state = {
+        "vps_available": fleet.available,
+        "uptime": gateway.uptime,
+        "backends": [
+            {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
+            for backend in fleet.backends
+        ],
+    }
     if fleet.available:
         return Response({"status": "healthy", "timestamp": timestamp(), **state})
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
@@ -407,16 +405,17 @@ def complete_natively(gateway: Gateway, request: Request) -> Pairs:
     session = ""
     if fields.session:
         # Two clients may choose the same name, and a backend sees only the Pi's address.
-        name = f"{request.client} {fields.session}"
-        session = hashlib.sha256(name.encode()).hexdigest()
+        session = hashlib.sha256(f"{request.client} {fields.session}".encode()).hexdigest()
     wanted = CompletionRequest("", fields, session=session, **gateway.who(request))
     return gateway.runner.run(Completion(wanted, request.end, request.notes))
 
 
 async def complete_stream(gateway: Gateway, request: Request) -> Response:
     """POST /v1/complete/stream: a completion as SSE, token by token."""
-    pairs = complete_natively(gateway, request)
-    return Response(events=pairs, render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]))
+    return Response(
+        events=complete_natively(gateway, request),
+        render=lambda pair: NATIVE_EVENTS[pair[0]](pair[1]),
+    )
 
 
 # Pairs as native SSE. "started" has no event; it comes first, so the response head goes out once
@@ -474,7 +473,7 @@ async def models(gateway: Gateway, request: Request) -> Response:
     """
     catalog = gateway.config.models
     fleet = gateway.fleet
-    entries = [describe_model(model, fleet.backends) for model in catalog]
+    entries = [describe_model(model, fleet) for model in catalog]
     listed = {
         "models": entries,
         "vps_available": fleet.available,
@@ -486,14 +485,14 @@ async def models(gateway: Gateway, request: Request) -> Response:
     return Response(compact(listed))
 
 
-def describe_model(model: Model, backends: Sequence[Backend]) -> JsonObject:
+def describe_model(model: Model, fleet: Fleet) -> JsonObject:
     """A model's entry in /v1/models."""
     names = ("id", "name", "languages", "parameters", "quantization")
     entry = {name: getattr(model, name) for name in names}
     ids = []
     reported = JsonObject()
-    for backend in backends:
-        about = (backend.models or {}).get(model.id)
+    for backend in fleet.backends:
+        about = backend.about(model.id)
         if backend.available and about:
             ids.append(backend.id)
             reported = reported or about
@@ -510,8 +509,9 @@ def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
             "id": name,
             "endings": syntax.endings.split(),
             "filenames": syntax.filenames.split(),
+            "served": name in served,
         }
-        entries.append(entry | {"served": name in served})
+        entries.append(entry)
     return entries
 
 
@@ -539,8 +539,7 @@ async def show(gateway: Gateway, request: Request) -> Response:
 
 
 def in_ollama(gateway: Gateway, model: Model) -> JsonObject:
-    n_ctx = gateway.fleet.n_ctx(model.id)
-    return dialects.write_ollama_model(model, n_ctx, gateway.created)
+    return dialects.write_ollama_model(model, gateway.fleet.n_ctx(model.id), gateway.created)
 
 
 ANY = CompletionRequest("", GenerationRequest(mode=""))  # without model and language
@@ -572,38 +571,34 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
 
 
 async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -> Response:
-    """The handler of a dialect's completions."""
+    """The handler of a dialect's completions. A stream's first block may be empty, as in
+    NATIVE_EVENTS.
+    """
     wanted = dialect.read(parse_json(request.body))
     fields = native_fields(wanted, gateway.config.models)
     wanted = replace(wanted, fields=fields, **gateway.who(request))
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
-    completion = Completion(wanted, notes=request.notes)
-    pairs = Subscriber(gateway.broadcasts, completion, editor, dialect.reply.has_comments).pairs()
-    reply_to = functools.partial(dialect.reply, wanted, head.request_id, int(time.time()))
-    if wanted.stream:
-        return stream_in_dialect(pairs, reply_to)
-    beginning, text, result = await collect(pairs)
-    if result.get("finish_reason") == "replaced":
-        text = ""
-    body = reply_to(beginning).whole(text, result)
-    return Response(body, headers=kept_headers(beginning["kept"]))
-
-
-def stream_in_dialect(pairs: Pairs, reply_to: Callable[[Members], dialects.Reply]) -> Response:
-    """A completion as a stream in a dialect. The first block may be empty, as in NATIVE_EVENTS."""
-    response = Response(events=pairs)
-    replies = list[dialects.Reply]()  # one of each backend that has begun
+    reader = Subscriber(
+        gateway.broadcasts, wanted, request.notes, editor, dialect.reply.has_comments
+    )
+    reply = dialect.reply(wanted, head.request_id, int(time.time()))
+    response = Response()
 
     def begin(beginning: Members) -> bytes:
-        reply = reply_to(beginning)
         response.headers = kept_headers(beginning["kept"])
-        events.update(text=reply.text, done=reply.end)
-        replies.append(reply)
-        return b"" if replies[1:] else reply.begin()
+        return reply.begin(beginning)
 
-    events = NATIVE_EVENTS | {"started": begin}
-    response.render = lambda pair: events[pair[0]](pair[1])
+    if wanted.stream:
+        events = NATIVE_EVENTS | {"started": begin, "text": reply.text, "done": reply.end}
+        response.events = reader.pairs()
+        response.render = lambda pair: events[pair[0]](pair[1])
+        return response
+    beginning, text, result = await collect(reader.pairs())
+    begin(beginning)
+    if result.get("finish_reason") == "replaced":
+        text = ""
+    response.body = reply.whole(text, result)
     return response
 
 
@@ -649,16 +644,21 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     fleet = gateway.fleet
     gateway.sample()
     loaded = set[str]().union(*(backend.models_loaded for backend in fleet.backends))
-    notes = [
-        f"{backend.id} is away: {backend.breaker.message}"
-        for backend in fleet.backends
-        if fleet.available and backend.breaker.message
-    ]
-    members: JsonObject = {"timestamp": timestamp(), "notes": notes}
+    members: JsonObject = {
+        "timestamp": timestamp(),
+        "notes": [
+            f"{backend.id} is away: {backend.breaker.message}"
+            for backend in fleet.backends
+            if fleet.available and backend.breaker.message
+        ],
+    }
     members |= (await stats(gateway, request)).body | gateway.counting.history.describe()
-    members |= {"vps_message": fleet.message, "models_loaded": sorted(loaded)}
-    members["client"] = request.client if request.client in gateway.config.names else ""
-    members["extension"] = gateway.extension_sha256
+    members |= {
+        "vps_message": fleet.message,
+        "models_loaded": sorted(loaded),
+        "client": request.client if request.client in gateway.config.names else "",
+        "extension": gateway.extension_sha256,
+    }
     return Response(members)
 
 
@@ -684,10 +684,12 @@ def describe_backends(gateway: Gateway) -> dict[str, SimpleNamespace]:
     entries = {}
     for backend in gateway.fleet.backends:
         members = {name: attrgetter(path)(backend) for name, path in OF_BACKEND.items()}
-        entry = entries[backend.id] = SimpleNamespace(**members)
-        entry.requests_active = active[backend]
-        entry.models = list(backend.models or ())
-        entry.breaker = backend.breaker.describe(time.monotonic())
+        entries[backend.id] = SimpleNamespace(
+            **members,
+            requests_active=active[backend],
+            models=list(backend.models or ()),
+            breaker=backend.breaker.describe(time.monotonic()),
+        )
     return entries
 
 
@@ -765,8 +767,7 @@ METRICS = (
 
 def table_of(gateway: Gateway, backends: Mapping[str, SimpleNamespace]) -> Table:
     """The rows of METRICS with their subjects; `backends` as `describe_backends` has them."""
-    counting = gateway.counting
-    subjects = ({"": gateway}, counting.tallies, counting.people.total, backends)
+    subjects = ({"": gateway}, gateway.counting.tallies, gateway.counting.people.total, backends)
     return zip(("", "model", "client", "backend"), subjects, METRICS, strict=True)
 
 
@@ -788,9 +789,8 @@ def dialect_routes(
 ) -> Iterator[Route]:
     """The routes of completions in these dialects."""
     for dialect in spoken:
-        handler = functools.partial(speak, dialect)
         for path in dialect.paths:
-            yield route("POST", path, handler, json=True)
+            yield route("POST", path, functools.partial(speak, dialect), json=True)
 
 
 ROUTES = (

@@ -100,10 +100,9 @@ def budget_of(request: CompletionRequest, n_ctx: int) -> int:
     return int(max(n_ctx - answer, n_ctx // 4) - MARGIN_TOKENS)
 
 
-def passed_fields(attempt: Attempt) -> JsonObject:
-    """vpsd's fields for an attempt, beside those of its text."""
-    request = attempt.request
-    fields = attempt.request.fields
+def passed_fields(request: CompletionRequest) -> JsonObject:
+    """vpsd's fields for a request, beside those of its text."""
+    fields = request.fields
     given = vars(fields)
     passed = {name: given[name] for name in PASSED_TO_BACKENDS if given[name] is not None}
     if request.session:
@@ -114,43 +113,6 @@ def passed_fields(attempt: Attempt) -> JsonObject:
     if language := BY_NAME.get(fields.language.lower()):
         passed["language"] = language
     return passed
-
-
-def fit_prompt(
-    attempt: Attempt, kind: Kind, name: str, n_ctx: int, layout: str, refused: TooLong | None
-) -> Fitted:
-    """Fit the prompt of a request into `n_ctx` tokens, or fit it again after it was
-    `refused`. `name` is the backend's for the model.
-    """
-    request = attempt.request
-    fields = request.fields
-    ratio: float = RATIO
-    most = sys.maxsize
-    if refused:
-        n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
-        weight = attempt.sent.weight
-        if counted := refused.extra.get("prompt_tokens"):
-            ratio = REFIT * max(weight, 1) / counted
-        else:
-            ratio = REFIT * RATIO
-            most = int(UNCOUNTED * weight / RATIO)
-    budget = budget_of(request, n_ctx)
-    if not kind.counts_exactly:
-        budget = min(int(budget / OVERCOUNT), most)
-    budget = int(budget * ratio / RATIO)
-    is_editors = request.kind == "infill"
-    is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
-    # vpsd knows what it has read, and chooses what to read in time.
-    around = WINDOW if kind.counts_exactly or not is_limited else SOON
-    text = prepare(vars(fields), fields.mode, budget, layout, is_editors, around)
-    tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
-    answer_tokens = n_ctx - int(OVERCOUNT * tokens) - MARGIN_TOKENS
-    body = passed_fields(attempt) | text.body
-    if is_limited:
-        body["prompt_ms"] = fields.prompt_ms
-    return Fitted(
-        body, attempt.model, name, answer_tokens, n_ctx, text.kept, text.weight, request.file
-    )
 
 
 # -------------------------------------------------------------------------------------- the backend
@@ -208,9 +170,9 @@ class Backend:
         return self.kind.takes_our_ids if self.models is None else model in self.models
 
     def n_ctx(self, model: str) -> int:
-        return int(self._about(model).get("n_ctx") or self.config.n_ctx or DEFAULT_N_CTX)
+        return int(self.about(model).get("n_ctx") or self.config.n_ctx or DEFAULT_N_CTX)
 
-    def _about(self, model: str) -> JsonObject:
+    def about(self, model: str) -> JsonObject:
         """What the backend reports about a model; {} if the model is unknown."""
         return (self.models or {}).get(model, {})
 
@@ -224,42 +186,34 @@ class Backend:
         return bool(self.answering) and not self.kind.answers_aside
 
     async def probe(self) -> None:
-        """Update the breaker, `response_ms` and `models`. A busy backend is left alone: its answer
+        """Ask for the backend's health, and for its list of models if that is old or may have
+        changed. Updates the breaker and what is known. A busy backend is left alone: its answer
         shows that it is up.
         """
-        breaker = self.breaker
         self.probed = time.monotonic()
-        breaker.expire(self.probed)
-        if self._is_busy and breaker.state == "closed":
+        self.breaker.expire(self.probed)
+        if self._is_busy and self.breaker.state == "closed":
             return
-        trouble = ""
         try:
-            await self._learn_state()
+            loaded = await self.kind.ask_health()
+            now = time.monotonic()
+            self.response_ms = round((now - self.probed) * 1000, 1)
+            self.breaker.healthy(now)
+            has_changed = loaded not in (None, self.models_loaded)
+            if has_changed or self.breaker.trouble or now >= self._models_until:
+                await self.learn_models()
+            self.models_loaded = list(self.models or ()) if loaded is None else loaded
+            self._learn_trouble("")
         except HttpError as error:
-            trouble = error.message
-        self._learn_trouble(trouble)
+            self._learn_trouble(error.message)
         self.probes += 1
-
-    async def _learn_state(self) -> None:
-        """Ask for the backend's health, and for its list of models if it is old or may have
-        changed. HttpError if it is not well.
-        """
-        loaded = await self.kind.ask_health()
-        now = time.monotonic()
-        self.response_ms = round((now - self.probed) * 1000, 1)
-        self.breaker.healthy(now)
-        has_changed = loaded not in (None, self.models_loaded)
-        if has_changed or self.breaker.trouble or now >= self._models_until:
-            await self.learn_models()
-        self.models_loaded = list(self.models or ()) if loaded is None else loaded
 
     def _learn_trouble(self, trouble: str) -> None:
         """Note that the backend has this trouble, or none, and log a change."""
-        breaker = self.breaker
-        if trouble != breaker.trouble:
+        if trouble != self.breaker.trouble:
             level = logging.WARNING if trouble else logging.INFO
             log.log(level, "%s: %s", self.id, trouble or "VPS backend is available")
-        breaker.trouble = trouble
+        self.breaker.trouble = trouble
 
     async def learn_models(self) -> None:
         """Fetch the list of models; without an answer the last list stays. HttpError if a list is
@@ -304,7 +258,10 @@ class Backend:
         try:
             while True:
                 try:
-                    attempt.sent = wanted = await self._fit(attempt, refused)
+                    # Parsing a long request, fitting it and following its text get a turn of the
+                    # event loop each.
+                    await asyncio.sleep(0)
+                    attempt.sent = wanted = self._fit(attempt, refused)
                     kind = self.kind  # a reload may replace it
                     async with (
                         kind.ask(wanted) as answer,
@@ -330,15 +287,39 @@ class Backend:
         finally:
             self.answering.remove(attempt)
 
-    async def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
-        """Fit the prompt of an attempt, again if it was `refused`."""
-        # Parsing a long request, fitting it and following its text get a turn of the event loop
-        # each.
-        await asyncio.sleep(0)
+    def _fit(self, attempt: Attempt, refused: TooLong | None) -> Fitted:
+        """Fit the prompt of an attempt into the model's context, again if it was `refused`."""
+        kind = self.kind
         model = attempt.model
-        layout = self.kind.layout(model, self._about(model))
+        request = attempt.request
+        fields = request.fields
+        n_ctx = self.n_ctx(model)
+        ratio: float = RATIO
+        most = sys.maxsize
+        if refused:
+            n_ctx = min(n_ctx, refused.extra.get("n_ctx", n_ctx))
+            weight = attempt.sent.weight
+            if counted := refused.extra.get("prompt_tokens"):
+                ratio = REFIT * max(weight, 1) / counted
+            else:
+                ratio = REFIT * RATIO
+                most = int(UNCOUNTED * weight / RATIO)
+        budget = budget_of(request, n_ctx)
+        if not kind.counts_exactly:
+            budget = min(int(budget / OVERCOUNT), most)
+        budget = int(budget * ratio / RATIO)
+        layout = kind.layout(model, self.about(model))
+        is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
+        # vpsd knows what it has read, and chooses what to read in time.
+        around = WINDOW if kind.counts_exactly or not is_limited else SOON
+        text = prepare(vars(fields), fields.mode, budget, layout, request.kind == "infill", around)
+        tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
+        answer_tokens = n_ctx - int(OVERCOUNT * tokens) - MARGIN_TOKENS
+        body = passed_fields(request) | text.body
+        if is_limited:
+            body["prompt_ms"] = fields.prompt_ms
         name = self.names.get(model, model)
-        return fit_prompt(attempt, self.kind, name, self.n_ctx(model), layout, refused)
+        return Fitted(body, model, name, answer_tokens, n_ctx, text.kept, text.weight, request.file)
 
     def _take(self, attempt: Attempt, event: str, value: Any) -> Any:
         """Count a pair that came, and return its value: of a result, what a backend may set. Note
@@ -371,8 +352,7 @@ class Backend:
         """Count a whole answer, and return its result."""
         result = valid_members(done, RESULT_FIELDS)
         reason = result.get("finish_reason", "stop")
-        if not attempt.evicted:
-            attempt.outcome = Answered(reason if reason in FINISHED else "other")
+        attempt.settle(Answered(reason if reason in FINISHED else "other"))
         # One event may hold several tokens.
         self._count(attempt, max(0, result.get("total_tokens", 0) - attempt.tokens))
         attempt.prompt_cut = "prompt_ms" in attempt.sent.fields and result.get("prompt_cut", False)
@@ -387,11 +367,11 @@ class Backend:
             # Unless the backend asks for a pause, only those who are ready to wait make one.
             request = attempt.request
             waits = request.in_dialect and not request.is_spare
-            until = time.monotonic() + (error.retry_after or BUSY_SECONDS * waits)
-            self.rests_until = max(until, self.rests_until)
+            pause = error.retry_after or BUSY_SECONDS * waits
+            self.rests_until = max(time.monotonic() + pause, self.rests_until)
         n_ctx = error.extra.get("n_ctx", 0)
         if isinstance(error, TooLong) and 0 < n_ctx < attempt.sent.n_ctx:
-            self._about(attempt.model)["n_ctx"] = n_ctx  # until the next list
+            self.about(attempt.model)["n_ctx"] = n_ctx  # until the next list
 
     def _fail(self, attempt: Attempt, error: HttpError) -> None:
         """Count and report an error that ended an attempt. Nobody waits for a spare one, so it must

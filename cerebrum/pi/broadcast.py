@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
@@ -32,7 +33,6 @@ from cerebrum.pi.completion import (
     text_event,
 )
 from cerebrum.pi.counting import Usage
-from cerebrum.pi.dispatcher import MAX_SERVED
 from cerebrum.pi.runner import Runner
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, internal_error
@@ -45,6 +45,7 @@ MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
 CURSOR_CHARS = 1024
 MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
 MAX_FINISHED_CHARS = 2048
+FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
 # The answer to one request can begin the answer to another only if these fields are equal in both.
 EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
@@ -58,11 +59,8 @@ def is_typed_on(older: GenerationRequest, newer: GenerationRequest) -> bool:
         return False
     above = older.prompt
     above_newer = newer.prompt
-    below = text_below(older)
-    below_newer = text_below(newer)
-    if bool(below) != bool(below_newer):
-        return False
-    if not (below.startswith(below_newer) or below_newer.startswith(below)):
+    below, longer_below = sorted(map(text_below, (older, newer)), key=len)
+    if bool(below) != bool(longer_below) or not longer_below.startswith(below):
         return False
     return nearly_continues(above, above_newer) or nearly_continues(above_newer, above)
 
@@ -145,23 +143,19 @@ class Remembered:
     prompt: str  # the end of it
     omitted: int  # characters of the prompt before this end
     text: str
-    beginning: JsonObject  # the value of the pair "started"
-    done: JsonObject  # the result
+    pairs: list[Pair]
     prompt_cut: bool  # the model that was asked for has not read all of the prompt
-    asked: bytes = b""  # a digest of all fields of an infill that it answers whenever it comes
+    # A digest of all fields of an infill: an equal one gets this text, whenever it comes.
+    exact: bytes = b""
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
-    @property
-    def pairs(self) -> list[Pair]:
-        return [("started", self.beginning), ("text", text_event(self.text)), ("done", self.done)]
-
-    def typed_in(self, completion: Completion) -> int | None:
+    def typed_in(self, prompt: str, exact: bytes) -> int | None:
         """How many characters of the text precede a request's cursor, 0 if it answers an equal
-        request; None if it is no answer.
+        request, by the digest of all its fields; None if it is no answer, as for another gap.
         """
-        if self.asked == completion.digest:
+        if self.exact == exact:
             return 0
-        typed = typed_of(self.prompt, self.text, completion.request.fields.prompt, self.omitted)
+        typed = typed_of(self.prompt, self.text, prompt, self.omitted)
         return typed if 0 < typed < len(self.text) else None
 
 
@@ -181,7 +175,8 @@ class Broadcast:
 
     def typed_in(self, request: CompletionRequest, may_type: bool) -> int | None:
         """How many characters of the text so far precede a request's cursor, 0 if the requests are
-        equal; None if it is no answer. `may_type`: its editor may have typed what it reads here.
+        equal; None if it is no answer, as for another gap. `may_type`: its editor may have typed
+        what it reads here.
         """
         older = self.completion.request
         if may_share(request, older):
@@ -221,11 +216,22 @@ def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
     return running.fields == fields and bool(running.guest) == bool(request.guest)
 
 
+def follows_one(request: CompletionRequest, got: Iterable[Remembered]) -> bool:
+    """Whether this is certainly llama.vim's request for what follows a text that it shows: one of
+    those that it `got`.
+    """
+    if not request.only or request.fields.predict_ms == FIRST_MS:
+        return False
+    prompt = request.fields.prompt
+    return any(typed_of(old.prompt, old.text, prompt, old.omitted) == len(old.text) for old in got)
+
+
 def to_remember(broadcast: Broadcast) -> Remembered | None:
     """The text of a complete broadcast; None if nobody may type it. A plain completion may be a
     program's, which relies on its limit: a text cut by the limit must not begin another answer.
     """
     request = broadcast.completion.request
+    fields = request.fields
     last = dict(broadcast.pairs)  # of each event
     result = last["done"]
     reason = result.get("finish_reason", "stop")
@@ -236,16 +242,14 @@ def to_remember(broadcast: Broadcast) -> Remembered | None:
         return None
     # An answer for which no backend is asked has no figures.
     done = {name: result[name] for name in ("finish_reason", *SURENESS) if name in result}
-    prompt = request.fields.prompt
-    omitted = max(0, len(prompt) - CURSOR_CHARS)
+    pairs: list[Pair] = [("started", last["started"]), ("text", text_event(text)), ("done", done)]
+    omitted = max(0, len(fields.prompt) - CURSOR_CHARS)
     prompt_cut = result.get("prompt_cut", False)
-    end = prompt[omitted:]
-    old = Remembered(broadcast.digest, end, omitted, text, last["started"], done, prompt_cut)
+    old = Remembered(broadcast.digest, fields.prompt[omitted:], omitted, text, pairs, prompt_cut)
     # The next time, a limit of time cuts the answer elsewhere, and more of the prompt is read.
-    is_late = reason == "length" and result["total_tokens"] < request.fields.max_tokens
-    would_repeat = not (is_late or prompt_cut)
-    if request.kind == "infill" and request.fields.temperature == 0 and would_repeat:
-        old.asked = broadcast.completion.digest
+    is_late = reason == "length" and result["total_tokens"] < fields.max_tokens
+    if request.kind == "infill" and fields.temperature == 0 and not (is_late or prompt_cut):
+        old.exact = digest_of(fields, vars(fields))
     return old
 
 
@@ -258,22 +262,26 @@ WAITING_SECONDS = 5.0
 
 @dataclass(slots=True, eq=False)
 class Subscriber:
-    """One client's request in a dialect, and its position in a text, which others may read too."""
+    """One client's request in a dialect, and its position in a text, which others may read too. It
+    runs nothing: the task of a `Broadcast` does, on behalf of all who read it.
+    """
 
     broadcasts: Broadcasts
-    completion: Completion
+    request: CompletionRequest
+    notes: JsonObject  # for the request's line in the log
     editor: str  # client, address and user agent: one editor's requests have the same
     has_comments: bool  # the client's dialect: "waiting" and "idle" can be sent
     broadcast: Broadcast | None = None  # that it reads; None: the text is finished
     at: int = 0  # pairs read
     typed: int = 0  # characters of the text that the client typed before
     skip: int = 0  # those of them that are not yet read
-    waits: bool = True  # False: the request is speculative
     replaced: bool = False  # the user has typed on, and the editor has asked again
+    started: float = field(default_factory=time.monotonic)
 
     @property
-    def request(self) -> CompletionRequest:
-        return self.completion.request
+    def waits(self) -> bool:
+        """Whether somebody waits for the answer now."""
+        return not self.request.speculative
 
     async def pairs(self) -> Pairs:
         """The pairs of `Runner.run` but "progress", which no dialect has, and "waiting".
@@ -293,8 +301,8 @@ class Subscriber:
                     yield pair
             if not self.waits:
                 raise HttpError(SUPERSEDED, "other requests came first")
-            if not self.at:
-                yield "started", self.broadcasts.runner.beginning(self.completion)
+            if self.broadcast and not self.at:
+                yield "started", self.broadcasts.runner.beginning(self.broadcast.completion)
             yield "done", {"finish_reason": "replaced"}
         finally:
             self.broadcasts.leave(self)
@@ -309,7 +317,7 @@ class Subscriber:
         try:
             await asyncio.wait_for(broadcast.changed.wait(), seconds)
         except TimeoutError:
-            line = self.broadcasts.runner.dispatcher.in_turn()
+            line = self.broadcasts.runner.dispatcher.state.in_turn()
             if broadcast.completion in line:
                 return "waiting", 1 + line.index(broadcast.completion)
         # Nothing else comes before "started": an error can still be an HTTP status.
@@ -317,27 +325,36 @@ class Subscriber:
         return ("idle", None) if is_read and not (broadcast.failure or self.replaced) else None
 
     def _next(self, pairs: Sequence[Pair]) -> Pair:
+        """The pair at the client's position, without the text that the client has typed."""
         event, value = pairs[self.at]
         self.at += 1
         if event == "text" and self.skip:
-            value = self._rest_of(value)
+            text = read_text(value)
+            rest = text[self.skip :]
+            self.skip = max(0, self.skip - len(text))
+            value = text_event(rest) if rest else b""
         elif event == "done":
             if self.typed:
                 value = value | {"type_through": True}
             self.broadcasts.remember(self)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
-                self.broadcasts.show(self.completion, text_in(pairs)[self.typed :])
+                self.broadcasts.show(self.request, self.started, text_in(pairs)[self.typed :])
         return event, value
 
-    def _rest_of(self, events: bytes) -> bytes:
-        """Events with text, without what the client has typed."""
-        text = read_text(events)
-        rest = text[self.skip :]
-        self.skip = max(0, self.skip - len(text))
-        return text_event(rest) if rest else b""
 
-
-FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
+def gives_way(older: Subscriber, newer: Subscriber) -> bool:
+    """Whether an infill ends for a newer one: a speculative one for the next of its client; others
+    once the user of their editor has typed on, unless both are equal. If the newer one's text is
+    finished, infills that continue its prompt go on: an editor asks ahead for the text after a
+    completion that it shows.
+    """
+    if not newer.waits:
+        return not older.waits and older.request.client == newer.request.client
+    fields = older.request.fields
+    typed = newer.request.fields
+    is_later = fields.prompt.startswith(typed.prompt)
+    goes_on = fields == typed or (is_later and not newer.broadcast)
+    return older.editor == newer.editor and not goes_on and is_typed_on(fields, typed)
 
 
 @dataclass(slots=True, eq=False)
@@ -360,72 +377,58 @@ class Broadcasts:
         runs, or of a new one.
         """
         request = subscriber.request
-        completion = subscriber.completion
         self.subscribers.append(subscriber)
         dispatcher = self.runner.dispatcher
         digest = digest_of(request.fields, EQUAL_FIELDS)
-        if request.speculative or self._is_llama_vims(request, digest):
-            completion.request = request = replace(request, speculative=True)
-            completion.clients.clear()
-            subscriber.waits = False
+        newest = reversed(self.memory)
+        # The finished texts that this client got, of requests that differ in the prompt alone.
+        got = [old for old in newest if old.digest == digest and request.client in old.clients]
+        if follows_one(request, got):
+            subscriber.request = request = replace(request, speculative=True)
         if request.fields.max_tokens == 0:
             dispatcher.read_ahead(request)
-            return self._without_text(completion, "length")  # it replaces nothing
-        if subscriber.waits and request.kind == "infill" and not request.guest:
-            set_newest(dispatcher.state.editors, request.client, completion.started, MAX_SERVED)
+            return self._without_text(request, "length")  # it replaces nothing
+        dispatcher.note_editor(request, subscriber.started)
         if request.fields.min_confidence == NEVER:
-            pairs = self._without_text(completion, "unsure")
-        elif found := self._find(subscriber, digest):
+            pairs = self._without_text(request, "unsure")
+        elif found := self._find(subscriber, digest, got):
             text, subscriber.typed = found
             subscriber.skip = subscriber.typed
             self._share(subscriber, text)
             pairs = text.pairs
         else:
-            subscriber.broadcast = self._start(completion, digest)
-            pairs = subscriber.broadcast.pairs
+            own = subscriber.broadcast = Broadcast(Completion(request), digest)
+            own.completion.end = own.end
+            own.task = asyncio.create_task(self._run(own))
+            pairs = own.pairs
         self._replace_older(subscriber)
         return pairs
 
-    def _start(self, completion: Completion, digest: bytes) -> Broadcast:
-        own = Broadcast(completion, digest)
-        own.task = asyncio.create_task(self._run(own))
-        completion.end = own.end
-        return own
-
-    def _without_text(self, completion: Completion, reason: str) -> list[Pair]:
+    def _without_text(self, request: CompletionRequest, reason: str) -> list[Pair]:
         """An answer for which no backend is asked."""
-        beginning = self.runner.beginning(completion)
+        beginning = self.runner.beginning(Completion(request))
         return [("started", beginning), ("done", {"finish_reason": reason})]
 
     def forget(self) -> None:
         """Forget the finished texts."""
         self.memory.clear()
 
-    def _is_llama_vims(self, request: CompletionRequest, digest: bytes) -> bool:
-        """Whether this is certainly llama.vim's request for what follows a text that it shows."""
-        if not request.only or request.fields.predict_ms == FIRST_MS:
-            return False
-        prompt = request.fields.prompt
-        for old in self.memory:
-            typed = typed_of(old.prompt, old.text, prompt, old.omitted)
-            is_reader = request.client in old.clients and old.digest == digest
-            if is_reader and typed == len(old.text):
-                return True
-        return False
-
     def _find(
-        self, subscriber: Subscriber, digest: bytes
+        self, subscriber: Subscriber, digest: bytes, got: Sequence[Remembered]
     ) -> tuple[Remembered | Broadcast, int] | None:
         """A text that answers an equal request, or that the client has begun to type, and how much
-        of it: a finished text that the client got, else one that is being written for its editor.
+        of it: one of the finished ones that it `got`, else one that is being written for its
+        editor.
         """
         request = subscriber.request
         may_type = may_type_through(request)
-        for old in reversed(self.memory):
-            if may_type and old.digest == digest and request.client in old.clients:
-                typed = old.typed_in(subscriber.completion)
-                if typed is not None:
-                    return old, typed
+        fields = request.fields
+        # A long text's digest takes milliseconds.
+        exact = digest_of(fields, vars(fields)) if got else b""
+        for old in got if may_type else ():
+            typed = old.typed_in(fields.prompt, exact)
+            if typed is not None:
+                return old, typed
         for other in self.subscribers:
             running = other.broadcast
             if running and not running.failure:
@@ -454,7 +457,7 @@ class Broadcasts:
             return
         running = text.completion
         running.clients.append(request.client)
-        running.requested = subscriber.completion.started  # it waits for a place from now on
+        running.requested = subscriber.started  # it waits for a place from now on
         if running.request.speculative:
             runner.dispatcher.promote(running, request.client)
 
@@ -473,27 +476,11 @@ class Broadcasts:
         broadcast.wake()
 
     def _replace_older(self, subscriber: Subscriber) -> None:
-        """End an editor's older infills once its user has typed on, unless they are equal. If the
-        text is finished, infills that continue the newer prompt go on: an editor asks ahead for the
-        text after a completion that it shows.
-        """
-        request = subscriber.request
-        if request.kind != "infill":
-            return
-        newer = request.fields
-        infills = [other for other in self.subscribers if other.request.kind == "infill"]
-        if not subscriber.waits:
-            for other in infills:
-                is_own = other.request.client == request.client
-                if is_own and not other.waits and other is not subscriber:
-                    self._replace(other)
-            return
-        for other in [other for other in infills if other.editor == subscriber.editor]:
-            older = other.request.fields
-            is_later = older.prompt.startswith(newer.prompt)
-            goes_on = older == newer or (is_later and not subscriber.broadcast)
-            if not goes_on and is_typed_on(older, newer):
-                self.replaced += 1
+        """End the older infills that give way to a new one."""
+        for other in [*self.subscribers]:
+            kinds = {other.request.kind, subscriber.request.kind}
+            if other is not subscriber and kinds == {"infill"} and gives_way(other, subscriber):
+                self.replaced += subscriber.waits
                 self._replace(other)
 
     def _replace(self, subscriber: Subscriber) -> None:
@@ -516,23 +503,18 @@ class Broadcasts:
         if not broadcast:
             return
         completion = broadcast.completion
-        task = broadcast.task
-        subscriber.completion.notes |= completion.figures()
+        subscriber.notes |= completion.figures()
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
             completion.client = waiting[0].request.client
             self.runner.dispatcher.changed()
-        elif not others:
-            task.cancel()
-        elif not (completion.request.speculative or task.done()):
+        elif not others or not (completion.request.speculative or broadcast.task.done()):
             broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
 
-    def show(self, completion: Completion, text: str) -> None:
+    def show(self, request: CompletionRequest, now: float, text: str) -> None:
         """Count what an infill's prompt has of the last hint in its file; then the text, which its
-        client is shown now, unless it is the rest of this hint.
+        client is shown, unless it is the rest of this hint. `now`: when the client asked.
         """
-        request = completion.request
-        now = completion.started
         # A model may write either form of line ends, and an editor inserts its own.
         text = text.replace("\r\n", "\n")
         prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")

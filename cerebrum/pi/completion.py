@@ -5,7 +5,6 @@ each class says who writes it. A completion's text travels as pairs, the last of
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import json
 import math
@@ -179,8 +178,8 @@ class Attempt:
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the last token came, or the end of a whole answer
     prompt_cut: bool = False  # the model that was asked for has not read all of the prompt
-    # What became of it. HttpError: it failed; None: it is on its way, or its client has left. An
-    # eviction stays, whatever still comes.
+    # What became of it, see `settle`. HttpError: it failed; None: it is on its way, or its client
+    # has left.
     outcome: Answered | Evicted | HttpError | None = None
     begun: float = field(default_factory=time.monotonic)
     left: float = 0.0  # when it gave its place back
@@ -191,6 +190,11 @@ class Attempt:
     @property
     def request(self) -> CompletionRequest:
         return self.completion.request
+
+    def settle(self, outcome: Answered | Evicted | HttpError) -> None:
+        """Write what became of it. An eviction stays, whatever still comes."""
+        if not self.evicted:
+            self.outcome = outcome
 
     @property
     def evicted(self) -> str:
@@ -216,10 +220,9 @@ class Attempt:
 @dataclass(eq=False)
 class Completion:
     """A request on its way. `Dispatcher` and `Broadcasts` write the client, the dispatcher also
-    the attempts, and that somebody waits for a speculative one; `Broadcasts` who waits for it,
-    since when, and that it is speculative. Whoever runs it sets how to end it: the handler, its
-    broadcast for all who read it, or the dispatcher that reads ahead. `Counting` and `Broadcasts`
-    add notes. Times are monotonic seconds.
+    the attempts, and that somebody waits for a speculative one; `Broadcasts` who waits for it, and
+    since when. Whoever runs it sets how to end it: the handler, its broadcast for all who read it,
+    or the dispatcher that reads ahead. `Counting` adds notes. Times are monotonic seconds.
     """
 
     request: CompletionRequest
@@ -238,19 +241,15 @@ class Completion:
     def __post_init__(self) -> None:
         self.client = self.request.client
         self.requested = self.started
-        self.clients.append(self.client)
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """Of all fields. A long text takes milliseconds."""
-        return digest_of(self.request.fields, vars(self.request.fields))
+        if not self.request.speculative:
+            self.clients.append(self.client)
 
     @property
     def deadline(self) -> float:
         """Until when a dialect's request waits for a place. A request of our own API never
         waits.
         """
-        return self.requested + WAIT_SECONDS[self.request.kind] if self.request.kind else -math.inf
+        return self.requested + WAIT_SECONDS.get(self.request.kind, -math.inf)
 
     @property
     def attempt(self) -> Attempt | None:
@@ -262,8 +261,7 @@ class Completion:
         """The most informative error so far. One that a backend reports outweighs another backend's
         failure.
         """
-        outcomes = [attempt.outcome for attempt in self.attempts]
-        errors = [outcome for outcome in outcomes if isinstance(outcome, HttpError)]
+        errors = [one.outcome for one in self.attempts if isinstance(one.outcome, HttpError)]
         reported = [error for error in errors if not isinstance(error, BackendFailure)]
         return next(reversed(reported or errors), None)
 

@@ -103,8 +103,13 @@ class People:
         """The members `unnamed` and `clients` of /v1/stats."""
         entries = []
         for name, total in self.total.items():
-            spans = {"today": self._last(1, name), "month": self._last(MONTH_DAYS, name)}
-            entries.append({"name": name, **total._asdict(), **spans})
+            entry = {
+                "name": name,
+                **total._asdict(),
+                "today": self._last(1, name),
+                "month": self._last(MONTH_DAYS, name),
+            }
+            entries.append(entry)
         return entries
 
     def _last(self, days: int, name: str) -> JsonObject:
@@ -152,11 +157,6 @@ class Counting:
         """Count for these models too, from now on, and for the clients of these names alone."""
         self.tallies = {model.id: Tally() for model in models} | self.tallies
         self.people.configure(names)
-
-    @property
-    def tokens(self) -> int:
-        """Of completions that have ended."""
-        return sum(tally.tokens for tally in self.tallies.values())
 
     def accept(self, client: str, characters: int) -> dict[str, int]:
         """Count a completion that a client accepted, and return the totals."""

@@ -8,7 +8,9 @@ API, and writes the answer in the client's format (`Reply`), whole or as a strea
     >>> request = INFILL.read(body)
     >>> request.fields.prompt
     'def add(a, b):\\n    return '
-    >>> reply = INFILL.reply(request, "some-id", 0, {"model": "qwen_0_5b", "n_ctx": 4096})
+    >>> reply = INFILL.reply(request, "some-id", 0)
+    >>> reply.begin({"model": "qwen_0_5b", "n_ctx": 4096})
+    b''
     >>> reply.whole("a + b", {"finish_reason": "block", "total_tokens": 4})[:18]
     b'{"content":"a + b"'
 
@@ -27,7 +29,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from cerebrum.fields import (
@@ -81,10 +83,17 @@ CODE_FIELDS = {
     "filename": NAME,
     "language": NAME,
     "min_confidence": RULES["min_confidence"],
-    "suggest": Field(str, choices=tuple(SUGGEST)),
+    "suggest": Field(str, default="always", choices=tuple(SUGGEST)),
 }
 TEXT_FIELDS = {**CODE_FIELDS, "suffix": TEXT}
-INFILL_FIELDS = {**CODE_FIELDS, "input_prefix": TEXT, "input_suffix": TEXT, "speculative": FLAG}
+INFILL_FIELDS = {
+    **CODE_FIELDS,
+    "input_prefix": TEXT,
+    "input_suffix": TEXT,
+    "speculative": FLAG,
+    # llama.vim's key for "complete now" sends the same as its automatic requests.
+    "suggest": replace(CODE_FIELDS["suggest"], default="often"),
+}
 TOKENIZE = {"content": TEXT, "add_special": FLAG, "parse_special": Field(bool, default=True)}
 PART = {
     "type": Field(str, default="text", choices=("text", "input_text", "output_text")),
@@ -294,35 +303,24 @@ def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
 
 
 def read_code(
-    members: Members, read: Members, suggest: str = "always", special: bool = False
+    members: Members, read: Members, prefix: str, suffix: str, kind: str, **more: Any
 ) -> CompletionRequest:
-    """A request for code, without its text. `suggest` is the default if the request sets none,
-    `special` as in `read_stops`.
+    """A request of this kind for code, with `more` fields. At the end of a file there is no gap:
+    the text before the cursor is completed.
     """
-    sampling = read_sampling(read, read_stops(members, special))
+    fields = read_sampling(read, read_stops(members, "special" in more))
     least = read["min_confidence"]
-    sampling["min_confidence"] = SUGGEST[read["suggest"] or suggest] if least is None else least
+    fields["min_confidence"] = SUGGEST[read["suggest"]] if least is None else least
     for name in ("prompt_ms", "predict_ms"):
-        sampling[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
-    sampling |= {"filename": read["filename"], "language": read["language"]}
-    fields = GenerationRequest(**sampling, indent=read["n_indent"])
-    only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
-    usage = wants_usage(members)
-    return CompletionRequest(
-        "completion", fields, read["stream"], usage, read["cache_prompt"], only
-    )
-
-
-def ask_text(
-    request: CompletionRequest, prefix: str, suffix: str, infill: bool, **more: Any
-) -> CompletionRequest:
-    """Ask for a completion, or for an infill if the client does. At the end of a file there is no
-    gap: the text before the cursor is completed.
-    """
+        fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
+    fields |= {"filename": read["filename"], "language": read["language"], "prompt": prefix}
     if suffix.strip() or not prefix:
-        more |= {"suffix": suffix, "mode": "infill"}
-    fields = replace(request.fields, prompt=prefix, **more)
-    return replace(request, kind="infill" if infill else "completion", fields=fields)
+        fields |= {"suffix": suffix, "mode": "infill"}
+    asked = GenerationRequest(**fields | more, indent=read["n_indent"])
+    only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
+    return CompletionRequest(
+        kind, asked, read["stream"], wants_usage(members), read["cache_prompt"], only
+    )
 
 
 def read_completion(members: Members) -> CompletionRequest:
@@ -333,17 +331,15 @@ def read_completion(members: Members) -> CompletionRequest:
     read = read_fields(members, TEXT_FIELDS)
     prompt = read_prompt(members)
     suffix = read["suffix"]
-    special = not suffix and NEXT_EDIT.match(prompt) is not None
-    request = read_code(members, read, special=special)
-    if special:
-        return ask_text(request, prompt, "", infill=False, stop_at="none", special=True)
+    if not suffix and NEXT_EDIT.match(prompt):
+        return read_code(members, read, prompt, "", "completion", stop_at="none", special=True)
     split = None if suffix else split_fim(prompt)
     if not split:
-        infill = "suffix" in members  # at the end of a file, the suffix is empty
-        return ask_text(request, prompt, suffix, infill)
+        kind = "infill" if "suffix" in members else "completion"  # empty at the end of a file
+        return read_code(members, read, prompt, suffix, kind)
     prefix, suffix, filename, extra = split
     filename = filename or read["filename"]
-    return ask_text(request, prefix, suffix, infill=True, filename=filename, extra=extra)
+    return read_code(members, read, prefix, suffix, "infill", filename=filename, extra=extra)
 
 
 def read_infill(members: Members) -> CompletionRequest:
@@ -352,14 +348,11 @@ def read_infill(members: Members) -> CompletionRequest:
     """
     members = present(members)
     read = read_fields(members, INFILL_FIELDS)
-    prompt = read_prompt(members)
+    prefix = read["input_prefix"] + read_prompt(members)
     files = read_objects(members.get("input_extra", []), "input_extra", 0, MAX_EXTRAS, EXTRA)
     extra = [file for file in files if file["text"]]
-    # llama.vim's key for "complete now" sends the same as its automatic requests.
-    request = read_code(members, read, "often")
-    request = replace(request, speculative=read["speculative"])
-    prefix = read["input_prefix"] + prompt
-    return ask_text(request, prefix, read["input_suffix"], infill=True, extra=extra)
+    request = read_code(members, read, prefix, read["input_suffix"], "infill", extra=extra)
+    return replace(request, speculative=read["speculative"])
 
 
 def read_chat(members: Members) -> CompletionRequest:
@@ -430,13 +423,13 @@ def usage(result: Members) -> JsonObject:
 @dataclass
 class Reply:
     """The answer to one request in its dialect; here OpenAI's completion of a text: {"id",
-    "object", "choices", …}. `beginning` is the value of the pair "started": {"model", "n_ctx", …}.
+    "object", "choices", …}.
     """
 
     request: CompletionRequest
     request_id: str
     created: int
-    beginning: Members
+    beginning: Members = field(default_factory=dict)
 
     prefix = "cmpl"
     whole_object = "text_completion"
@@ -444,11 +437,17 @@ class Reply:
     block = staticmethod(sse)  # of a stream
     has_comments = True  # which show that the connection is alive, or a place in the line
 
-    def __post_init__(self) -> None:
+    def begin(self, beginning: Members) -> bytes:
+        """The events for a pair "started", whose value is {"model", "n_ctx", …}. It comes again if
+        another backend or model takes over.
+        """
+        is_first = not self.beginning
+        self.beginning = beginning
         # For `TOKEN_TEXT.sub`.
         self.template = self.block(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
+        return self.opening() if is_first else b""
 
-    def begin(self) -> bytes:
+    def opening(self) -> bytes:
         """The events before the first text."""
         return b""
 
@@ -477,8 +476,7 @@ class Reply:
 
     def end(self, result: Members) -> bytes:
         """The events after the last text, for a native result."""
-        last = self.frame(self.part(""), finish_reason(result))
-        events = sse(last | own_members(result))
+        events = sse(self.frame(self.part(""), finish_reason(result)) | own_members(result))
         if self.request.usage:
             events += sse(self.frame({}) | {"usage": usage(result)})
         return events + sse_block(b"[DONE]")
@@ -498,7 +496,7 @@ class ChatReply(Reply):
     chunk_object = "chat.completion.chunk"
     always = False  # a `delta` has a content, also after the last text
 
-    def begin(self) -> bytes:
+    def opening(self) -> bytes:
         return sse(self.frame({"delta": {"role": "assistant", "content": ""}}))
 
     def part(self, text: str, whole: bool = False) -> JsonObject:
@@ -536,10 +534,12 @@ class LlamaReply(Reply):
             "generation_settings": {"n_ctx": self.beginning["n_ctx"]},
         }
         kept = self.beginning.get("kept") or {}
-        answer["truncated"] = kept.get("parts", ["all"]) != ["all"]
-        answer["stop_type"] = "limit" if finish_reason(result) == "length" else "eos"
-        answer["tokens_cached"] = counts["total_tokens"]
-        answer["timings"] = timings(result)
+        answer |= {
+            "truncated": kept.get("parts", ["all"]) != ["all"],
+            "stop_type": "limit" if finish_reason(result) == "length" else "eos",
+            "tokens_cached": counts["total_tokens"],
+            "timings": timings(result),
+        }
         answer |= own_members(result)
         if self.request.only is None:
             return compact(answer)
@@ -562,8 +562,12 @@ class OllamaReply(Reply):
         return {"response": text}
 
     def frame(self, part: JsonObject, reason: str | None = None) -> JsonObject:
-        about = {"model": self.beginning["model"], "created_at": time_of(self.created)}
-        return about | part | {"done": reason is not None}
+        return {
+            "model": self.beginning["model"],
+            "created_at": time_of(self.created),
+            **part,
+            "done": reason is not None,
+        }
 
     def end(self, result: Members) -> bytes:
         return self.whole("", result) + b"\n"

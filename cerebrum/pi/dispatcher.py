@@ -12,9 +12,9 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
@@ -29,7 +29,8 @@ from cerebrum.pi.completion import (
     Evicted,
     set_newest,
 )
-from cerebrum.pi.fleet import Fleet, Options
+from cerebrum.pi.counting import Counting
+from cerebrum.pi.fleet import Fleet, Option
 from cerebrum.pi.kind import TOO_MANY
 from cerebrum.pi.upstream import BackendFailure
 from cerebrum_common import HttpError, internal_error, log
@@ -63,25 +64,37 @@ class State:
     @property
     def answering(self) -> dict[Attempt, Backend]:
         """The attempts that hold a place for a client: not those for which nobody waits."""
-        places = self.places.items()
-        return {attempt: backend for attempt, backend in places if not attempt.request.is_spare}
+        return {
+            attempt: backend
+            for attempt, backend in self.places.items()
+            if not attempt.request.is_spare
+        }
 
-    def running(self, backends: Sequence[Backend]) -> list[Attempt]:
-        """The attempts that take a place at these backends: not those that are being ended or for
-        which nobody waits.
+    def running(self, backends: Sequence[Backend], session: str = "") -> list[Attempt]:
+        """The attempts that take a place at these backends: not those that are being ended, or that
+        a new request of this session ends, or for which nobody waits.
         """
+        here = [attempt for attempt, where in self.answering.items() if where in backends]
         return [
-            attempt
-            for attempt, where in self.answering.items()
-            if where in backends and not attempt.evicted
+            other
+            for other in here
+            if not other.evicted and (session == "" or other.request.session != session)
         ]
 
+    def in_turn(self) -> list[Completion]:
+        """The completions that wait for a place, the next one first. Guests come last; then people
+        take turns, those with the fewest places first, then those who have had no turn or whose
+        last one is the longest ago; of one person's, infills come first.
+        """
+        clients = [attempt.completion.client for attempt in self.answering if not attempt.evicted]
 
-class Assign(NamedTuple):
-    """A place at this backend, for an answer by this model."""
+        def order(completion: Completion) -> tuple[float, ...]:
+            request = completion.request
+            client = completion.client
+            last_turn = self.turns.get(client, 0.0)
+            return request.guest > 0, clients.count(client), last_turn, request.kind != "infill"
 
-    model: str
-    backend: Backend
+        return sorted(self.line, key=order)
 
 
 class Wait(NamedTuple):
@@ -101,21 +114,23 @@ class Claim(NamedTuple):
 
     state: State
     completion: Completion
-    options: Options
+    options: Sequence[Option]
     usable: Sequence[Backend]
     now: float
 
 
-def decide(state: State, completion: Completion, now: float) -> Assign | Preempt | Wait | HttpError:
-    """What happens now to a completion that has no place; an error ends it."""
+def decide(state: State, completion: Completion, now: float) -> Option | Preempt | Wait | HttpError:
+    """What happens now to a completion that has no place: an option gives it one, an error ends
+    it.
+    """
     request = completion.request
     deadline = completion.deadline
     may_wait = now < deadline
     # 1. Which models may answer, best first, and which backends have each of them?
-    options = state.fleet.who_may(request)
+    options = state.fleet.options(request)
     # 2. What has failed this completion is not asked again, but for a 429 after its pause.
     options = untried(completion, options)
-    able = backends_of(state.fleet, options)
+    able = dict.fromkeys(option.backend for option in options)
     rests = [backend.rests_until for backend in able if backend.rests_until > now]
     resume = min(rests, default=math.inf)
     until = min(resume, deadline)
@@ -125,7 +140,7 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     if not usable:
         if may_wait and (resume <= deadline or any(backend.breaker.trial for backend in able)):
             return Wait(until)
-        why = nobody(state.fleet, options) if resume == math.inf else HttpError(*TOO_MANY)
+        why = nobody(state.fleet, request) if resume == math.inf else HttpError(*TOO_MANY)
         return completion.failure or why
     # 4. Is a place free, and may this client take it? `place_for` does not count the older requests
     #    of its session; `_assign` ends them.
@@ -140,20 +155,25 @@ def decide(state: State, completion: Completion, now: float) -> Assign | Preempt
     return Wait(until) if may_wait else completion.failure or all_taken(state, request.guest)
 
 
-def decide_spare(state: State, request: CompletionRequest, now: float) -> Assign | None:
+def decide_spare(state: State, request: CompletionRequest, now: float) -> Option | None:
     """Where a prompt is to be read ahead now, or a speculative request sent; None for nowhere. It
     must cost nothing, and nobody may wait for a place meanwhile. It goes where the next request of
     its file will go, once that backend has nothing else to do.
     """
-    options = state.fleet.who_may(request)
-    readers = [backend for backend in backends_of(state.fleet, options) if backend.kind.reads_ahead]
+    options = state.fleet.options(request)
+    readers = [option.backend for option in options if option.backend.kind.reads_ahead]
     place = best_place(state, request, options, which_admit(readers, now))
-    if place and is_idle(state, place.backend, request) and not state.line:
-        return place
-    return None
+    if not place or place.backend.breaker.state != "closed" or state.line:
+        return None
+    busy = [attempt.request for attempt, where in state.places.items() if where is place.backend]
+    # A speculative request ends reading, and the older one of its client.
+    if request.speculative:
+        busy = [older for older in busy if not older.ahead]
+        busy = [older for older in busy if not older.speculative or older.client != request.client]
+    return None if busy else place
 
 
-def untried(completion: Completion, options: Options) -> Options:
+def untried(completion: Completion, options: Iterable[Option]) -> list[Option]:
     """The options without the backends that have failed this completion, and without the models
     that a backend could not load. A 429 is no failure if the client is ready to wait. Behind a
     balancer, another replica may answer what one has broken off; a refusal is final, and so is a
@@ -170,74 +190,49 @@ def untried(completion: Completion, options: Options) -> Options:
             broke_off = isinstance(error, BackendFailure) and not error.late
             failed[attempt.backend, model] += 1 if broke_off else REPLICAS
 
-    def may_try(backend: Backend, model: str) -> bool:
+    def may_try(option: Option) -> bool:
+        backend = option.backend
         most = REPLICAS if backend.config.affinity_header else 1
-        return failed[backend.id, model] + failed[backend.id, ""] < most
+        return failed[backend.id, option.model] + failed[backend.id, ""] < most
 
-    return [
-        (model, [other for other in having if may_try(other, model)]) for model, having in options
-    ]
+    return list(filter(may_try, options))
 
 
-def backends_of(fleet: Fleet, options: Options) -> list[Backend]:
-    """The backends that have one of these models."""
-    return [
-        backend for backend in fleet.backends if any(backend in having for _, having in options)
-    ]
-
-
-def which_admit(backends: Sequence[Backend], now: float) -> list[Backend]:
+def which_admit(backends: Iterable[Backend], now: float) -> list[Backend]:
     """The backends that may be asked; those in trouble only if there are no others."""
     awake = [backend for backend in backends if backend.rests_until <= now]
     admitting = [backend for backend in awake if backend.breaker.admits]
     return [backend for backend in admitting if not backend.breaker.trouble] or admitting
 
 
-def place_for(claim: Claim) -> Assign | None:
+def place_for(claim: Claim) -> Option | None:
     """A free place that this client may take."""
     if not spares_editors(claim) or not may_start(claim):
         return None
     request = claim.completion.request
-    free = []
-    for backend in claim.usable:
-        running = claim.state.running([backend])
-        if len(of_others(running, request.session)) < backend.limit:
-            free.append(backend)
+    free = [
+        backend
+        for backend in claim.usable
+        if len(claim.state.running([backend], request.session)) < backend.limit
+    ]
     return best_place(claim.state, request, claim.options, free)
 
 
 def best_place(
-    state: State, request: CompletionRequest, options: Options, free: Sequence[Backend]
-) -> Assign | None:
+    state: State, request: CompletionRequest, options: Sequence[Option], free: Sequence[Backend]
+) -> Option | None:
     """The best model that one of these backends has, at the one that probably has the beginning of
     the prompt in its cache, or else at the least busy one.
     """
     last = state.served.get(request.file)
     busy = Counter(state.answering.values())  # with requests that are being ended
+    models = [option.model for option in options]
 
-    def order(backend: Backend) -> tuple[bool, float]:
-        return backend.id != last, busy[backend] / backend.limit
+    def order(option: Option) -> tuple[float, ...]:
+        backend = option.backend
+        return models.index(option.model), backend.id != last, busy[backend] / backend.limit
 
-    for model, having in options:
-        if best := [backend for backend in free if backend in having]:
-            return Assign(model, min(best, key=order))
-    return None
-
-
-def of_others(attempts: Sequence[Attempt], session: str) -> list[Attempt]:
-    """The attempts that a new request of this session does not end."""
-    return [other for other in attempts if not session or other.request.session != session]
-
-
-def is_idle(state: State, backend: Backend, request: CompletionRequest) -> bool:
-    """Whether a backend has nothing else to do than what this spare request may end: a speculative
-    one ends reading, and the older one of its client.
-    """
-    here = [attempt.request for attempt, where in state.places.items() if where is backend]
-    if request.speculative:
-        here = [older for older in here if not older.ahead]
-        here = [older for older in here if not older.speculative or older.client != request.client]
-    return backend.breaker.state == "closed" and not here
+    return min((option for option in options if option.backend in free), key=order, default=None)
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
@@ -290,51 +285,37 @@ def may_start(claim: Claim) -> bool:
     after a regular completion, and this guest is below its limit.
     """
     state = claim.state
-    completion = claim.completion
-    request = completion.request
+    request = claim.completion.request
     if not request.guest:
         return True
     if not all(other.request.guest for other in state.line):
         return False
-    running = of_others(state.running(state.fleet.backends), request.session)
+    running = state.running(state.fleet.backends, request.session)
     guests = [attempt for attempt in running if attempt.request.guest]
-    own = [guest for guest in guests if guest.completion.client == completion.client]
+    own = [guest for guest in guests if guest.completion.client == claim.completion.client]
     if len(own) >= request.guest:
         return False
     spared = claim.now - state.regular < EDITOR_SECONDS
     return len(guests) < max(1, limit_of(claim.usable) - spared)
 
 
-def whose_turn(
-    state: State, running: Mapping[str, int], completion: Completion
-) -> tuple[float, ...]:
-    """Sort key of those that wait: the smallest gets the next place. Guests come last; then people
-    take turns, those with the fewest places first, then those who have had no turn or whose last
-    one is the longest ago; of one person's, infills come first.
-    """
-    request = completion.request
-    client = completion.client
-    last_turn = state.turns.get(client, 0.0)
-    return request.guest > 0, running[client], last_turn, request.kind != "infill"
-
-
 def all_taken(state: State, guest: int) -> HttpError:
     known = state.fleet.backends
     there = [backend for backend in known if backend.available] or known
-    limit = guest or limit_of(there)
     return HttpError(
-        "RATE_LIMIT", f"expected at most {limit} completions at a time; try again later"
+        "RATE_LIMIT",
+        f"expected at most {guest or limit_of(there)} completions at a time; try again later",
     )
 
 
-def nobody(fleet: Fleet, options: Options) -> HttpError:
+def nobody(fleet: Fleet, request: CompletionRequest) -> HttpError:
     """Why no backend may be asked."""
-    if any(having for _, having in options):
+    if fleet.options(request):
         return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)
     if unknown := [backend.breaker.message for backend in fleet.backends if backend.models is None]:
         return HttpError("VPS_UNAVAILABLE", next(filter(None, unknown), NEVER_ASKED))
     known = ", ".join(fleet.models or ())
-    model, _ = options[0]
+    model = fleet.rank(request)[0]
     expected = f"expected a model that a backend has ({known or 'none'})"
     return HttpError("MODEL_NOT_FOUND", f"{expected}, got {describe(model)}")
 
@@ -348,15 +329,15 @@ MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 
 class Dispatcher:
-    """Sole owner of the line, of the places, and of the prompts to be read ahead. `count_work` is
-    called with the model and the result of each prompt that was read ahead.
+    """Sole owner of the line, of the places, and of the prompts to be read ahead, whose work it
+    counts.
     """
 
-    def __init__(self, fleet: Fleet, count_work: Callable[[str, Mapping[str, Any]], None]) -> None:
+    def __init__(self, fleet: Fleet, counting: Counting) -> None:
         self.state = State(fleet)
         # Prompts that are read ahead, now or later, by client.
         self.ahead: dict[str, Completion] = {}
-        self._count_work = count_work
+        self._counting = counting
 
     @property
     def active(self) -> int:
@@ -376,13 +357,17 @@ class Dispatcher:
         attempt = await self._enter(completion)
         places = self.state.places
         backend = places[attempt]
-        here = [other for other, where in places.items() if where is backend]
+        older = [
+            other
+            for other in places
+            if other.evicted and places[other] is backend and other != attempt
+        ]
         try:
             # Those that are being ended are cut, but a client may be slow to take its last text.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDING_SECONDS):
-                    for older in [other for other in here if other.evicted and other != attempt]:
-                        await older.ended.wait()
+                    for other in older:
+                        await other.ended.wait()
             yield attempt, backend
         finally:
             self._leave(attempt)
@@ -411,24 +396,16 @@ class Dispatcher:
         """A backend, its breaker, the settings or who waits for a completion has changed."""
         self._advance()
 
-    def in_turn(self) -> list[Completion]:
-        """The completions that wait for a place, the next one first."""
-        state = self.state
-        running = Counter(
-            attempt.completion.client for attempt in state.answering if not attempt.evicted
-        )
-        return sorted(state.line, key=functools.partial(whose_turn, state, running))
-
     def _advance(self) -> dict[Completion, float]:
         """Give free places to those that wait, in turns, and return when to ask again for each of
         the others. If nobody waits, idle backends read ahead.
         """
         state = self.state
         waits = dict[Completion, float]()
-        while waiting := [other for other in self.in_turn() if other not in waits]:
+        while waiting := [other for other in state.in_turn() if other not in waits]:
             completion = waiting[0]
             match decide(state, completion, time.monotonic()):
-                case Assign() as place:
+                case Option() as place:
                     state.line.pop(completion).set_result(self._assign(completion, place))
                 case Preempt(guest):
                     self._preempt(guest)
@@ -439,7 +416,7 @@ class Dispatcher:
         self._advance_reading()
         return waits
 
-    def _assign(self, completion: Completion, place: Assign) -> Attempt:
+    def _assign(self, completion: Completion, place: Option) -> Attempt:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
         session and the spare ones there.
         """
@@ -468,6 +445,11 @@ class Dispatcher:
         if not completion.request.guest:
             state.regular = now
 
+    def note_editor(self, request: CompletionRequest, now: float) -> None:
+        """A client asks for an infill, which perhaps needs no place."""
+        if request.kind == "infill" and not (request.guest or request.is_spare):
+            set_newest(self.state.editors, request.client, now, MAX_SERVED)
+
     def promote(self, completion: Completion, client: str) -> None:
         """This client waits for a speculative completion from now on."""
         completion.request = replace(completion.request, speculative=False)
@@ -476,21 +458,19 @@ class Dispatcher:
 
     def _supersede(self, attempt: Attempt) -> None:
         if not attempt.evicted:
-            attempt.outcome = Evicted(SUPERSEDED)
+            attempt.settle(Evicted(SUPERSEDED))
             attempt.completion.end(HttpError(SUPERSEDED, "another request took its place"))
 
     def _preempt(self, attempt: Attempt) -> None:
         """End a guest's attempt. Without a text it starts again, if its client still waits."""
-        again = time.monotonic() < attempt.completion.deadline
-        attempt.outcome = Evicted(PREEMPTED, again)
+        attempt.settle(Evicted(PREEMPTED, time.monotonic() < attempt.completion.deadline))
         attempt.admission.left()
         attempt.cut()
 
     def _leave(self, attempt: Attempt) -> None:
         """Give the place of an attempt back."""
-        state = self.state
         request = attempt.request
-        del state.places[attempt]
+        del self.state.places[attempt]
         attempt.admission.left()
         attempt.left = time.monotonic()
         attempt.ended.set()
@@ -525,7 +505,7 @@ class Dispatcher:
         self.ahead.clear()
         for attempt in self.state.places:
             if attempt.request.ahead:
-                attempt.completion.end(HttpError("UNAUTHORIZED", "the keys have changed"))
+                self._supersede(attempt)
 
     def read_all(self, request: CompletionRequest) -> None:
         """Queue all of a request's prompt to be read."""
@@ -540,7 +520,7 @@ class Dispatcher:
             if place and completion.request.client not in readers:
                 self._begin_reading(completion, place)
 
-    def _begin_reading(self, completion: Completion, place: Assign) -> None:
+    def _begin_reading(self, completion: Completion, place: Option) -> None:
         attempt = self._assign(completion, place)
         task = asyncio.create_task(self._read(place.backend, attempt))
         completion.end = lambda _: task.cancel()
@@ -552,7 +532,7 @@ class Dispatcher:
             async with contextlib.aclosing(backend.answer(attempt)) as pairs:
                 async for event, value in pairs:
                     if event == "done":
-                        self._count_work(attempt.model, value)
+                        self._counting.work(attempt.model, value)
         except HttpError as error:
             log.info("%s: no prompt was read ahead: %s", backend.id, error.message)
         except Exception as exception:
@@ -564,5 +544,5 @@ class Dispatcher:
             if self.ahead.get(client) is attempt.completion:
                 del self.ahead[client]
             if task.cancelled():
-                self.ahead.clear()  # the daemon stops, or the keys have changed
+                self.ahead.clear()  # the daemon stops
         self._leave(attempt)

@@ -5,6 +5,7 @@ of a native stream. A `Translator` parses the events; it also ends the text wher
 piece is complete, which these engines do not do.
 
     >>> fields = {"prompt": "def f(n):\\n", "language": "python", "mode": "complete"}
+    >>> fields |= {"stop": [], "stop_at": "auto", "indent": 0, "predict_ms": 0, "progress": False}
     >>> translator = Translator(fields, [])
     >>> event = b'data: {"choices": [{"text": "    return n\\\\n\\\\nf(1)"}]}\\n\\n'
     >>> list(translator.feed(event, 0.0))
@@ -63,27 +64,28 @@ def write_sampling(wanted: Fitted, limit: str) -> JsonObject:
     tokens.
     """
     fields = wanted.fields
-    most = min(fields["max_tokens"], max(1, wanted.answer_tokens))
-    members = {"model": wanted.name, "stream": True, limit: most}
+    members = {
+        "model": wanted.name,
+        "stream": True,
+        limit: min(fields["max_tokens"], max(1, wanted.answer_tokens)),
+    }
     members |= {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
     if members.get("top_p", 0) >= 1:
         del members["top_p"]  # 1 leaves all tokens; TGI refuses 1
     # Some engines refuse an empty list; in others it replaces the model's own stops.
-    if stops := fields.get("stop"):
+    if stops := fields["stop"]:
         members["stop"] = stops[:MOST_STOPS]
     return members
 
 
 def write_openai(wanted: Fitted) -> JsonObject:
     """The members of both of OpenAI's requests."""
-    usage = {"stream_options": {"include_usage": True}}
-    return write_sampling(wanted, "max_tokens") | usage
+    return write_sampling(wanted, "max_tokens") | {"stream_options": {"include_usage": True}}
 
 
 def write_files(fields: Members) -> str:
     """Other files' texts, which precede the file itself."""
-    texts = (entry["text"].rstrip("\n") for entry in fields.get("extra", ()))
-    return "".join(f"{text}\n" for text in texts)
+    return "".join(entry["text"].rstrip("\n") + "\n" for entry in fields.get("extra", ()))
 
 
 def write_chat(wanted: Fitted) -> JsonObject:
@@ -166,12 +168,16 @@ def read_counts(members: Members) -> JsonObject:
     read = cached + fresh if type(cached) is type(fresh) is int else None
     written = used.get("completion_tokens", timed.get("predicted_n"))
     details = members_of(used.get("prompt_tokens_details"))
-    counts = {"prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", read))}
-    counts["total_tokens"] = members.get("tokens_predicted", written)
-    counts["cached_tokens"] = details.get("cached_tokens", cached)
-    counts["tokens_per_second"] = timed.get("predicted_per_second")
-    counts["draft_tokens"] = timed.get("draft_n")
-    counts["accepted_tokens"] = timed.get("draft_n_accepted")
+    counts = {
+        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", read)),
+        "total_tokens": members.get("tokens_predicted", written),
+        "cached_tokens": details.get("cached_tokens", cached),
+    }
+    counts |= {
+        "tokens_per_second": timed.get("predicted_per_second"),
+        "draft_tokens": timed.get("draft_n"),
+        "accepted_tokens": timed.get("draft_n_accepted"),
+    }
     if MILLISECONDS.accepts(timed.get("prompt_ms")):
         counts["ttft"] = timed["prompt_ms"] / 1000
     return {name: value for name, value in counts.items() if value is not None}
@@ -269,22 +275,21 @@ class Translator:
 
         prompt = fields.get("prompt", "")
         suffix = fields.get("suffix", "")
-        turns = fields.get("messages") or ()
-        asked = "\n".join([prompt, suffix, *(turn["content"] for turn in turns)])
-        stops = [stop for stop in fields.get("stop", ()) if len(stop) <= MAX_STOP_CHARS]
+        turns = [turn["content"] for turn in fields.get("messages", ())]
+        asked = "\n".join([prompt, suffix, *turns])
+        stops = [stop for stop in fields["stop"] if len(stop) <= MAX_STOP_CHARS]
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")
         near = (end_of(prompt, language), suffix[:NEAR_CHARS])
-        stop_at = fields.get("stop_at", "auto")
-        indent = fields.get("indent", 0)
-        self.ending = Ending(fields["mode"], language, *near, stop_at, indent, stops, least)
+        limits = (fields["stop_at"], fields["indent"])
+        self.ending = Ending(fields["mode"], language, *near, *limits, stops, least)
         self.written = list[Written]()
         self.is_told = True  # the probability of all text
         self.sent = list[str]()
         self.events = Events()
         self.most = fields.get("max_tokens") or MAX_TOKENS
-        self.seconds = fields.get("predict_ms", 0) / 1000 or math.inf  # for the text
-        self.progress = fields.get("progress", False)
+        self.seconds = fields["predict_ms"] / 1000 or math.inf  # for the text
+        self.progress = fields["progress"]
         self.counts: JsonObject = {}  # of the last event that has any
         self.tokens = 0  # events with text; an engine may put several tokens into one
         self.deadline = math.inf  # after it, the text ends as soon as it has a line end
@@ -330,17 +335,16 @@ class Translator:
         self.counts = read_counts(members) or self.counts
         self.heard = now
         if self.engine_reason is None:
-            probability = read_probability(members)
-            yield from self._text(*read_engine_event(members), probability, now)
+            yield from self._text(members, now)
         if self.progress and not self.tokens:
             progress = members_of(members.get("prompt_progress"))  # llama-server's, in tokens
             counts = {"done": progress.get("processed"), "total": progress.get("total")}
             if all(map(COUNT.accepts, counts.values())):
                 yield "progress", {"stage": "prefill"} | counts
 
-    def _text(
-        self, text: str, reason: str | None, probability: float | None, now: float
-    ) -> Iterator[Pair]:
+    def _text(self, members: Members, now: float) -> Iterator[Pair]:
+        text, reason = read_engine_event(members)
+        probability = read_probability(members)
         # An event has at least one token, so this engine ignores max_tokens.
         if text and self.tokens == self.most:
             text = ""
@@ -509,8 +513,12 @@ class LlamaServer(Engine):
             members["n_probs"] = 1
         if "suffix" not in fields:
             return "/completion", members | {"prompt": write_files(fields) + fields["prompt"]}
-        gap = {"input_prefix": fields["prompt"], "input_suffix": fields["suffix"], "prompt": ""}
-        return "/infill", members | gap | {"input_extra": fields.get("extra", ())}
+        return "/infill", members | {
+            "input_prefix": fields["prompt"],
+            "input_suffix": fields["suffix"],
+            "prompt": "",
+            "input_extra": fields.get("extra", ()),
+        }
 
     async def list_models(self) -> Models:
         listed = await super().list_models()

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.completion import CompletionRequest
@@ -22,8 +24,13 @@ STUCK_SECONDS = 300.0  # without progress of a probe, which takes a minute at mo
 
 # What of its settings makes a backend the same one.
 identity_of = attrgetter("id", "api", "endpoint")
-# Models, best first, each with the backends that have it.
-Options = Sequence[tuple[str, Sequence[Backend]]]
+
+
+class Option(NamedTuple):
+    """A model that may answer, at a backend that has it."""
+
+    model: str
+    backend: Backend
 
 
 def first_there(backends: Sequence[Backend]) -> Backend:
@@ -76,11 +83,10 @@ class Fleet:
 
     @property
     def message(self) -> str:
-        """Why no backend is available."""
-        if self.available:
-            return ""
-        named = [f"{backend.id}: {backend.breaker.message}" for backend in self.backends]
-        return "; ".join(named) if len(named) > 1 else self.first.breaker.message
+        """Why no backend is available; "" if one is."""
+        if self.available or len(self.backends) == 1:
+            return self.first.breaker.message
+        return "; ".join(f"{backend.id}: {backend.breaker.message}" for backend in self.backends)
 
     @property
     def models(self) -> Collection[str] | None:
@@ -135,36 +141,36 @@ class Fleet:
 
     def route(self, request: CompletionRequest) -> str:
         """The id of the requested model, or of the best one, preferably on an available backend."""
-        options = self.who_may(request)
-        for model, having in options:
-            if any(backend.available for backend in having):
-                return model
-        return options[0][0]
+        available = [model for model, backend in self.options(request) if backend.available]
+        return (available or self.rank(request))[0]
 
-    def who_may(self, request: CompletionRequest) -> Options:
-        """The models that may answer and their backends, judged by the lists of models alone."""
-        asked = request.fields.model
-        ids = [asked] if asked else self._rank(request)
-        options = [(id, [backend for backend in self.backends if backend.has(id)]) for id in ids]
-        if any(having for _, having in options):
-            return options
+    def options(self, request: CompletionRequest) -> list[Option]:
+        """The models that may answer, best first, each at every backend that has it. Judged by the
+        lists of models alone.
+        """
+        ids = self.rank(request)
+        pairs = itertools.product(ids, self.backends)
+        options = [Option(id, backend) for id, backend in pairs if backend.has(id)]
         # A kind that takes our ids says what is missing, and how to get it.
-        return [(ids[0], [backend for backend in self.backends if backend.kind.takes_our_ids])]
+        asking = [backend for backend in self.backends if backend.kind.takes_our_ids]
+        return options or [Option(ids[0], backend) for backend in asking]
 
-    def _rank(self, request: CompletionRequest) -> list[str]:
-        """The ids, best first, of the models that serve a request's language and are present on a
-        backend. The models that [prefer] lists for the request's mode come first, then the others
-        in the table's order. A chat counts as an instruction.
+    def rank(self, request: CompletionRequest) -> list[str]:
+        """The id of the requested model; without one the ids, best first, of the models that serve
+        the request's language and are present on a backend. The models that [prefer] lists for the
+        request's mode come first, then the others in the table's order. A chat counts as an
+        instruction.
 
         A language that the table does not list goes to any present model. So does, in a dialect,
         one that no present model serves. In our own API, the only id may then be a missing model's,
         the smallest: a backend's 404 says which file is missing and how to get it.
         """
+        if request.fields.model:
+            return [request.fields.model]
         present = self.models
-        language = request.fields.language
         mode = request.fields.mode
         here = [model for model in self._catalog if present is None or model.id in present]
-        listed = [model for model in self._catalog if language in model.languages]
+        listed = [model for model in self._catalog if request.fields.language in model.languages]
         serving = [model for model in here if model in listed]
         if not listed or (request.in_dialect and not serving):
             serving = here

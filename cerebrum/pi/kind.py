@@ -160,9 +160,12 @@ class Kind(ABC):
         """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
         model first.
         """
-        asked = self.tokenize_body(name, fields)
         tokens: bytes = await self._fetch(
-            self.tokenize_path, asked, LOAD_SECONDS, MAX_TOKENS_BYTES, read_tokens
+            self.tokenize_path,
+            self.tokenize_body(name, fields),
+            LOAD_SECONDS,
+            MAX_TOKENS_BYTES,
+            read_tokens,
         )
         return tokens
 

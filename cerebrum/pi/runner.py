@@ -45,7 +45,7 @@ class Runner:
                                 yield pair
                         return
                     except HttpError as error:
-                        attempt.outcome = attempt.outcome or error
+                        attempt.settle(error)
                         if attempt.may_be_repeated:
                             # Both hold the prompt as it was sent.
                             error.__traceback__ = None
@@ -81,8 +81,11 @@ class Runner:
         attempt = completion.attempt
         model = attempt.model if attempt else self.fleet.route(completion.request)
         sent = attempt.sent if attempt else NOTHING_SENT
-        n_ctx = sent.n_ctx or self.fleet.n_ctx(model)
-        return {"model": model, "n_ctx": n_ctx, "kept": sent.kept}
+        return {
+            "model": model,
+            "n_ctx": sent.n_ctx or self.fleet.n_ctx(model),
+            "kept": sent.kept,
+        }
 
     def _result(self, attempt: Attempt, done: JsonObject) -> JsonObject:
         """The result of a whole answer: our own members, then the backend's."""

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cerebrum.fields import Field, JsonObject, Members
+from cerebrum.fields import Field, Members
 from cerebrum.http import (
     READ_BYTES,
     STATUS_LINE,
@@ -108,9 +108,12 @@ def read_backends(
     names the wrong table and its fault.
     """
     if not tables:
-        url = environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000")
-        default: JsonObject = {"id": "vps", "url": url, "key_env": "CEREBRUM_API_KEY"}
-        default["max_concurrent"] = max_concurrent
+        default = {
+            "id": "vps",
+            "url": environ.text("CEREBRUM_VPS_URL", "http://127.0.0.1:9000"),
+            "key_env": "CEREBRUM_API_KEY",
+            "max_concurrent": max_concurrent,
+        }
         return (_read_backend(default, "CEREBRUM_VPS_URL", environ),)
     backends = [
         _read_backend(table, f"backend {number}", environ) for number, table in enumerate(tables, 1)
@@ -253,8 +256,8 @@ class Events:
 
 def data_of(event: bytes) -> bytes:
     """The data of an event, from one or several lines."""
-    lines = (line for line in event.split(b"\n") if line.startswith(b"data:"))
-    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
+    lines = event.split(b"\n")
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
 
 
 # ------------------------------------------------------------------------------ IO: asking backends
@@ -287,21 +290,20 @@ class Reader(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, idle: float) -> None:
+    def watch(self, idle: float, deadline: float = math.inf) -> None:
         """Cut the connection once a read has waited for `idle` seconds, or after STREAM_SECONDS.
         There is one timer, rescheduled only when it fires: asyncio.timeout around each read would
         cost more than the read itself.
         """
-        self._check(idle, self._loop.time() + STREAM_SECONDS)
-
-    def _check(self, idle: float, deadline: float) -> None:
         if self.end:
             return  # no read waits
-        left = min(self._since + idle, deadline) - self._loop.time()
+        now = self._loop.time()
+        deadline = min(deadline, now + STREAM_SECONDS)
+        left = min(self._since + idle, deadline) - now
         if left <= 0:
             self.cut()
         else:
-            self._timer = self._loop.call_later(min(left, idle), self._check, idle, deadline)
+            self._timer = self._loop.call_later(min(left, idle), self.watch, idle, deadline)
 
     def cut(self) -> None:
         """Close the connection. A read returns what has come, then b""."""
@@ -511,14 +513,13 @@ class Upstream:
 
     async def _connect(self) -> Reader:
         endpoint = self._config.endpoint
-        loop = asyncio.get_running_loop()
         host = endpoint.host
         # A race takes 0.3 ms of CPU, and leaves garbage when it fails.
         race = None if ":" in host or is_ip_literal(host) else RACE_SECONDS
         with blamed("it cannot be reached"):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    transport, reader = await loop.create_connection(
+                    transport, reader = await asyncio.get_running_loop().create_connection(
                         Reader, host, endpoint.port, ssl=self._tls, happy_eyeballs_delay=race
                     )
             except ConnectionRefusedError:

@@ -460,7 +460,9 @@ STREAMS = {
     ),
 }
 
-BASE = {"prompt": "x =", "mode": "complete"}
+BASE = json.loads("""{
+    "prompt": "x =", "mode": "complete", "stop": [], "stop_at": "auto", "indent": 0,
+    "predict_ms": 0, "progress": false}""")
 
 
 def translate(name: str, cut: int) -> tuple[str, dict[str, Any]]:

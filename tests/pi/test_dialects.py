@@ -388,7 +388,9 @@ SURROGATES = b'data: {"token": "\\ud83d\\ude00\\/", "total_tokens": 12}\n\n'
 
 def reply_to(name: str, begun: Any = BEGUN, **members: Any) -> Any:
     dialect = DIALECTS[name]
-    return dialect.reply(dialect.read(BASES[name] | members), "42", 7, begun)
+    reply = dialect.reply(dialect.read(BASES[name] | members), "42", 7)
+    reply.begin(begun)
+    return reply
 
 
 COUNTS = (
@@ -416,7 +418,7 @@ def test_openai_text():
     assert whole == framed % (b'x\\"\\n', b'"stop"') + b"," + COUNTS + b"}"
     assert json.loads(reply_to("text").whole("", {}))["usage"]["total_tokens"] == 0
     reply = reply_to("text", stream=True)
-    assert reply.begin() == b""
+    assert reply.opening() == b""
     piece = framed % (rb"\ud83d\ude00\/", b"null") + b"}"
     assert reply.text(SURROGATES * 2) == sse(piece, piece)
     end = framed % (b"", b'"stop"') + b"}"
@@ -435,11 +437,11 @@ def test_openai_chat():
     begin = framed % (b'"delta":{"role":"assistant","content":""}', b"null")
     piece = framed % (rb'"delta":{"content":"\ud83d\ude00\/"}', b"null")
     end = framed % (b'"delta":{}', b'"stop"')
-    assert (reply.begin(), reply.text(SURROGATES)) == (sse(begin), sse(piece))
+    assert (reply.opening(), reply.text(SURROGATES)) == (sse(begin), sse(piece))
     assert reply.end(RESULT) == sse(end, b"[DONE]")
     gap = reply_to("fim", stream=True)
     assert gap.whole("x", RESULT) == reply.whole("x", RESULT)
-    assert (gap.begin(), gap.text(SURROGATES)) == (sse(begin), sse(piece))
+    assert (gap.opening(), gap.text(SURROGATES)) == (sse(begin), sse(piece))
     end = end.replace(b"{}", b'{"content":""}')
     assert gap.end(RESULT) == sse(end, b"[DONE]")
 
@@ -452,7 +454,7 @@ def test_llama():
         b'"tokens_cached":14,"timings":%b}'
     )
     assert reply.whole("x\ny", RESULT) == answer % (rb"x\ny", TIMINGS)
-    assert reply.begin() == b""
+    assert reply.opening() == b""
     assert reply.text(SURROGATES) == sse(rb'{"content":"\ud83d\ude00\/","stop":false}')
     assert reply.end(RESULT) == sse(answer % (b"", TIMINGS))
     empty = json.loads(reply.whole("", {}))
@@ -464,7 +466,8 @@ def test_llama():
     [(GENERATE, b'"response":%b'), (CHATS, b'"message":{"role":"assistant","content":%b}')],
 )
 def test_ollama(dialect, said):
-    reply = dialect.reply(dialect.read({"prompt": "x", "raw": True}), "42", 7, BEGUN)
+    reply = dialect.reply(dialect.read({"prompt": "x", "raw": True}), "42", 7)
+    assert reply.begin(BEGUN) == b""
     piece = b'{"model":"m","created_at":"1970-01-01T00:00:07Z",%b,"done":%b%b}'
     counts = (
         b',"done_reason":"stop","prompt_eval_count":10,"eval_count":4,'
@@ -472,7 +475,6 @@ def test_ollama(dialect, said):
         b'"prompt_eval_duration":250000000,"eval_duration":1000000000'
     )
     assert reply.whole("x\n", RESULT) == piece % (said % rb'"x\n"', b"true", counts)
-    assert reply.begin() == b""
     part = piece % (said % rb'"\ud83d\ude00\/"', b"false", b"")
     assert reply.text(SURROGATES * 2) == 2 * (part + b"\n")
     assert reply.end(RESULT) == piece % (said % b'""', b"true", counts) + b"\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,15 +21,13 @@ from cerebrum.pi.completion import (
     Evicted,
 )
 from cerebrum.pi.dispatcher import (
-    Assign,
     Preempt,
     State,
     Wait,
     decide,
     decide_spare,
-    whose_turn,
 )
-from cerebrum.pi.fleet import Fleet
+from cerebrum.pi.fleet import Fleet, Option
 from cerebrum.pi.upstream import LATE, BackendFailure, TooLong
 from cerebrum.request import GenerationRequest
 from cerebrum_common import HttpError, Model
@@ -168,7 +165,7 @@ def decided(case: Case) -> str:
     else:
         decision = decide(state, case.completion(), case.now)
     match decision:
-        case Assign(model, backend):
+        case Option(model, backend):
             return f"{model}@{backend.id}"
         case Preempt(guest):
             return f"end {case.places[[*state.places].index(guest)]}"
@@ -369,10 +366,10 @@ IN_TURN = [
 
 def test_people_take_turns():
     state = State(Fleet(), turns=TURNS)
-    held = Counter(dora=1)
-    waiting = []
+    dora = Completion(CompletionRequest("chat", ASKED, client="dora"))
+    held = Attempt(dora, "a", "big", Breaker().admit(NOW))
+    state.places[held] = Case().fleet().backends[0]
     for name, kind in sorted(IN_TURN):
         request = CompletionRequest(kind, ASKED, client=name, guest=name in ("tom", "tim"))
-        waiting.append(Completion(request))
-    waiting.sort(key=lambda completion: whose_turn(state, held, completion))
-    assert [(waits.client, waits.request.kind) for waits in waiting] == IN_TURN
+        state.line[Completion(request)] = asyncio.Future(loop=asyncio.new_event_loop())
+    assert [(waits.client, waits.request.kind) for waits in state.in_turn()] == IN_TURN

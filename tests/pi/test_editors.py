@@ -584,7 +584,8 @@ def test_typed_of(name):
     assert broadcast.typed_of(asked, text, prompt) == typed
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
-    found = kept.typed_in(asked_for(prompt)[0])
+    fields = asked_for(prompt)[0].request.fields
+    found = kept.typed_in(prompt, broadcast.digest_of(fields, vars(fields)))
     assert found == (0 if prompt == asked else typed or None)
 
 

@@ -19,7 +19,7 @@ from test_editors import texts as streamed
 
 from cerebrum.pi import counting
 from cerebrum.pi.broadcast import Broadcasts
-from cerebrum.pi.completion import Completion, CompletionRequest
+from cerebrum.pi.completion import CompletionRequest
 from cerebrum.pi.counting import SAVE_SECONDS, Counting, People, Usage
 from cerebrum.pi.runner import Runner
 from cerebrum.request import GenerationRequest
@@ -61,7 +61,7 @@ def answer(
 ):
     prompt, text = step.split("|")
     request = CompletionRequest("infill", GenerationRequest(prompt, filename=file), client=client)
-    broadcasts.show(Completion(request, started=now), text)
+    broadcasts.show(request, now, text)
 
 
 @pytest.mark.parametrize(("steps", "seconds", "shown", "kept"), ANSWERS)
