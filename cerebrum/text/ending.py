@@ -23,7 +23,7 @@ import re
 from collections.abc import Sequence
 
 from cerebrum.text.fences import Fences
-from cerebrum.text.gap import gap_of
+from cerebrum.text.gap import GapInLine, GapOfLines
 from cerebrum.text.languages import LANGUAGES, Language, in_style, language_named
 from cerebrum.text.scanner import (
     LINE_CHARS,
@@ -457,7 +457,9 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str) -> list[Stage
     typed = last_line(prompt)
     begun: list[Stage] = [Typed(typed)] if typed and code.starting else []
     if suffix:
-        return [*begun, gap_of(code, prompt, suffix)]
+        in_line = typed and suffix.partition("\n")[0].strip()
+        kind = GapInLine if in_line else GapOfLines
+        return [*begun, kind(code, prompt, suffix)]
     return [*begun, BLOCKS[type(scanner)](scanner, prompt)]
 
 

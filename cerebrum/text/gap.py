@@ -39,8 +39,11 @@ GOAL_LINES = 40  # of the suffix, for the same
 
 NOWHERE = sys.maxsize  # a place that no text has
 
+Place = int  # characters of the text before it
 Line = tuple[int, str]  # (indentation in columns, text without its white space)
-Found = list[tuple[int, int]]  # (lines of the goal above, where they begin), longest first
+# How many lines of the goal a text ends with, and where they begin: each number that fits, the
+# longest first.
+Found = dict[int, Place]
 
 
 def line_of(line: str) -> Line:
@@ -63,7 +66,8 @@ class Meeting:
     `;` or `,` at a line's end do not count; indentation does. There are three kinds of suffix: it
     begins with the rest of the cursor's line (`in_line`), which may be the end of any line of the
     text; or with a whole line, since whole lines are missing (`of_lines`); or nothing is left of
-    the cursor's line. Names that end in `_at` are positions in the text.
+    the cursor's line. Each name that ends in `_at` is a `Place` in the text; a `size` counts
+    characters of the line or lines of the goal.
     """
 
     def __init__(
@@ -75,15 +79,18 @@ class Meeting:
         rest, _, after = suffix.partition("\n")
         self.of_lines = not in_line and rest.strip() != ""
         lines = lines_of(suffix if self.of_lines else after)
+        # The least indentation of the first whole lines: a line that is indented less has left
+        # their block. At the end of a file 1, so that a line at the margin has left it.
+        self.floor = min((indent for indent, _ in lines[:MEET_LINES]), default=1)
         if in_line:
             lines.insert(0, (0, line_of(rest)[1]))
         above = prompt[-MEET_CHARS_BEFORE:].split("\n")[:-1]
         # Between both sides stands a line that no text has: the goal is not found across the gap.
         around = [*(line_of(line) for line in above if line.strip()), (-1, ""), *lines[1:]]
         sizes = range(1, min(MEET_LINES, len(lines)) + 1)
-        size = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
-        self.sure = size > 0  # the lines are found nowhere else
-        self.goal = lines[: size or MEET_LINES]
+        # The lines of the goal that are found nowhere else; 0: the text has to show more.
+        self.size = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
+        self.goal = lines[: self.size or MEET_LINES]
         self.first = lines[0][1]
         # The first line may begin in the middle of a line of the text.
         self.within = in_line or (self.of_lines and len(self.goal) > 1)
@@ -100,14 +107,15 @@ class Meeting:
         self.behind: str | None = None
         # Of the line end above, then of each character of the line that is not white space.
         self.chars_at = [-1]
-        self.found: Found = []
+        self.found: Found = {}
 
     def _is_unique(self, lines: list[Line], size: int, around: list[Line]) -> bool:
         """Whether the first lines are enough to know the suffix by."""
         goal = lines[:size]
         # A short suffix is compared whole, but the rest of a line alone, as ), is found in any
         # text.
-        is_all = size == len(lines) and size > (1 if self.in_line else 0)
+        is_rest = self.in_line and size == 1
+        is_all = size == len(lines) and not is_rest
         if not is_all and sum(len(text) for _, text in goal) < MEET_CHARS:
             return False
         return all(goal != around[at : at + size] for at in range(len(around)))
@@ -120,7 +128,7 @@ class Meeting:
         # A whole line must also have the indentation.
         return self.is_line(0) or (ends and self.line != self.first)
 
-    def start(self) -> int:
+    def start(self) -> Place:
         """Where the first line of the goal may begin; the text's end if it cannot yet."""
         if not self.in_line and self.may_be(0):
             return self.line_at
@@ -128,13 +136,13 @@ class Meeting:
             return len(self.text)
         return self.first_at if self.has_first() else self._start_of(self.search.size)
 
-    def _start_of(self, size: int) -> int:
+    def _start_of(self, size: int) -> Place:
         """Where the line's last `size` characters that are no white space begin."""
         place = self.chars_at[-size] if size else len(self.text)
         # The text may have fewer blanks here than the suffix.
         return max(place - self.blanks, self.chars_at[-size - 1] + 1)
 
-    def step(self, char: str) -> int | None:
+    def step(self, char: str) -> Place | None:
         """Read the last character of the text; if the whole goal stands there now, return where it
         begins.
         """
@@ -154,7 +162,7 @@ class Meeting:
             self.indent = after_blank(self.indent, char)
         return None
 
-    def _end_line(self) -> int | None:
+    def _end_line(self) -> Place | None:
         text = self.text
         if self.line:
             self.found = self._matches(self.is_line)
@@ -167,7 +175,7 @@ class Meeting:
         self.indent = 0
         self.search.size = 0
         self.chars_at = [len(text) - 1]
-        return dict(self.found).get(len(self.goal))
+        return self.found.get(self.size)
 
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
@@ -184,61 +192,75 @@ class Meeting:
 
     def may_be(self, number: int) -> bool:
         """Whether the line so far may become this line of the goal."""
-        if not self.line:
-            return True
         indent, line = self.goal[number]
-        begins = self.indent == indent and line.startswith(self.line)
+        begins = line.startswith(self.line) and (indent == self.indent or not self.line)
         return begins or self.is_line(number)
 
     def _matches(self, agrees: Callable[[int], bool]) -> Found:
         """`found` with the line so far, if it agrees with the next line of the goal."""
         most = len(self.goal)
-        found = [(size + 1, at) for size, at in self.found if size < most and agrees(size)]
+        pairs = self.found.items()
+        found = {size + 1: at for size, at in pairs if size < most and agrees(size)}
         if self.has_first():
-            found.append((1, self.start()))
+            found[1] = self.start()
         return found
 
-    def suffix_at(self) -> int:
+    def suffix_at(self) -> Place:
         """Text from here on may turn out to be the suffix."""
-        return min([self.start(), *(place for _, place in self._matches(self.may_be))])
+        return min([self.start(), *self._matches(self.may_be).values()])
 
-    def at_end(self) -> tuple[int, int]:
+    def at_end(self) -> tuple[int, Place]:
         """(lines of the goal that the text ends with, where they begin); the last line may be cut
         off.
         """
         found = self._matches(self.may_be) if self.line else self.found
-        return found[0] if found else (0, 0)
+        return max(found.items(), default=(0, 0))
+
+
+# The states of a gap: where its text is.
+AWAITING = "awaiting"  # in the surroundings of the cursor
+INNER = "inner"  # in a comment or a block that ends before the suffix
+LEFT = "left"  # outside the surroundings of the cursor
+
+# What a line or a bracket of the text does: for each state, the one that follows; others stay.
+NEXT = {
+    "enters": {AWAITING: INNER, LEFT: INNER},
+    "returns": {INNER: AWAITING},
+    "leaves": {AWAITING: LEFT, INNER: LEFT},
+}
 
 
 class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix
     could follow.
 
-    Three facts are its state:
+    `move` alone changes the state, and by `NEXT` alone. Beside it stand two places, each known once
+    the text has reached it, which never becomes unknown again:
 
-        end_at    where the suffix could follow; NOWHERE: it could not yet
-        inner     the text is in a block or a comment that ends before the suffix
-        left_at   where the text left the surroundings of the cursor; NOWHERE: it has not
+        end_at    where the suffix could follow: the first such place, but while INNER the latest
+        left_at   where the text left the surroundings of the cursor for the first time
 
-    and each event has one rule that changes them:
+    What happens, and what it does:
 
-        a line begins (`on_start`)          `inner` begins or ends by its indentation, or it leaves
-        a line ends (`on_line`)             `inner` begins or ends by its brackets; if the suffix
-                                            could follow, `end_at` is known (`note_end`)
-        a bracket of the suffix is closed   the text leaves (`on_leaving`)
-        it leaves, only once                `left_at` is known, so `end_at` is, too; not `inner`
+        a line begins (`on_start`)          it enters an inner block or returns, by its indentation;
+                                            if it is indented too little, the text leaves above it
+        a line ends (`on_line`)             the same by its brackets or the comment at the cursor;
+                                            `end_at`, if the suffix could follow (`note_end`)
+        a bracket of the suffix is closed   the text leaves (`leave`): `left_at` and `end_at`
         the text meets the suffix           the infill ends there
         a fence                             it ends before the fence, or at `left_at`
         `patience` or `doubt` is used up    it ends at `end_at`
-        the model writes no more (`flush`)  it ends where the text meets the suffix, at `end_at` if
-                                            the model was cut off, or with the whole text
+        the model writes no more (`flush`)  it ends where the text meets the suffix; else at
+                                            `end_at` if the model was cut off, at `left_at` if a
+                                            bracket of the suffix is closed, or with the whole text
 
-    Text behind `end_at` waits, and but for `inner` costs patience and doubt: many gaps go on after
-    a line that could have ended them, so waiting is worth its tokens.
+    Text behind `end_at` waits, and but for INNER costs patience and doubt (`may_end`): many gaps go
+    on after a line that could have ended them, so waiting is worth its tokens.
     """
 
+    in_line = False  # the suffix begins with the rest of the cursor's line
+    state = AWAITING
     end_at = NOWHERE
-    inner = False
     left_at = NOWHERE
     closer_before = ""  # the scanner's, before the last character
     # Characters left before the infill ends at `end_at`, white space not counted.
@@ -252,10 +274,6 @@ class Gap(Stage):
         self.meeting = Meeting(
             self.text, prompt, suffix, self.in_line, scanner.language.line_comment
         )
-        # The least indentation of the suffix's first whole lines: a line that is indented less has
-        # left their block. At the end of a file 1, so that a line at the margin has left it.
-        below = lines_of(suffix.partition("\n")[2] if self.in_line else suffix)
-        self.floor = min((indent for indent, _ in below[:MEET_LINES]), default=1)
         self.depth_at_cursor = len(scanner.stack)
         # Of the literal at the cursor, if the suffix closes it. Quotes before a word open one.
         _, closes, behind = suffix.partition(scanner.closer or "\n")
@@ -289,11 +307,20 @@ class Gap(Stage):
     def on_line(self) -> None:
         """A line has ended."""
 
-    def on_leaving(self, place: int) -> None:
-        """The text has left the surroundings of the cursor at a place."""
+    @property
+    def may_end(self) -> bool:
+        """Whether the infill may end at `end_at`, so that waiting behind it costs."""
+        return self.end_at != NOWHERE and self.state != INNER
+
+    def move(self, event: str) -> None:
+        """Something of NEXT has happened."""
+        self.state = NEXT[event].get(self.state, self.state)
+
+    def leave(self, place: Place) -> None:
+        """The text has left the surroundings of the cursor; only the first time counts."""
         if self.left_at == NOWHERE:
             self.left_at = place
-            self.inner = False
+            self.move("leaves")
             self.note_end(place)
 
     def step(self, char: str) -> None:
@@ -302,9 +329,13 @@ class Gap(Stage):
         self.closer_before = self.scanner.closer
         self.scanner.step(char)
         place = meeting.step(char)
-        if place is not None and meeting.sure:
+        if place is not None:
             self.end("stop", place)
-        if not self.reason:
+        elif char == "\n":
+            self.cost = 0.0
+            if begun:
+                self.on_line()
+        elif not char.isspace():
             self._read(char, begun)
         if self.reason:
             return
@@ -314,20 +345,14 @@ class Gap(Stage):
             self.safe = max(self.safe, min(meeting.suffix_at(), self.end_at))
 
     def _read(self, char: str, begun: bool) -> None:
-        """`begun`: some character of the line that is not white space has come before."""
+        """Read a character that is not white space. `begun`: it is not the first of its line."""
         meeting = self.meeting
         scanner = self.scanner
-        if char == "\n":
-            self.cost = 0.0
-            if begun:
-                self.on_line()
-        if char.isspace():
-            return
         if not begun:
             self.on_start()
-        if char in OPENING_OF and not scanner.closer and self.has_closed_too_much():
-            self.on_leaving(len(self.text) - 1 if begun else meeting.line_at)
-        if self.end_at != NOWHERE and not self.inner:
+        if char in OPENING_OF and not scanner.closer and len(scanner.stack) < self.closed_below:
+            self.leave(len(self.text) - 1 if begun else meeting.line_at)
+        if self.may_end:
             self.patience -= 1
             self.cost += self.bits
             self.bits = 0.0
@@ -335,16 +360,12 @@ class Gap(Stage):
         if is_fence and not scanner.language.fences:
             self.end("stop", min(meeting.line_at, self.left_at))
 
-    def note_end(self, place: int) -> None:
-        """The infill could end here. The first such place counts; in an inner block, the latest.
-        (A rest of the cursor's line that the model has written is surer, see `on_line`.)
+    def note_end(self, place: Place) -> None:
+        """The suffix could follow here. (A rest of the cursor's line that the model has written is
+        surer, see `GapInLine.on_line`.)
         """
-        if self.end_at == NOWHERE or self.inner:
+        if not self.may_end:
             self.end_at = place
-
-    def has_closed_too_much(self) -> bool:
-        """Whether the text has closed a bracket that the suffix closes."""
-        return len(self.scanner.stack) < self.closed_below
 
     def is_suffix(self, lines: int) -> bool:
         """Whether a text that ends with so many lines of the goal has come to the suffix."""
@@ -353,11 +374,11 @@ class Gap(Stage):
 
     def flush(self, whole: bool) -> str:
         lines, place = self.meeting.at_end()
-        end = NOWHERE if self.inner else self.end_at
+        end = self.end_at if self.may_end else NOWHERE
         if self.is_suffix(lines):
             end = place
         elif whole:
-            end = self.left_at if self.has_closed_too_much() else NOWHERE
+            end = self.left_at if len(self.scanner.stack) < self.closed_below else NOWHERE
         if end != NOWHERE:
             return self.cut(self.sent, end)
         # The line end before the suffix, if the model omitted it.
@@ -380,26 +401,29 @@ class GapOfLines(Gap):
         super().__init__(scanner, prompt, suffix)
         if last_line(prompt).strip():
             self.doubt = 0.0
-        below = self.meeting.goal[0]
         self.above = indent_of(line_of(last_line(prompt.rstrip())))
-        self.below = indent_of(below)
+        self.below = indent_of(self.meeting.goal[0])
         self.indent = scanner.indent  # of the line
-        self.is_closed = below[1][0] in OPENING_OF  # the suffix begins with a closing bracket
+        # The suffix begins with a closing bracket.
+        self.is_closed = self.meeting.first[0] in OPENING_OF
         same = [at for at, one in enumerate(scanner.stack, 1) if one.indent == self.below]
         if self.is_closed and same:
             self.closed_below = same[-1]  # what it closes stays open
         # The text goes on with the comment at the cursor.
         self.goes_on = scanner.in_comment
-        self.inner = self.goes_on or (self.is_closed and len(scanner.stack) > 0)
+        if self.goes_on or (self.is_closed and scanner.stack):
+            self.move("enters")
 
     def on_start(self) -> None:
         scanner = self.scanner
         self.indent = scanner.indent
-        if scanner.by_lines:
-            self.inner = self.indent > self.below and (self.inner or not self.mark)
+        if scanner.by_lines and self.indent <= self.below:
+            self.move("returns")
+        elif scanner.by_lines and not self.mark:
+            self.move("enters")
         if self.mark and not self.elsewhere and self.indent < min(self.above, self.below):
-            self.on_leaving(self.mark)
-            if self.indent < self.floor:
+            self.leave(self.mark)
+            if self.indent < self.meeting.floor:
                 self.doubt = 0.0
 
     def on_line(self) -> None:
@@ -408,9 +432,10 @@ class GapOfLines(Gap):
         self.elsewhere = bool(stack) and self.around not in ("", stack[-1].kind)
         fits = not self.elsewhere and self.fits()
         if self.goes_on:
-            self.goes_on = self.inner = self.closer_before != ""
+            self.goes_on = self.closer_before != ""
+            self.move("enters" if self.goes_on else "returns")
         elif not self.scanner.by_lines and not self.is_closed:
-            self.inner = fits and len(self.scanner.stack) > self.depth_at_cursor
+            self.move("enters" if fits and len(stack) > self.depth_at_cursor else "returns")
         if fits:
             lines, place = self.meeting.at_end()
             self.note_end(place if self.is_suffix(lines) else self.mark)
@@ -437,9 +462,9 @@ def indent_of(line: Line) -> int:
     return line[0] - line[1].startswith("*")
 
 
-def level_of(scanner: Scanner, char: str) -> int:
-    """1 for the opening bracket that a scanner has just read in code, -1 for a closing one."""
-    return 0 if scanner.closer else (char in "([{") - (char in OPENING_OF)
+def level_of(code: str) -> int:
+    """The brackets that are opened in it, less those that are closed."""
+    return sum((char in "([{") - (char in OPENING_OF) for char in code)
 
 
 class GapInLine(Gap):
@@ -453,31 +478,32 @@ class GapInLine(Gap):
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        self.floor = min(self.floor, columns_of(last_line(prompt)))
+        self.floor = min(self.meeting.floor, columns_of(last_line(prompt)))
         # Brackets opened and not closed: in the text so far, and in the rest.
         self.level = self.rest_level = 0
         ahead = scanner_of(scanner.language)
         for char in suffix.partition("\n")[0]:
             ahead.step(char)
-            self.rest_level += level_of(ahead, char)
+            if not ahead.closer:
+                self.rest_level += level_of(char)
 
-    def _read(self, char: str, begun: bool) -> None:
-        self.level += level_of(self.scanner, char)
-        super()._read(char, begun)
+    def step(self, char: str) -> None:
+        super().step(char)
+        if not self.scanner.closer:
+            self.level += level_of(char)
 
     def on_start(self) -> None:
         scanner = self.scanner
         in_parens = scanner.stack and scanner.stack[-1].kind in "(["
         if scanner.indent < self.floor and not in_parens and not scanner.closer:
-            self.on_leaving(self.meeting.line_at)
+            self.leave(self.meeting.line_at)
             self.doubt = 0.0
 
     def flush(self, whole: bool) -> str:
         """Leave out signs at the end of a cut text that begin the rest of the line, as a comma."""
         place = self.meeting.suffix_at()
         signs = self.cut(place)
-        level = sum((sign in "([{") - (sign in OPENING_OF) for sign in signs)
-        if self.level <= level and not any(map(str.isalnum, signs)):
+        if self.level <= level_of(signs) and not any(map(str.isalnum, signs)):
             self.note_end(place)
         return super().flush(whole)
 
@@ -487,15 +513,9 @@ class GapInLine(Gap):
 
     def on_line(self) -> None:
         rest = self.meeting.first
-        lines, written = self.meeting.found[-1] if self.meeting.found else (0, 0)
-        if lines == 1 and self.is_suffix(lines):
+        written = self.meeting.found.get(1)
+        if written is not None and self.is_suffix(1):
             self.end_at = written  # surer than any place before
             self.doubt = 0.0
         elif self.level == self.to_open and not self.scanner.closer and rest[0] not in OPENING_OF:
             self.note_end(self.meeting.line_at)  # else the rest closes what the cursor is in
-
-
-def gap_of(scanner: Scanner, prompt: str, suffix: str) -> Gap:
-    in_line = last_line(prompt) and suffix.partition("\n")[0].strip()
-    kind = GapInLine if in_line else GapOfLines
-    return kind(scanner, prompt, suffix)

@@ -42,7 +42,6 @@ class Stage:
     start = 0  # where `text` begins in all that went in
     # For `Sure` and `Gap`: the surprise of the tokens that have this text, until it is counted.
     bits = 0.0
-    in_line = False  # for `Gap`: the suffix begins with the rest of the cursor's line
     safe = 0  # text before this position may be sent
     sent = 0  # text before this position has been sent
     reason: str | None = None
