@@ -48,6 +48,7 @@ class ScriptedWorker:
     made: list[ScriptedWorker]
     due = float("inf")
     stopping = False
+    done = 0.0
     stored_bytes = memory_bytes = 0
     prepare_fault: Exception | None = None
 
