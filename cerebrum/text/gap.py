@@ -276,9 +276,8 @@ class Gap(Stage):
         )
         self.depth_at_cursor = len(scanner.stack)
         # Of the literal at the cursor, if the suffix closes it. Quotes before a word open one.
-        _, closes, behind = suffix.partition(scanner.closer or "\n")
-        is_closed = closes and not behind[:1].isalnum()
-        self.closer_at_cursor = scanner.closer if is_closed else ""
+        _, closer, behind = suffix.partition(scanner.closer or "\0")
+        self.closer_at_cursor = "" if behind[:1].isalnum() else closer
         # The kind of the bracket that the suffix is in, by the first one that it closes or the end
         # of a statement; "" if it has neither.
         self.around = ""
