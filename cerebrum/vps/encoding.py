@@ -348,18 +348,20 @@ def tune(
         timings = compare(variants, report)
         best = fastest(timings)
         file, used = variants[best]
-        here = {
+        converted = changed if file != published else []
+        by_type = sorted((tensor.type, types[tensor.name]) for tensor in converted)
+        times = [list(timings[place].decode.values()) for place in (0, best)]
+        passport = Passport(
+            sha256,
+            stamp,
             **machine(),
-            "threads": used.threads,
-            "flash_attention": used.flash_attention,
-            "size": file.stat().st_size,
-            "here": list(timings[best].decode.values()),
-        }
-        here["published"] = list(timings[0].decode.values())
-        here["types"] = {}
-        if file != published:
-            here["types"] = dict(sorted((tensor.type, types[tensor.name]) for tensor in changed))
-        passport = Passport(source=sha256, file=stamp, **here)
+            threads=used.threads,
+            flash_attention=used.flash_attention,
+            types=dict(by_type),
+            size=file.stat().st_size,
+            published=times[0],
+            here=times[1],
+        )
         table = comparison(passport, timings[0], timings[best])
         print(table, file=output, flush=True)
         if not dry_run:
