@@ -66,8 +66,7 @@ class Meeting:
     `;` or `,` at a line's end do not count; indentation does. There are three kinds of suffix: it
     begins with the rest of the cursor's line (`in_line`), which may be the end of any line of the
     text; or with a whole line, since whole lines are missing (`of_lines`); or nothing is left of
-    the cursor's line. Each name that ends in `_at` is a `Place` in the text; a `size` counts
-    characters of the line or lines of the goal.
+    the cursor's line. Each name that ends in `_at` is a `Place` in the text.
     """
 
     def __init__(
@@ -88,9 +87,9 @@ class Meeting:
         # Between both sides stands a line that no text has: the goal is not found across the gap.
         around = [*(line_of(line) for line in above if line.strip()), (-1, ""), *lines[1:]]
         sizes = range(1, min(MEET_LINES, len(lines)) + 1)
-        # The lines of the goal that are found nowhere else; 0: the text has to show more.
-        self.size = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
-        self.goal = lines[: self.size or MEET_LINES]
+        # So many first lines are found nowhere else; 0: the suffix is compared at the end alone.
+        self.needed = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
+        self.goal = lines[: self.needed or MEET_LINES]
         self.first = lines[0][1]
         # The first line may begin in the middle of a line of the text.
         self.within = in_line or (self.of_lines and len(self.goal) > 1)
@@ -175,7 +174,7 @@ class Meeting:
         self.indent = 0
         self.search.size = 0
         self.chars_at = [len(text) - 1]
-        return self.found.get(self.size)
+        return self.found.get(self.needed)
 
     def is_line(self, number: int) -> bool:
         """Whether the line so far is this line of the goal."""
@@ -217,36 +216,26 @@ class Meeting:
         return max(found.items(), default=(0, 0))
 
 
-# The states of a gap: where its text is.
-AWAITING = "awaiting"  # in the surroundings of the cursor
-INNER = "inner"  # in a comment or a block that ends before the suffix
-LEFT = "left"  # outside the surroundings of the cursor
-
-# What a line or a bracket of the text does: for each state, the one that follows; others stay.
-NEXT = {
-    "enters": {AWAITING: INNER, LEFT: INNER},
-    "returns": {INNER: AWAITING},
-    "leaves": {AWAITING: LEFT, INNER: LEFT},
-}
-
-
 class Gap(Stage):
     """An infill: ends where the text meets the suffix or, if they do not meet, where the suffix
     could follow.
 
-    `move` alone changes the state, and by `NEXT` alone. Beside it stand two places, each known once
-    the text has reached it, which never becomes unknown again:
+    It is in one of three states, by `inner` and `end_at`:
 
-        end_at    where the suffix could follow: the first such place, but while INNER the latest
-        left_at   where the text left the surroundings of the cursor for the first time
+        awaiting   the suffix could follow nowhere yet: `end_at` is NOWHERE
+        may end    it could follow at `end_at`, the first such place
+        inner      the text is in a comment or a block that ends before the suffix; each place
+                   where the suffix could follow becomes `end_at`
 
-    What happens, and what it does:
+    `left_at` is where the text left the surroundings of the cursor for the first time. What
+    happens, and what it does:
 
         a line begins (`on_start`)          it enters an inner block or returns, by its indentation;
                                             if it is indented too little, the text leaves above it
         a line ends (`on_line`)             the same by its brackets or the comment at the cursor;
-                                            `end_at`, if the suffix could follow (`note_end`)
-        a bracket of the suffix is closed   the text leaves (`leave`): `left_at` and `end_at`
+                                            `note_end`, if the suffix could follow
+        a bracket of the suffix is closed   the text leaves (`leave`): it is inner no more, and may
+                                            end, there or at an earlier place
         the text meets the suffix           the infill ends there
         a fence                             it ends before the fence, or at `left_at`
         `patience` or `doubt` is used up    it ends at `end_at`
@@ -254,12 +243,12 @@ class Gap(Stage):
                                             `end_at` if the model was cut off, at `left_at` if a
                                             bracket of the suffix is closed, or with the whole text
 
-    Text behind `end_at` waits, and but for INNER costs patience and doubt (`may_end`): many gaps go
-    on after a line that could have ended them, so waiting is worth its tokens.
+    Where it may end, text behind `end_at` waits, and costs patience and doubt: many gaps go on
+    after a line that could have ended them, so waiting is worth its tokens.
     """
 
     in_line = False  # the suffix begins with the rest of the cursor's line
-    state = AWAITING
+    inner = False
     end_at = NOWHERE
     left_at = NOWHERE
     closer_before = ""  # the scanner's, before the last character
@@ -292,11 +281,11 @@ class Gap(Stage):
         outermost = scanner.stack[0].indent if scanner.stack else 0
         missing = [bracket for bracket in ahead.unmatched if bracket.indent >= outermost]
         # How many of the brackets at the cursor the suffix closes, from the outermost on.
-        self.closed_below = 0
+        self.suffix_closes = 0
         for bracket, partner in zip(scanner.stack, reversed(missing), strict=False):
             if bracket.kind != partner.kind:
                 break
-            self.closed_below += 1
+            self.suffix_closes += 1
         # How many the text has to open, since the suffix closes more than are open at the cursor.
         self.to_open = max(0, len(missing) - self.depth_at_cursor)
 
@@ -309,17 +298,13 @@ class Gap(Stage):
     @property
     def may_end(self) -> bool:
         """Whether the infill may end at `end_at`, so that waiting behind it costs."""
-        return self.end_at != NOWHERE and self.state != INNER
-
-    def move(self, event: str) -> None:
-        """Something of NEXT has happened."""
-        self.state = NEXT[event].get(self.state, self.state)
+        return self.end_at != NOWHERE and not self.inner
 
     def leave(self, place: Place) -> None:
         """The text has left the surroundings of the cursor; only the first time counts."""
         if self.left_at == NOWHERE:
             self.left_at = place
-            self.move("leaves")
+            self.inner = False
             self.note_end(place)
 
     def step(self, char: str) -> None:
@@ -349,7 +334,7 @@ class Gap(Stage):
         scanner = self.scanner
         if not begun:
             self.on_start()
-        if char in OPENING_OF and not scanner.closer and len(scanner.stack) < self.closed_below:
+        if char in OPENING_OF and not scanner.closer and len(scanner.stack) < self.suffix_closes:
             self.leave(len(self.text) - 1 if begun else meeting.line_at)
         if self.may_end:
             self.patience -= 1
@@ -377,7 +362,7 @@ class Gap(Stage):
         if self.is_suffix(lines):
             end = place
         elif whole:
-            end = self.left_at if len(self.scanner.stack) < self.closed_below else NOWHERE
+            end = self.left_at if len(self.scanner.stack) < self.suffix_closes else NOWHERE
         if end != NOWHERE:
             return self.cut(self.sent, end)
         # The line end before the suffix, if the model omitted it.
@@ -404,22 +389,19 @@ class GapOfLines(Gap):
         self.below = indent_of(self.meeting.goal[0])
         self.indent = scanner.indent  # of the line
         # The suffix begins with a closing bracket.
-        self.is_closed = self.meeting.first[0] in OPENING_OF
+        self.begins_with_closer = self.meeting.first[0] in OPENING_OF
         same = [at for at, one in enumerate(scanner.stack, 1) if one.indent == self.below]
-        if self.is_closed and same:
-            self.closed_below = same[-1]  # what it closes stays open
+        if self.begins_with_closer and same:
+            self.suffix_closes = same[-1]  # what it closes stays open
         # The text goes on with the comment at the cursor.
         self.goes_on = scanner.in_comment
-        if self.goes_on or (self.is_closed and scanner.stack):
-            self.move("enters")
+        self.inner = self.goes_on or (self.begins_with_closer and len(scanner.stack) > 0)
 
     def on_start(self) -> None:
         scanner = self.scanner
         self.indent = scanner.indent
-        if scanner.by_lines and self.indent <= self.below:
-            self.move("returns")
-        elif scanner.by_lines and not self.mark:
-            self.move("enters")
+        if scanner.by_lines:
+            self.inner = self.indent > self.below and (self.inner or not self.mark)
         if self.mark and not self.elsewhere and self.indent < min(self.above, self.below):
             self.leave(self.mark)
             if self.indent < self.meeting.floor:
@@ -431,10 +413,9 @@ class GapOfLines(Gap):
         self.elsewhere = bool(stack) and self.around not in ("", stack[-1].kind)
         fits = not self.elsewhere and self.fits()
         if self.goes_on:
-            self.goes_on = self.closer_before != ""
-            self.move("enters" if self.goes_on else "returns")
-        elif not self.scanner.by_lines and not self.is_closed:
-            self.move("enters" if fits and len(stack) > self.depth_at_cursor else "returns")
+            self.goes_on = self.inner = self.closer_before != ""
+        elif not self.scanner.by_lines and not self.begins_with_closer:
+            self.inner = fits and len(stack) > self.depth_at_cursor
         if fits:
             lines, place = self.meeting.at_end()
             self.note_end(place if self.is_suffix(lines) else self.mark)
@@ -449,7 +430,7 @@ class GapOfLines(Gap):
             return scanner.closer == self.closer_at_cursor
         if self.cut(-2) == "\\\n":
             return False
-        if stack and self.below + self.is_closed <= stack[-1].indent < self.indent:
+        if stack and self.below + self.begins_with_closer <= stack[-1].indent < self.indent:
             return False
         if scanner.opened is not None:
             return scanner.opened < self.below
@@ -477,7 +458,7 @@ class GapInLine(Gap):
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
-        self.floor = min(self.meeting.floor, columns_of(last_line(prompt)))
+        self.margin = min(self.meeting.floor, columns_of(last_line(prompt)))
         # Brackets opened and not closed: in the text so far, and in the rest.
         self.level = self.rest_level = 0
         ahead = scanner_of(scanner.language)
@@ -494,7 +475,7 @@ class GapInLine(Gap):
     def on_start(self) -> None:
         scanner = self.scanner
         in_parens = scanner.stack and scanner.stack[-1].kind in "(["
-        if scanner.indent < self.floor and not in_parens and not scanner.closer:
+        if scanner.indent < self.margin and not in_parens and not scanner.closer:
             self.leave(self.meeting.line_at)
             self.doubt = 0.0
 
