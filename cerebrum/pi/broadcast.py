@@ -284,7 +284,7 @@ class Subscriber:
         return not self.request.speculative
 
     async def pairs(self) -> Pairs:
-        """The pairs of `Runner.run` but "progress", which no dialect has, and "waiting".
+        """The pairs of `Runner.run` without "progress", which no dialect has, and with "waiting".
         Several "idle" may come as one. A replaced request ends like a completion that a limit has
         cut, because some editors would show an error to the user; a speculative one fails, or
         llama.vim would remember the empty text.
@@ -338,7 +338,7 @@ class Subscriber:
                 value = value | {"type_through": True}
             self.broadcasts.remember(self)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
-                self.broadcasts.show(self.request, self.started, text_in(pairs)[self.typed :])
+                self.broadcasts.count_hint(self.request, self.started, text_in(pairs)[self.typed :])
         return event, value
 
 
@@ -511,7 +511,7 @@ class Broadcasts:
         elif not others or not (completion.request.speculative or broadcast.task.done()):
             broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
 
-    def show(self, request: CompletionRequest, now: float, text: str) -> None:
+    def count_hint(self, request: CompletionRequest, now: float, text: str) -> None:
         """Count what an infill's prompt has of the last hint in its file; then the text, which its
         client is shown, unless it is the rest of this hint. `now`: when the client asked.
         """

@@ -99,14 +99,14 @@ def digest_of(fields: GenerationRequest, names: Iterable[str]) -> bytes:
 
 # -------------------------------------------------------------------------------------------- pairs
 
-# What becomes of a completion, as pairs of an event's name and its value, in this order. The names
-# depend neither on the client's API nor on the backend's.
+# What becomes of a completion, as pairs of an event's name and its value. The names depend neither
+# on the client's API nor on the backend's.
 #
+#     ("waiting", int)    the place in the line; from then on an error is no HTTP status
 #     ("begun", id)       a backend responds (id: None), or says which model answers instead of the
 #                         one that was asked for. `Runner` replaces it by "started"
 #     ("started", dict)   {"model", "n_ctx", "kept"}. An error before this pair can still be an HTTP
 #                         status. The pair comes again if another backend or model takes over
-#     ("waiting", int)    the place in the line; from then on an error is no HTTP status
 #     ("idle", None)      nothing new, but the backend is alive
 #     ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for it
 #     ("text", bytes)     whole native token events, relayed without being parsed; `read_text`

@@ -104,7 +104,7 @@ class Wait(NamedTuple):
 
 
 class Preempt(NamedTuple):
-    """End this completion of a guest, and decide again."""
+    """End this attempt of a guest, and decide again."""
 
     guest: Attempt
 
@@ -140,7 +140,7 @@ def decide(state: State, completion: Completion, now: float) -> Option | Preempt
     if not usable:
         if may_wait and (resume <= deadline or any(backend.breaker.trial for backend in able)):
             return Wait(until)
-        why = nobody(state.fleet, request) if resume == math.inf else HttpError(*TOO_MANY)
+        why = why_nobody(state.fleet, request) if resume == math.inf else HttpError(*TOO_MANY)
         return completion.failure or why
     # 4. Is a place free, and may this client take it? `place_for` does not count the older requests
     #    of its session; `_assign` ends them.
@@ -207,7 +207,7 @@ def which_admit(backends: Iterable[Backend], now: float) -> list[Backend]:
 
 def place_for(claim: Claim) -> Option | None:
     """A free place that this client may take."""
-    if not spares_editors(claim) or not may_start(claim):
+    if not spares_editors(claim) or not guest_may_start(claim):
         return None
     request = claim.completion.request
     free = [
@@ -280,7 +280,7 @@ def spares_editors(claim: Claim) -> bool:
     return not (kind and editors) or len(alike) < max(1, limit_of(claim.usable) - 1)
 
 
-def may_start(claim: Claim) -> bool:
+def guest_may_start(claim: Claim) -> bool:
     """Whether a guest may start: no regular client waits, guests leave one place free for a minute
     after a regular completion, and this guest is below its limit.
     """
@@ -308,7 +308,7 @@ def all_taken(state: State, guest: int) -> HttpError:
     )
 
 
-def nobody(fleet: Fleet, request: CompletionRequest) -> HttpError:
+def why_nobody(fleet: Fleet, request: CompletionRequest) -> HttpError:
     """Why no backend may be asked."""
     if fleet.options(request):
         return HttpError("VPS_UNAVAILABLE", BREAKER_OPEN)

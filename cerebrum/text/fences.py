@@ -41,7 +41,8 @@ class Fences(Stage):
     state = "chatter"
     fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
     fence = FENCE
-    margin = left = 0  # spaces before the fence and each line of its block, and those to come
+    # Spaces before the fence and each line of its block, and those of the line still to come.
+    margin = margin_left = 0
     nested = 0  # blocks within the code that are open
     # Markdown: where a bare fence closes the block, unless it opens one within it: then another one
     # follows.
@@ -70,15 +71,15 @@ class Fences(Stage):
 
     def step(self, char: str) -> None:
         self.read += 1
-        if self.left and char == " ":
-            self.left -= 1
+        if self.margin_left and char == " ":
+            self.margin_left -= 1
             self.text.pop()
             return
-        self.left = 0
+        self.margin_left = 0
         if char == "\n":
             self._read_line()
             self.line_start = len(self.text)
-            self.left = self.margin
+            self.margin_left = self.margin
         elif self.state == "code" and not self._may_be_fence():
             self.safe = len(self.text)
         elif char == ">" and self.cut(-len(THOUGHT)) == THOUGHT:

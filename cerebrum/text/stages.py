@@ -16,7 +16,7 @@ FENCE = "```"  # a line that begins so ends a completion of code
 
 # Against models that go round in circles.
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over
-REPEATED_COPIES = 4  # the same for a block of two or more lines
+REPEATED_COPIES = 4  # of a block of lines; at least REPEATED_LINES lines in all
 PERIOD_LINES = 24  # the longest such block
 PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
 
@@ -40,7 +40,8 @@ class Stage:
     """
 
     start = 0  # where `text` begins in all that went in
-    # For `Sure` and `Gap`: the surprise of the tokens that have this text, until it is counted.
+    # For `Sure` and `Gap`: the surprise of the tokens that have this text. `Ending.feed` sets it,
+    # and gives to the next stage what this one has not counted.
     bits = 0.0
     safe = 0  # text before this position may be sent
     sent = 0  # text before this position has been sent

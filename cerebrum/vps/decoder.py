@@ -53,8 +53,7 @@ class ModelTally(Tally):
     """
 
     drafts: int = 0  # decodes that checked a draft
-    # Of those tokens of the model that the draft model was asked for before: how many, and how many
-    # it expected.
+    # The tokens of the model for which the draft model was asked before, and those it expected.
     foreseeable_tokens: int = 0
     foreseen_tokens: int = 0
     ahead_steps: int = 0  # decodes before which the draft model was asked
@@ -74,7 +73,7 @@ class Decoded(Enum):
     """What became of a decode."""
 
     DONE = auto()
-    ABORTED = auto()  # for another request; see `Way`
+    ABORTED = auto()  # for another request; see `Way` in worker.py
     FAILED = auto()  # llama.cpp could not do it
     LEFT_OUT = auto()  # nobody waits for the result any more
 
@@ -105,7 +104,8 @@ class Compute:
         returns the seconds that it took.
         """
         size = sum(len(tokens) for _, tokens, _ in parts)
-        # From now on, whoever wants an abort asks what it would hit.
+        # From now on, whoever wants an abort asks what it would hit. So this comes before the last
+        # look at who has left.
         self.current = Current(runs, costs.reading(size) > PREFILL_SECONDS)
         model.abort_flag[0] = b"\x00"
         try:

@@ -131,7 +131,7 @@ class Baton:
 
     llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker
     holds the baton for one decode; the workers that wait get the baton in the order of asking.
-    `active` maps each decoder with running sequences to its seconds per token.
+    `active` maps each decoder with runs of normal priority to its seconds per token.
     """
 
     def __init__(self) -> None:

@@ -102,11 +102,11 @@ def way_needed(run: Run, job: Job | None) -> Way:
 def way_offered(run: Run, is_long: bool = False) -> Way:
     """For whom the decode of a run is aborted now. `is_long`: it takes more than PREFILL_SECONDS.
 
-        what is computed for the run                            it offers
-        its text                                                STAYS
+        the first row that fits what is computed for it         it offers
         its text, and its client has left                       AT_ONCE
-        its prompt, of low priority                             WITH_SLOT
-        its prompt, and text that it has lost, of low priority  FOR_HURRIED
+        its text                                                STAYS
+        its prompt and no lost text, of low priority            WITH_SLOT
+        its prompt and text that it has lost, of low priority   FOR_HURRIED
         its prompt ahead, longer than a key should wait         FOR_HURRIED
         its prompt in a long chunk                              FOR_OTHERS
         its prompt, and its client has left                     FOR_OTHERS, as its next key goes on

@@ -61,7 +61,7 @@ def answer(
 ):
     prompt, text = step.split("|")
     request = CompletionRequest("infill", GenerationRequest(prompt, filename=file), client=client)
-    broadcasts.show(request, now, text)
+    broadcasts.count_hint(request, now, text)
 
 
 @pytest.mark.parametrize(("steps", "seconds", "shown", "kept"), ANSWERS)
