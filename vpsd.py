@@ -585,11 +585,10 @@ class Engine:
             self.cpu.sample()
 
     async def clean_up(self) -> None:
-        """Load the models to keep, now and again when one is gone, and unload what nobody uses."""
         while True:
-            await self.pool.load_kept()
             await asyncio.sleep(CLEANUP_SECONDS)
             await self.pool.unload_unused()
+            await self.pool.load_kept()
 
     async def stop(self) -> None:
         """End all requests, and unload all models."""
@@ -890,9 +889,11 @@ async def serve(environ: Environment, config: Config) -> int:
     service = Service(reload, engine.stuck)
     if not await server.start(config.host, config.port, passed_sockets(os.environ)):
         return 1
+    measuring = asyncio.create_task(engine.pool.measure())
     failed = await service.run(
         asyncio.create_task(engine.watch_cpu()), asyncio.create_task(engine.clean_up())
     )
+    measuring.cancel()
     end_checks()
     await server.stop(DRAIN_SECONDS)
     await engine.stop()

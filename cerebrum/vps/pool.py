@@ -295,6 +295,15 @@ class Pool:
         except OSError:
             raise HttpError("MODEL_LOAD_FAILED", f"{problem}: the file cannot be read") from None
 
+    async def measure(self) -> None:
+        """Load the models to keep, and let llama.cpp say what each model takes, half a second for a
+        file, before a request has to wait for it.
+        """
+        await self.load_kept()
+        for model in self.models.values():
+            with contextlib.suppress(HttpError):  # the file is missing or damaged
+                await self.plan(model)
+
     async def load_kept(self) -> None:
         """Load the models to keep, or log once why one of them cannot be loaded."""
         for model in self.models.values():

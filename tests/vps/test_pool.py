@@ -626,7 +626,7 @@ async def test_a_model_to_keep_is_loaded_at_the_start_and_stays(house):
     stays = tuple(replace(model, keep=model.id in (A, C)) for model in listed)
     house.reconfigure(models=stays, idle_minutes=0)
     house.file(C).unlink()
-    await house.pool.load_kept()
+    await house.pool.measure()
     await house.pool.load_kept()  # as the housekeeping does
     worker = house.worker()
     worker.ready.set_result(None)
