@@ -41,8 +41,7 @@ NOWHERE = sys.maxsize  # a place that no text has
 
 Place = int  # characters of the text before it
 Line = tuple[int, str]  # (indentation in columns, text without its white space)
-# How many lines of the goal a text ends with, and where they begin: each number that fits, the
-# longest first.
+# How many lines of the goal a text ends with, and where they begin: each number that fits.
 Found = dict[int, Place]
 
 
@@ -265,6 +264,7 @@ class Gap(Stage):
         )
         self.depth_at_cursor = len(scanner.stack)
         # Of the literal at the cursor, if the suffix closes it. Quotes before a word open one.
+        # Without a literal there is none: nothing is closed by a zero.
         _, closer, behind = suffix.partition(scanner.closer or "\0")
         self.closer_at_cursor = "" if behind[:1].isalnum() else closer
         # The kind of the bracket that the suffix is in, by the first one that it closes or the end
