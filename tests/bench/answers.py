@@ -21,7 +21,9 @@ replays the texts through `Ending`, and prints for each kind and model:
     broken    with the text in its place the file does not parse (in Python; elsewhere its brackets
               and strings are not closed), though it would with another end: at the end of a line,
               or where the model wrote the rest of the cursor's line; in an answer, at a fence.
-              What the recording's limit has cut counts in gaps alone
+              What the recording's limit has cut counts in gaps alone. At a file's end a text may
+              close what is open there, or leave that to the lines that really follow: all of
+              them, or those behind the first closing brackets
     cut       the model wrote the true text, and some of it is lost
     behind    tokens generated behind what comes back, for each text
 
@@ -232,6 +234,13 @@ def judge(row: Row, text: str) -> dict[str, Any]:
     if row["kind"] == "answer":
         raw = case["prompt"] + raw
         above = true = below = ""
+    followed = [below]
+    if row["kind"] in ("header", "member"):
+        followed += ["", below.lstrip(" \t\n)]};")]
+
+    def fits(end: str) -> bool:
+        return any(parses(language, above + end + rest) for rest in followed)
+
     has_ended = row["whole"] or len(out) <= len(tokens)  # else the recording's limit has cut it
     is_fit = has_ended or row["kind"] in GAPS
     is_whole = row["kind"] in ("answer", "example") or parses(language, text)
@@ -240,8 +249,8 @@ def judge(row: Row, text: str) -> dict[str, Any]:
         "doubled": case["mode"] == "infill" and is_doubled(language, above, sent, true, below),
         "broken": is_fit
         and is_whole
-        and not parses(language, above + (textwrap.dedent(sent) if not above else sent) + below)
-        and any(parses(language, above + end + below) for end in ends(row, raw, above, below)),
+        and not fits(textwrap.dedent(sent) if not above else sent)
+        and any(map(fits, ends(row, raw, above, below))),
         "cut": wrote and not squeezed(sent).startswith(squeezed(true)),
         "behind": max(0, min(len(out), len(tokens)) - kept),
         "sent": sent,
