@@ -62,10 +62,18 @@ class Meeting:
     many as are found nowhere else around the cursor.
 
     These lines are the `goal`. White space within lines, blank lines, a remark behind code and a
-    `;` or `,` at a line's end do not count; indentation does. There are three kinds of suffix: it
-    begins with the rest of the cursor's line (`in_line`), which may be the end of any line of the
-    text; or with a whole line, since whole lines are missing (`of_lines`); or nothing is left of
-    the cursor's line. Each name that ends in `_at` is a `Place` in the text.
+    `;` or `,` at a line's end do not count; indentation does. There are three kinds of suffix, here
+    with the cursor as ¦:
+
+        in_line    total = add(¦)        it begins with the rest of the cursor's line, here `)`,
+                   print(total)          which may be the end of any line of the text
+        of_lines   ¦    return total     it begins with a whole line: whole lines are missing
+        neither    total = ¦             nothing is left of the cursor's line; the goal begins with
+                   print(total)          the line below
+
+    For each line of the text, `found` has how many lines of the goal the text ends with, and where
+    these begin: with the goal A B it is {1: at} after a line A, which begins at `at`, and {2: at}
+    after the B below it. Each name that ends in `_at` is a `Place` in the text.
     """
 
     def __init__(
@@ -101,8 +109,9 @@ class Meeting:
         self.line_at = 0
         self.search = Search(self.first)  # in the line so far
         # Of the line so far, what follows the first line of the goal, which begins at `first_at`;
-        # None: that has not come.
+        # None: that has not come, and `first_at` means nothing.
         self.behind: str | None = None
+        self.first_at = 0
         # Of the line end above, then of each character of the line that is not white space.
         self.chars_at = [-1]
         self.found: Found = {}
@@ -243,7 +252,14 @@ class Gap(Stage):
                                             bracket of the suffix is closed, or with the whole text
 
     Where it may end, text behind `end_at` waits, and costs patience and doubt: many gaps go on
-    after a line that could have ended them, so waiting is worth its tokens.
+    after a line that could have ended them, so waiting is worth its tokens. In this gap, at ¦,
+
+        def clamp(n):                   if n < 0:            the suffix could follow: end_at is
+            ¦                               return 0         behind this line, which waits
+            return n                    return n             the suffix: the infill ends above it
+
+    the text on the right could have been over after its second line. That it writes the suffix
+    next shows that it was.
     """
 
     in_line = False  # the suffix begins with the rest of the cursor's line
@@ -267,6 +283,10 @@ class Gap(Stage):
         # Without a literal there is none: nothing is closed by a zero.
         _, closer, behind = suffix.partition(scanner.closer or "\0")
         self.closer_at_cursor = "" if behind[:1].isalnum() else closer
+        # Which brackets the suffix is in. In `f([¦ 1]);` the prompt opens ( and [, and the suffix
+        # closes both: `around` is "[", `suffix_closes` 2, `to_open` 0. If the suffix is ` 1}]);`,
+        # `to_open` is 1, since the text has to open a {.
+        #
         # The kind of the bracket that the suffix is in, by the first one that it closes or the end
         # of a statement; "" if it has neither.
         self.around = ""
@@ -374,12 +394,22 @@ class Gap(Stage):
 class GapOfLines(Gap):
     """A gap above whole lines, or at the end of a line that has begun. The suffix could follow the
     first line that leaves open just the brackets and headers that the suffix is in and is not
-    indented less than the suffix, and the text above a line that is indented less than cursor and
-    suffix.
+    indented less than the suffix (`fits`), and the text above a line that is indented less than
+    cursor and suffix.
+
+    `inner` is set in three ways, by what the suffix begins with and by the language:
+
+        a closing bracket         while its partner is open: the last line that fits is taken, since
+                                  nothing but that bracket follows it
+        blocks by lines (Python)  in the lines, from the first on, that are indented more than it
+        blocks in braces          below a header of the text, as `if (x) {`, whose block the suffix
+                                  may be
+
+    and whatever the suffix, in the comment at the cursor as long as the text goes on with it.
     """
 
     mark = 0  # the end of the last line that is not blank; 0: there is none
-    elsewhere = False  # that line is in another kind of bracket than the suffix
+    elsewhere = False  # that line is in another kind of bracket than the suffix (`around`)
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
@@ -390,9 +420,11 @@ class GapOfLines(Gap):
         self.indent = scanner.indent  # of the line
         # The suffix begins with a closing bracket.
         self.begins_with_closer = self.meeting.first[0] in OPENING_OF
+        # A closing bracket stands below the line of its partner, whatever a cut suffix lacks behind
+        # it: the brackets up to that partner are closed by the suffix.
         same = [at for at, one in enumerate(scanner.stack, 1) if one.indent == self.below]
         if self.begins_with_closer and same:
-            self.suffix_closes = same[-1]  # what it closes stays open
+            self.suffix_closes = same[-1]
         # The text goes on with the comment at the cursor.
         self.goes_on = scanner.in_comment
         self.inner = self.goes_on or (self.begins_with_closer and len(scanner.stack) > 0)
@@ -426,13 +458,14 @@ class GapOfLines(Gap):
         """
         scanner = self.scanner
         stack = scanner.stack
-        if scanner.closer:
+        if scanner.closer:  # within a literal: if it is the cursor's, and the suffix ends it
             return scanner.closer == self.closer_at_cursor
-        if self.cut(-2) == "\\\n":
+        if self.cut(-2) == "\\\n":  # the line goes on
             return False
+        # The line is in a bracket that the suffix is not in, so it has to be closed before that.
         if stack and self.below + self.begins_with_closer <= stack[-1].indent < self.indent:
             return False
-        if scanner.opened is not None:
+        if scanner.opened is not None:  # a header waits for its block
             return scanner.opened < self.below
         return len(stack) <= self.depth_at_cursor and self.below <= self.indent
 
@@ -451,6 +484,10 @@ class GapInLine(Gap):
     """A gap that ends within a line: the suffix begins with the rest of the cursor's line. It could
     follow a line that lacks this rest and leaves open just the brackets that the suffix closes, or
     replace a rest that the model has written itself.
+
+    With the prompt `total = ` and the suffix ` + tax`, the text `price` lacks the rest and may end
+    with its line. With the prompt `add(` and the suffix `)`, only the last bracket of the text
+    `1, g(2))` is the rest: by `level`, the first one closes a bracket of the text.
     """
 
     in_line = True
@@ -458,8 +495,11 @@ class GapInLine(Gap):
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
         super().__init__(scanner, prompt, suffix)
+        # A line that is indented less has left both sides: the lines below the cursor's and the
+        # cursor's own.
         self.margin = min(self.meeting.floor, columns_of(last_line(prompt)))
-        # Brackets opened and not closed: in the text so far, and in the rest.
+        # Brackets opened and not closed: in the text so far, and in the rest; below zero where more
+        # are closed than opened.
         self.level = self.rest_level = 0
         ahead = scanner_of(scanner.language)
         for char in suffix.partition("\n")[0]:
@@ -488,7 +528,9 @@ class GapInLine(Gap):
         return super().flush(whole)
 
     def is_suffix(self, lines: int) -> bool:
-        # Else this is the rest of a line within brackets of the text.
+        # Behind the real rest, all brackets are closed that the text has opened, but for those that
+        # it has to open, and the rest's own are counted. Else it stands within brackets of the
+        # text.
         return lines > 0 and self.level <= self.to_open + self.rest_level
 
     def on_line(self) -> None:
@@ -498,4 +540,5 @@ class GapInLine(Gap):
             self.end_at = written  # surer than any place before
             self.doubt = 0.0
         elif self.level == self.to_open and not self.scanner.closer and rest[0] not in OPENING_OF:
-            self.note_end(self.meeting.line_at)  # else the rest closes what the cursor is in
+            # A rest that closes a bracket of the prompt may as well follow any later line in it.
+            self.note_end(self.meeting.line_at)
