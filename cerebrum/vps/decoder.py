@@ -168,15 +168,15 @@ class Decoder:
         return [slot.run for slot in self.slots if slot.run]
 
     def choose(self, job: Job) -> Decoder:
-        """Who answers now, this model or its draft model. Also chooses what is read for that."""
+        """Who answers now, this model or its draft model. Also chooses the job's part to read."""
         draft_model = self.draft_model if job.may_be_early else None
-        prompts = [prompt for prompt, *_ in job.parts]
+        prompts = [part.tokens for part in job.parts]
         large = map(self.reading_seconds, prompts)
         # With as little as the last part, a small model is seldom right.
         small = map(draft_model.reading_seconds, prompts[:-1]) if draft_model else ()
         limit = job.request.prompt_ms / 1000 / (1 + len(self.compute.baton.others(self)))
-        is_early, part = who_answers([*large], [*small], limit)
-        job.read(part)
+        is_early, number = who_answers([*large], [*small], limit)
+        job.part = job.parts[number]
         return draft_model if draft_model and is_early else self
 
     def reading_seconds(self, prompt: list[int]) -> float:
@@ -191,15 +191,16 @@ class Decoder:
         if job.writer != self.writer:
             job.writer = self.writer
             job.deliver([{"model": self.writer or job.request.model}])
-        slot, guide = self.sequences.take_slot(job.prompt, free, job.low)
-        job.progress("prefill", len(slot.tokens), len(job.prompt))
+        prompt = job.part.tokens
+        slot, guide = self.sequences.take_slot(prompt, free, job.low)
+        job.progress("prefill", len(slot.tokens), len(prompt))
         if job.cached is None:  # else the job itself has read these tokens, before it gave way
             job.cached = len(slot.tokens)
             self.tally.cached_tokens += job.cached
         slot.run = run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
             # A later prompt has its text up to the cursor, or all of it, but for the last token.
-            lengths = job.before - 1, len(job.prompt) - 1
+            lengths = job.part.cursor - 1, len(prompt) - 1
             run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
 
     # -- the next decode

@@ -33,8 +33,9 @@ class Job:
     """A request on its way through a worker.
 
     The worker's thread calls `deliver` with lists of events; the job's last event is a done event
-    or an HttpError. Only other threads set `cancelled`. It is of use once `prepare` has found the
-    prompt, the most tokens to write, and what ends the completion.
+    or an HttpError. Only other threads set `cancelled`. `prepare`, before it is submitted, finds
+    the parts of the prompt, the most tokens to write, and what ends the completion. Each time it
+    gets a slot, the worker chooses the `part` that is read and the `writer`.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver) -> None:
@@ -57,13 +58,13 @@ class Job:
         """
         request = self.request
         vocabulary = model.vocabulary
-        # The whole prompt, then less and less of it.
+        # The whole prompt, then less and less of it; `part` is the one that is read.
         self.parts = [vocabulary.encode(request)]
         if request.prompt_ms and not request.special:
             for fields in nearer(vars(request), vocabulary.layout):
                 self.parts.append(vocabulary.encode(replace(request, **fields)))
-        self.read(0)
-        count = len(self.prompt)
+        self.part = self.parts[0]
+        count = len(self.part.tokens)
         n_ctx = model.n_ctx
         if not 0 < count < n_ctx:
             raise HttpError(
@@ -78,12 +79,6 @@ class Job:
         where = request.mode, request.language, begun, request.suffix, request.stop_at
         min_confidence = None if request.messages else request.min_confidence
         self.ending = Ending(*where, request.indent, request.stop, min_confidence)
-
-    def read(self, part: int) -> None:
-        """Choose the part of the prompt to read: its tokens, the completion's first bytes, which
-        the client already has, and the number of tokens up to the cursor.
-        """
-        self.prompt, self.heal, self.before = self.parts[part]
 
     @property
     def only_reads(self) -> bool:
@@ -108,8 +103,8 @@ class Run:
         self.slot = slot
         self.low = job.low
         self.guide = guide  # an earlier sequence with the same beginning, for drafts
-        self.prompt = job.prompt  # and the generated tokens, if their cells were lost
-        self.heal = job.heal
+        self.prompt = job.part.tokens  # and the generated tokens, if their cells were lost
+        self.heal = job.part.heal  # the first bytes to write, which the client already has
         # Lengths of the prompt at which a recurrent state is worth keeping.
         self.checkpoints = list[int]()
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
@@ -192,7 +187,7 @@ class Run:
         }
         event |= {
             "finish_reason": reason,
-            "prompt_tokens": len(job.prompt),
+            "prompt_tokens": len(job.part.tokens),
             "cached_tokens": job.cached,
             "load_time": round(job.submitted - job.started, 4),
             "ttft": None,
@@ -201,7 +196,7 @@ class Run:
             "accepted_tokens": self.accepted,
         }
         event["timestamp"] = timestamp()
-        if job.writer or job.prompt != job.parts[0][0]:
+        if job.writer or job.part != job.parts[0]:
             event["prompt_cut"] = True
         if self.first_token:
             event["ttft"] = round(self.first_token - job.submitted, 4)

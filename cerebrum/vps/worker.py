@@ -94,7 +94,7 @@ def way_needed(run: Run, job: Job | None) -> Way:
     """
     if job and job.cancelled:
         return Way.AT_ONCE
-    if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
+    if not job or common_prefix(run.prompt, job.part.tokens) < MIN_PREFIX:
         return Way.FOR_OTHERS
     return Way.FOR_HURRIED if job.request.prompt_ms else Way.WITH_SLOT
 
@@ -130,8 +130,8 @@ def leaves_more(run: Run, job: Job) -> bool:
     """
     if not run.prefilling or run.low > job.low:
         return False
-    now = common_prefix(run.slot.tokens, job.prompt)
-    return common_prefix(run.prompt, job.prompt) > now + MIN_PREFIX
+    prompt = job.part.tokens
+    return common_prefix(run.prompt, prompt) > common_prefix(run.slot.tokens, prompt) + MIN_PREFIX
 
 
 def slots_for(job: Job, decoder: Decoder) -> list[Slot]:

@@ -53,7 +53,7 @@ from cerebrum.vps.prefixes import (
     save_parked,
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, longest_delay
-from cerebrum.vps.vocabulary import heal_from
+from cerebrum.vps.vocabulary import PromptPart, heal_from
 from cerebrum.vps.worker import Worker
 from cerebrum_common import HttpError
 
@@ -612,8 +612,8 @@ class ScriptedLlama:
         if self.fails == place:
             raise MemoryError(f"no memory for {place}")
 
-    def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
-        return [ord(char) for char in request.prompt or ""], b"", 0
+    def encode(self, request: GenerationRequest) -> PromptPart:
+        return PromptPart([ord(char) for char in request.prompt or ""])
 
     cut = llama.Llama.cut
 
@@ -994,7 +994,7 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own):
     assert [short.outcome()[0], long.outcome()[0]] == ["y", "m"]
     assert log[:2] == ["l256", "l2 x1"]
     assert max(int(chunk[1:]) for chunk in log[2:]) < 256
-    assert long.job.prompt == [ord("l")] * 1000
+    assert long.job.part.tokens == [ord("l")] * 1000
     assert decoder.tally.prompt_tokens == 1001
 
 
