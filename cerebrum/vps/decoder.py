@@ -437,7 +437,7 @@ class Decoder:
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
         if flush:
-            run.send(run.ending.flush(reason == "stop"))
+            run.send(run.job.ending.flush(reason == "stop"))
         run.outbox.append(run.result(reason))
         self.release(run, reason)
 

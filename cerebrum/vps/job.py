@@ -95,7 +95,8 @@ class Run:
     worker's thread uses it.
 
     It reads its prompt while nothing is `pending`, and then writes. If the cells of its text are
-    lost, the text is read again as a part of the prompt.
+    lost, the text is read again as a part of the prompt. A run that gives up its slot has written
+    nothing, so the job's `ending` is as new for the next one.
     """
 
     def __init__(self, job: Job, slot: Slot, guide: list[int]) -> None:
@@ -108,7 +109,6 @@ class Run:
         # Lengths of the prompt at which a recurrent state is worth keeping.
         self.checkpoints = list[int]()
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self.ending = job.ending
         self.sampler = Sampler(job.request)
         self.written = list[Written]()
         self.sent = ""
@@ -152,12 +152,14 @@ class Run:
         is_doubt = request.temperature <= DOUBT_TEMPERATURE or request.min_confidence
         # Where the client has the text already, the model had no choice.
         probability = self.probability if is_doubt and piece else 1.0
-        text, reason = self.ending.feed(written, probability)
+        text, reason = self.job.ending.feed(written, probability)
         self.send(text)
         return reason
 
     def is_spent(self) -> bool:
-        """Whether the request's tokens or its time are used up."""
+        """Whether the request's tokens or its time are used up. The time counts only once a line is
+        whole: half of a line is no use to anybody.
+        """
         is_late = 1000 * (self.last_token - self.first_token) > self.job.request.predict_ms > 0
         is_cut = is_late and any("\n" in text for text, _ in self.written)
         return self.generated >= self.job.max_tokens or is_cut
@@ -202,7 +204,7 @@ class Run:
             event["ttft"] = round(self.first_token - job.submitted, 4)
         if (seconds := self.last_token - self.first_token) > 0:
             event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
-        return event | confidence_of(self.written, self.ending.start, self.sent)
+        return event | confidence_of(self.written, job.ending.start, self.sent)
 
 
 class Sampler:

@@ -450,7 +450,7 @@ def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
         for pieces in splits(written):
             run = started(GenerationRequest("x", stop_at="none", stop=["→€"]))
             got, ended = fed(run, pieces)
-            assert (got + ("" if ended else run.ending.flush()), ended) == (text, reason)
+            assert (got + ("" if ended else run.job.ending.flush()), ended) == (text, reason)
 
 
 # What is behind the bar is left to healing.
