@@ -693,7 +693,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         path = loaded.path
         encoding = loaded.encoding
         n_ctx = loaded.model.n_ctx
-        draft = model.draft if instance.worker.draft else None
+        draft = model.draft if instance.worker.draft_loaded else None
     else:
         try:
             pool.check(model.id)

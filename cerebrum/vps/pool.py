@@ -202,7 +202,7 @@ class Pool:
         instance.users.add(user)
         reported = -1
         while not instance.ready.done():
-            percent = round(100 * instance.worker.done)
+            percent = round(100 * instance.worker.share_read)
             if percent > reported:
                 reported = percent
                 progress(percent)

@@ -48,14 +48,14 @@ class ScriptedWorker:
     made: list[ScriptedWorker]
     due = float("inf")
     stopping = False
-    done = 0.0
+    share_read = 0.0
     stored_bytes = memory_bytes = 0
     prepare_fault: Exception | None = None
 
     def __init__(self, plan: LoadPlan, _baton, tally) -> None:
         self.plan, self.tally = plan, tally
         self.model_id, self.tuned = plan.model_id, plan.tuned
-        self.draft = plan.draft  # what it could use of it
+        self.draft_loaded = plan.draft  # what it could use of it
         self.ready, self.ended = Future[None](), Future[None]()
         model = SimpleNamespace(n_ctx=4096)
         self.loaded = SimpleNamespace(model=model, path=plan.path, encoding="published")
@@ -255,7 +255,7 @@ async def test_a_draft_model_is_loaded_with_its_model_and_listed_unless_it_could
     assert list(house.pool.ready) == [B]  # it serves nobody itself
     assert house.pool.instances[B].estimate == 2 * MB
     assert (await house.listed(B))["draft"] == A
-    worker.draft = None
+    worker.draft_loaded = None
     assert (await house.listed(B))["draft"] is None
 
 
