@@ -151,7 +151,7 @@ class Decoder:
 
     model: Llama
     sequences: Sequences
-    slots: list[Slot]  # those of the sequences in which it answers
+    answer_slots: list[Slot]  # those of `sequences.slots` in which it answers jobs
     costs: Costs
     compute: Compute
     tally: ModelTally
@@ -165,7 +165,7 @@ class Decoder:
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        return [slot.run for slot in self.slots if slot.run]
+        return [slot.run for slot in self.answer_slots if slot.run]
 
     def choose(self, job: Job) -> Decoder:
         """Who answers now, this model or its draft model. Also chooses the job's part to read."""
@@ -182,7 +182,7 @@ class Decoder:
     def reading_seconds(self, prompt: list[int]) -> float:
         """How long reading takes what is missing of a prompt; infinity if that is impossible."""
         model = self.model
-        if not self.slots or len(prompt) >= model.n_ctx or max(prompt) >= model.n_vocab:
+        if not self.answer_slots or len(prompt) >= model.n_ctx or max(prompt) >= model.n_vocab:
             return math.inf
         return self.costs.reading(len(prompt) - self.sequences.known(prompt))
 
@@ -279,22 +279,25 @@ class Decoder:
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         if run.job.only_reads:
-            size = min(size, self._longest_ahead(run))
+            rest = self._pause_left()
+            run.makes_way_for_hurried = rest > PAUSE_SECONDS
+            # While somebody types, no answer waits long for it.
+            longest = self.costs.longest(max(PAUSE_SECONDS, rest))
+            size = min(size, AHEAD_TOKENS, longest)
         elif self.writer:
             size = min(size, AHEAD_TOKENS)
         end = begin + min(size, MAX_CHUNK // len(runs))
         has_logits = end == len(run.prompt) and not run.job.only_reads
         return Work(run, run.prompt[begin:end], int(has_logits))
 
-    def _longest_ahead(self, run: Run) -> int:
-        """The longest chunk to read for a run that nobody waits for. While somebody types, no
-        answer waits long for it. A pause is likely to last half as long again, so the chunk may
-        take half of it. If the pause ends before, the run makes way.
+    def _pause_left(self) -> float:
+        """Seconds for which probably no key comes: a pause is likely to last half as long again as
+        it has lasted since the latest answer; infinity before the first one. Where there is a draft
+        model, it writes the answers that keys wait for, and what ends in this model is mostly
+        reading ahead.
         """
         answers = self.draft_model or self
-        rest = (time.monotonic() - answers.last_end) / 2  # of the pause
-        run.makes_way_for_hurried = rest > PAUSE_SECONDS
-        return min(AHEAD_TOKENS, self.costs.longest(max(PAUSE_SECONDS, rest)))
+        return (time.monotonic() - answers.last_end) / 2
 
     def pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
@@ -478,11 +481,12 @@ class Decoder:
 class DraftModel(Decoder):
     """A small model of the same family, with two tasks.
 
-    - It answers where the large model would be too late, as any `Decoder`, in its `slots`. If it
-      fails before its first token, the large model answers (`fail`).
-    - It follows the large model's sequences, each in a slot of the same number before its `slots`,
-      and says which tokens it expects next: the methods below. All that this takes is charged to
-      the large model's `Gain`.
+    - It answers where the large model would be too late, as any `Decoder`, in its `answer_slots`.
+      If it fails before its first token, the large model answers (`fail`).
+    - It follows the large model's sequences, and says which tokens it expects next: the methods
+      below. `sequences.slots` begins with the slots for this, which have the numbers of the large
+      model's; the `answer_slots` come behind them. All that this takes is charged to the large
+      model's `Gain`.
     """
 
     def follow(self, number: int, tokens: list[int]) -> list[int]:
@@ -576,12 +580,12 @@ class DraftModel(Decoder):
             if is_late or not is_worth_checking(worth, size, large.costs, writing):
                 return
 
-    def read_idle(self, slots: Sequence[Slot]) -> bool:
+    def read_idle(self, large_slots: Sequence[Slot]) -> bool:
         """While nobody waits for any model: read a piece of what is lacking of the large model's
         idle sequences, which the next requests will go on with. False if nothing is lacking, or it
         cannot be read.
         """
-        for slot in slots:
+        for slot in large_slots:
             lacking = self.follow(slot.id, slot.tokens) if slot.tokens else []
             if len(lacking) > 1:
                 if self.compute.baton.busy:

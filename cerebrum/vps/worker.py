@@ -143,7 +143,7 @@ def slots_for(job: Job, decoder: Decoder) -> list[Slot]:
     # A recurrent state is not shared.
     if not decoder.model.recurrent and any(leaves_more(run, job) for run in runs):
         return []
-    idle = [slot for slot in decoder.slots if not slot.run]
+    idle = [slot for slot in decoder.answer_slots if not slot.run]
     if idle or job.low:
         return idle
     return [run.slot for run in runs if way_offered(run) == Way.WITH_SLOT][:1]
@@ -434,8 +434,9 @@ class Worker(threading.Thread):
         costs = measure_costs(model, self.baton, self._beat)
         answers = settings.early * model.unified
         sequences = Sequences(model, settings.sequences + answers, 0)
-        slots = sequences.slots[settings.sequences :]  # those before follow the large model's
-        parts = model, sequences, slots, costs, compute, self.tally, self.waiting
+        # Those before follow the large model's.
+        answer_slots = sequences.slots[settings.sequences :]
+        parts = model, sequences, answer_slots, costs, compute, self.tally, self.waiting
         return DraftModel(*parts, writer=plan.model_id)
 
     def _close(self) -> None:
@@ -506,13 +507,13 @@ class Worker(threading.Thread):
         stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
         second and no request should wait for the storing.
         """
-        while decoder.draft_model and decoder.draft_model.read_idle(decoder.slots):
+        while decoder.draft_model and decoder.draft_model.read_idle(decoder.answer_slots):
             self._beat()
             if self._alarm.wait(GIVE_WAY_SECONDS if self.baton.busy else 0):
                 return
         if self._alarm.wait(STORE_SECONDS):
             return
-        for slot in decoder.slots:
+        for slot in decoder.answer_slots:
             if not slot.run and not self._alarm.is_set():
                 decoder.sequences.back_up(slot)
         self.due = math.inf

@@ -842,7 +842,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch):
     assert ask(worker, "x").error() == "INTERNAL_ERROR"
     model.fails = ""
     assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
-    assert [slot.run for slot in worker.decoder.slots] == [None, None]
+    assert [slot.run for slot in worker.decoder.answer_slots] == [None, None]
 
 
 def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(worker: Worker, patch):
@@ -876,12 +876,12 @@ def test_a_prompt_of_low_priority_that_goes_on_with_another_leaves_it_in_memory(
 ):
     decoder: Any = worker.decoder
     ask(worker, "abc" * 20, max_tokens=0).outcome()
-    (other,) = [slot.tokens[:] for slot in worker.decoder.slots if slot.tokens]
+    (other,) = [slot.tokens[:] for slot in worker.decoder.answer_slots if slot.tokens]
     ask(worker, "abc" * 15 + "x", max_tokens=0, priority="low").outcome()
     assert kept(decoder.sequences.store) == [other]
-    assert [slot.low for slot in worker.decoder.slots if len(slot.tokens) == 46] == [True]
+    assert [slot.low for slot in worker.decoder.answer_slots if len(slot.tokens) == 46] == [True]
     ask(worker, "abc" * 15 + "xyz", max_tokens=0).outcome()
-    assert [slot.low for slot in worker.decoder.slots if len(slot.tokens) == 48] == [False]
+    assert [slot.low for slot in worker.decoder.answer_slots if len(slot.tokens) == 48] == [False]
 
 
 def test_saved_prompts_are_dropped_on_request(worker: Worker):
@@ -927,7 +927,7 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     worker: Worker,
 ):
     decoder: Any = worker.decoder
-    other, slot = object(), worker.decoder.slots[0]
+    other, slot = object(), worker.decoder.answer_slots[0]
     normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
     for job in (normal, low):
         worker.prepare(job)
