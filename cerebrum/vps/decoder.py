@@ -517,30 +517,28 @@ class DraftModel(Decoder):
         of at most `most` tokens, if that should save more time than it takes.
         """
         run = work.run
+        case = streams, MODEL
+        # 1. What is lacking, and how much of it is read at once? No stream waits long for another's
+        # draft, and no request that comes for any.
         lacking = self.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
-        # No stream waits long for another's draft, and no request that comes for any.
         delay = longest_delay(large.pace(own=streams > 1)) / streams
         # Nothing of this reading is lost, so its pieces are longer.
         piece = min(2 * AHEAD_TOKENS, self.costs.longest(delay))
-        if not lacking or not self._catching_up_pays(large, run, streams, len(lacking), piece):
+        # 2. Should drafts save the time in which it is read?
+        seconds = catch_up_seconds(len(lacking), piece, self.costs)
+        if not lacking or not large.gain.wants(case, seconds):
             return
+        left = run.job.max_tokens - run.generated
+        pace = streams * large.gain.plain[streams]
+        if not is_worth_reading(seconds, run.generated, left, pace):
+            return
+        # 3. Read a piece, or the rest, behind which a draft can be written.
         before = self.tally.ahead_seconds
         if len(lacking) > piece:
             self.read(run.slot.id, lacking[:piece], [run])
         else:
             self._write(large, work, streams, lacking, most, time.perf_counter() + delay)
-        large.gain.charge((streams, MODEL), self.tally.ahead_seconds - before)
-
-    def _catching_up_pays(
-        self, large: Decoder, run: Run, streams: int, lacking: int, piece: int
-    ) -> bool:
-        """Whether drafts for a run should save the time in which this model reads what it lacks."""
-        seconds = catch_up_seconds(lacking, piece, self.costs)
-        if not large.gain.wants((streams, MODEL), seconds):
-            return False
-        left = run.job.max_tokens - run.generated
-        pace = streams * large.gain.plain[streams]
-        return is_worth_reading(seconds, run.generated, left, pace)
+        large.gain.charge(case, self.tally.ahead_seconds - before)
 
     def _write(
         self,
@@ -551,9 +549,12 @@ class DraftModel(Decoder):
         most: int,
         deadline: float,
     ) -> None:
-        """Read what is lacking, then draft the tokens that this model expects, as far as they are
-        worth their time: of each, first whether to check it, then whether to write another one,
-        for which this one is read.
+        """Read what is lacking, then draft the tokens that this model expects. The draft ends
+
+        1. if this model cannot read on, or the decode is aborted,
+        2. before a token that is none to check, or not worth the time to check it,
+        3. behind a token after which no other is worth the time to write and check it,
+        4. at its greatest length.
         """
         run = work.run
         size = streams  # of the decode that checks them, without the other streams' drafts
@@ -566,11 +567,9 @@ class DraftModel(Decoder):
             unread = [token]
             work.foreseen.append(token)
             worth *= self.model.probability(LAST, token)  # that all so far are right
-            # An id of the padding may be none of the model, and the end of a text is no token to
-            # decode.
-            if token >= large.model.n_vocab or large.model.vocabulary.is_end(token):
-                return
-            if not is_worth_checking(worth, size, large.costs):
+            # The large model may lack an id of the padding, and decodes no end of a text.
+            known = token < large.model.n_vocab and not large.model.vocabulary.is_end(token)
+            if not known or not is_worth_checking(worth, size, large.costs):
                 return
             work.tokens.append(token)
             work.case = streams, MODEL
