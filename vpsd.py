@@ -375,7 +375,7 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
         print(f"{model.id}: {result}")
         return
     passport = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
-    if not options.dry_run and passport.pays:
+    if not options.dry_run and passport.here != passport.published:
         print(
             f"{model.id}: used from its next load on; "
             f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
@@ -845,7 +845,7 @@ async def unload(engine: Engine, request: Request) -> Response:
 async def cleanup(engine: Engine, _request: Request) -> Response:
     """POST /v1/cleanup: unload models that have been idle for long."""
     freed = await engine.pool.unload_unused()
-    freed_mb = round(math.fsum(freed.values()), 1)
+    freed_mb = round(sum(freed.values()), 1)
     return Response({"models_unloaded": list(freed), "memory_freed_mb": freed_mb})
 
 
