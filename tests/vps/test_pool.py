@@ -484,7 +484,7 @@ HELD += [held("d", 9, "READY", 1, "a user")]
 def test_room_for_a_model():
     parts = {"weights": 600 * MB, "kv": 400 * MB}
     assert pool.room_for("x", parts, 1000, 50, HELD) is None  # it fits
-    for free in (999, 100):  # all that are idle would make enough room; first one that is leaving
+    for free in (999, 100):  # all that are idle would make enough room; first one that is stopping
         assert pool.room_for("x", parts, free, 50, HELD).model.id == "c"
     need = "model x needs 1000 MB (weights 600 MB, kv 400 MB)"
     message = f"{need}; 999 MB are free beside the reserve of 50 MB"
