@@ -287,8 +287,9 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
         names = list(ids)
         for model in models:
             names += model.aliases
-        if len(set(names)) != len(names):
-            raise ConfigError("expected every id and alias once")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"expected every id and alias once, got {name!r} twice")
         _check_drafts(models)
     except (OSError, ValueError) as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {path}: {error}") from None
