@@ -73,9 +73,9 @@ class Decoded(Enum):
     """What became of a decode."""
 
     DONE = auto()
-    ABORTED = auto()  # for another request; see `Way` in worker.py
+    ABORTED = auto()  # while it was computed; for whom, see `Way` in worker.py
     FAILED = auto()  # llama.cpp could not do it
-    LEFT_OUT = auto()  # nobody waits for the result any more
+    LEFT_OUT = auto()  # before it began: nobody waits for the result any more
 
 
 class Current(NamedTuple):
@@ -87,15 +87,18 @@ class Current(NamedTuple):
 
 @dataclass(eq=False)
 class Compute:
-    """Decodes in turn with the other models, and nothing for clients that have all left.
+    """Calls llama.cpp for a worker's decoders: in turn with the other models, and not for clients
+    that have all left.
 
-    Owned by a worker; its thread calls it. Before a decode that should take so many seconds,
-    `give_up(seconds)` is asked whether to leave it out; the call also tells the watchdog.
+    Owned by a worker, whose thread calls it. Other threads only look at `current`: what it is for
+    says whether they may abort it, by the model's byte (`Worker._abort`).
     """
 
     baton: Baton
+    # Asked before a decode that should take so many seconds, whether to leave it out. The watchdog
+    # hears of the decode so, too.
     give_up: Callable[[float], bool]
-    current: Current | None = None  # other threads read it, and may abort it
+    current: Current | None = None
 
     def decode(
         self, model: Llama, costs: Costs, runs: Sequence[Run], parts: Sequence[Part]
@@ -104,15 +107,17 @@ class Compute:
         returns the seconds that it took.
         """
         size = sum(len(tokens) for _, tokens, _ in parts)
-        # From now on, whoever wants an abort asks what it would hit. So this comes before the last
-        # look at who has left.
+        # 1. From now on, whoever wants an abort finds what it would hit, and sets the byte. So this
+        # comes before the last look at who has left.
         self.current = Current(runs, costs.reading(size) > PREFILL_SECONDS)
         model.abort_flag[0] = b"\x00"
         try:
             with self.baton:
+                # 2. Does anybody wait for the result?
                 have_left = runs and all(run.job.cancelled for run in runs)
                 if self.give_up(costs(size)) or have_left:
                     return Decoded.LEFT_OUT, 0.0
+                # 3. Decode it.
                 begin = time.perf_counter()
                 code = model.decode(parts)
                 seconds = time.perf_counter() - begin
@@ -145,8 +150,15 @@ class Work:
 class Decoder:
     """What the next `llama_decode` computes for each run, and what becomes of its result.
 
-    Owned by a worker, whose thread alone calls it: `choose` and `start` for a job, then `turn` for
-    each decode. The state of a completion is its `Run`'s; a decoder learns costs and gains.
+    Owned by a worker, whose thread alone calls it:
+
+    1. `choose` and `start` give a job a slot: it becomes a `Run`, which has the completion's state.
+    2. Each `turn` finds the `Work` of every run, decodes all of it at once, and handles the result:
+       a prompt goes on, or a text does, of which `_emit` accounts for each token.
+    3. `release` makes the slot idle: after a text's end (`_finish`), an error (`fail`), or because
+       the job makes way (`put_back`).
+
+    From the times of its decodes it learns costs and gains.
     """
 
     model: Llama
