@@ -845,7 +845,7 @@ async def unload(engine: Engine, request: Request) -> Response:
 async def cleanup(engine: Engine, _request: Request) -> Response:
     """POST /v1/cleanup: unload models that have been idle for long."""
     freed = await engine.pool.unload_unused()
-    freed_mb = round(sum(freed.values()), 1)
+    freed_mb = round(math.fsum(freed.values()), 1)
     return Response({"models_unloaded": list(freed), "memory_freed_mb": freed_mb})
 
 
