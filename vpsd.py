@@ -375,7 +375,7 @@ def tune_command(options: argparse.Namespace, config: Config) -> None:
         print(f"{model.id}: {result}")
         return
     passport = tune_model(model, config, sys.stdout, dry_run=options.dry_run)
-    if not options.dry_run and passport.pays:
+    if not options.dry_run and passport.here != passport.published:
         print(
             f"{model.id}: used from its next load on; "
             f"{PYTHON} vpsd.py tune {model.id} --remove goes back"
@@ -693,7 +693,7 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
         path = loaded.path
         encoding = loaded.encoding
         n_ctx = loaded.model.n_ctx
-        draft = model.draft if instance.worker.draft else None
+        draft = model.draft if instance.worker.draft_loaded else None
     else:
         try:
             pool.check(model.id)

@@ -149,7 +149,9 @@ class Environment(NamedTuple):
     def number(self, name: str, default: float, low: float, high: float) -> float:
         text = self.text(name, str(default))
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not low <= float(text) <= high:
-            raise ConfigError(f"{name}: expected a number from {low:g} to {high:g}, got {text!r}")
+            raise ConfigError(
+                f"{name}: expected a number from {low:.10g} to {high:.10g}, got {text!r}"
+            )
         return float(text)
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
@@ -285,8 +287,9 @@ def load_catalog(path: Path, known: Collection[str]) -> Catalog:
         names = list(ids)
         for model in models:
             names += model.aliases
-        if len(set(names)) != len(names):
-            raise ConfigError("expected every id and alias once")
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"expected every id and alias once, got {name!r} twice")
         _check_drafts(models)
     except (OSError, ValueError) as error:
         raise ConfigError(f"CEREBRUM_MODELS_FILE: {path}: {error}") from None

@@ -195,7 +195,9 @@ BAD = json.loads(r"""[
     ["", "at least one"],
     ["models = ['x']", "model 1: expected a table"],
     ["[[models]", "line 1"],
-    ["GOODGOOD", "every id and alias once"],
+    ["GOODGOOD", "every id and alias once, got 'm' twice"],
+    ["GOODaliases = [\"x\"]\nOTHERaliases = [\"m\"]\n", "every id and alias once, got 'm' twice"],
+    ["GOODaliases = [\"x\"]\nOTHERaliases = [\"x\"]\n", "every id and alias once, got 'x' twice"],
     ["prefer = 5\nGOOD", "prefer: expected a table, got something else"],
     ["GOOD[prefer]\nchat = [\"m\"]\n",
      "prefer: expected one of complete, infill, instruct, got 'chat'"],
@@ -238,7 +240,8 @@ def test_bad_models(tmp_path: Path):
     path = tmp_path / "models.toml"
     for text, says in BAD:
         if text is not None:
-            path.write_text(text.replace("GOOD", GOOD), "latin-1")
+            other = GOOD.replace('"m"', '"n"')
+            path.write_text(text.replace("GOOD", GOOD).replace("OTHER", other), "latin-1")
         with pytest.raises(ValueError, match=re.escape(says)) as error:
             load_catalog(path, LANGUAGES)
         assert str(error.value).startswith(f"CEREBRUM_MODELS_FILE: {path}: ")

@@ -73,9 +73,9 @@ class Decoded(Enum):
     """What became of a decode."""
 
     DONE = auto()
-    ABORTED = auto()  # for another request; see `Way` in worker.py
+    ABORTED = auto()  # while it was computed; for whom, see `Way` in worker.py
     FAILED = auto()  # llama.cpp could not do it
-    LEFT_OUT = auto()  # nobody waits for the result any more
+    LEFT_OUT = auto()  # before it began: nobody waits for the result any more
 
 
 class Current(NamedTuple):
@@ -87,15 +87,18 @@ class Current(NamedTuple):
 
 @dataclass(eq=False)
 class Compute:
-    """Decodes in turn with the other models, and nothing for clients that have all left.
+    """Calls llama.cpp for a worker's decoders: in turn with the other models, and not for clients
+    that have all left.
 
-    Owned by a worker; its thread calls it. Before a decode that should take so many seconds,
-    `give_up(seconds)` is asked whether to leave it out; the call also tells the watchdog.
+    Owned by a worker, whose thread calls it. Other threads only look at `current`: what it is for
+    says whether they may abort it, by the model's byte (`Worker._abort`).
     """
 
     baton: Baton
+    # Asked before a decode that should take so many seconds, whether to leave it out. The watchdog
+    # hears of the decode so, too.
     give_up: Callable[[float], bool]
-    current: Current | None = None  # other threads read it, and may abort it
+    current: Current | None = None
 
     def decode(
         self, model: Llama, costs: Costs, runs: Sequence[Run], parts: Sequence[Part]
@@ -104,15 +107,17 @@ class Compute:
         returns the seconds that it took.
         """
         size = sum(len(tokens) for _, tokens, _ in parts)
-        # From now on, whoever wants an abort asks what it would hit. So this comes before the last
-        # look at who has left.
+        # 1. From now on, whoever wants an abort finds what it would hit, and sets the byte. So this
+        # comes before the last look at who has left.
         self.current = Current(runs, costs.reading(size) > PREFILL_SECONDS)
         model.abort_flag[0] = b"\x00"
         try:
             with self.baton:
+                # 2. Does anybody wait for the result?
                 have_left = runs and all(run.job.cancelled for run in runs)
                 if self.give_up(costs(size)) or have_left:
                     return Decoded.LEFT_OUT, 0.0
+                # 3. Decode it.
                 begin = time.perf_counter()
                 code = model.decode(parts)
                 seconds = time.perf_counter() - begin
@@ -145,13 +150,20 @@ class Work:
 class Decoder:
     """What the next `llama_decode` computes for each run, and what becomes of its result.
 
-    Owned by a worker, whose thread alone calls it: `choose` and `start` for a job, then `turn` for
-    each decode. The state of a completion is its `Run`'s; a decoder learns costs and gains.
+    Owned by a worker, whose thread alone calls it:
+
+    1. `choose` and `start` give a job a slot: it becomes a `Run`, which has the completion's state.
+    2. Each `turn` finds the `Work` of every run, decodes all of it at once, and handles the result:
+       a prompt goes on, or a text does, of which `_emit` accounts for each token.
+    3. `release` makes the slot idle: after a text's end (`_finish`), an error (`fail`), or because
+       the job makes way (`put_back`).
+
+    From the times of its decodes it learns costs and gains.
     """
 
     model: Llama
     sequences: Sequences
-    slots: list[Slot]  # those of the sequences in which it answers
+    answer_slots: list[Slot]  # those of `sequences.slots` in which it answers jobs
     costs: Costs
     compute: Compute
     tally: ModelTally
@@ -165,24 +177,24 @@ class Decoder:
     @property
     def runs(self) -> list[Run]:
         """The jobs that have a slot, in the order of the slots."""
-        return [slot.run for slot in self.slots if slot.run]
+        return [slot.run for slot in self.answer_slots if slot.run]
 
     def choose(self, job: Job) -> Decoder:
-        """Who answers now, this model or its draft model. Also chooses what is read for that."""
+        """Who answers now, this model or its draft model. Also chooses the job's part to read."""
         draft_model = self.draft_model if job.may_be_early else None
-        prompts = [prompt for prompt, *_ in job.parts]
+        prompts = [part.tokens for part in job.parts]
         large = map(self.reading_seconds, prompts)
         # With as little as the last part, a small model is seldom right.
         small = map(draft_model.reading_seconds, prompts[:-1]) if draft_model else ()
         limit = job.request.prompt_ms / 1000 / (1 + len(self.compute.baton.others(self)))
-        is_early, part = who_answers([*large], [*small], limit)
-        job.read(part)
+        is_early, number = who_answers([*large], [*small], limit)
+        job.part = job.parts[number]
         return draft_model if draft_model and is_early else self
 
     def reading_seconds(self, prompt: list[int]) -> float:
         """How long reading takes what is missing of a prompt; infinity if that is impossible."""
         model = self.model
-        if not self.slots or len(prompt) >= model.n_ctx or max(prompt) >= model.n_vocab:
+        if not self.answer_slots or len(prompt) >= model.n_ctx or max(prompt) >= model.n_vocab:
             return math.inf
         return self.costs.reading(len(prompt) - self.sequences.known(prompt))
 
@@ -191,15 +203,16 @@ class Decoder:
         if job.writer != self.writer:
             job.writer = self.writer
             job.deliver([{"model": self.writer or job.request.model}])
-        slot, guide = self.sequences.take_slot(job.prompt, free, job.low)
-        job.progress("prefill", len(slot.tokens), len(job.prompt))
+        prompt = job.part.tokens
+        slot, guide = self.sequences.take_slot(prompt, free, job.low)
+        job.progress("prefill", len(slot.tokens), len(prompt))
         if job.cached is None:  # else the job itself has read these tokens, before it gave way
             job.cached = len(slot.tokens)
             self.tally.cached_tokens += job.cached
         slot.run = run = Run(job, slot, guide)
         if self.model.recurrent and self.sequences.store.budget:
             # A later prompt has its text up to the cursor, or all of it, but for the last token.
-            lengths = job.before - 1, len(job.prompt) - 1
+            lengths = job.part.cursor - 1, len(prompt) - 1
             run.checkpoints = [length for length in lengths if length >= MIN_PREFIX]
 
     # -- the next decode
@@ -278,22 +291,25 @@ class Decoder:
         piece = 1 if is_short else self.model.micro_batch  # a chunk is a multiple of it
         size = chunk_size(stop - begin, missing, pace, self.costs, piece)
         if run.job.only_reads:
-            size = min(size, self._longest_ahead(run))
+            rest = self._pause_left()
+            run.makes_way_for_hurried = rest > PAUSE_SECONDS
+            # While somebody types, no answer waits long for it.
+            longest = self.costs.longest(max(PAUSE_SECONDS, rest))
+            size = min(size, AHEAD_TOKENS, longest)
         elif self.writer:
             size = min(size, AHEAD_TOKENS)
         end = begin + min(size, MAX_CHUNK // len(runs))
         has_logits = end == len(run.prompt) and not run.job.only_reads
         return Work(run, run.prompt[begin:end], int(has_logits))
 
-    def _longest_ahead(self, run: Run) -> int:
-        """The longest chunk to read for a run that nobody waits for. While somebody types, no
-        answer waits long for it. A pause is likely to last half as long again, so the chunk may
-        take half of it. If the pause ends before, the run makes way.
+    def _pause_left(self) -> float:
+        """Seconds for which probably no key comes: a pause is likely to last half as long again as
+        it has lasted since the latest answer; infinity before the first one. Where there is a draft
+        model, it writes the answers that keys wait for, and what ends in this model is mostly
+        reading ahead.
         """
         answers = self.draft_model or self
-        rest = (time.monotonic() - answers.last_end) / 2  # of the pause
-        run.makes_way_for_hurried = rest > PAUSE_SECONDS
-        return min(AHEAD_TOKENS, self.costs.longest(max(PAUSE_SECONDS, rest)))
+        return (time.monotonic() - answers.last_end) / 2
 
     def pace(self, own: bool) -> float:
         """Seconds per token of the fastest stream that waits for a decode, in this model (if `own`)
@@ -436,7 +452,7 @@ class Decoder:
 
     def _finish(self, run: Run, reason: str, flush: bool = True) -> None:
         if flush:
-            run.send(run.ending.flush(reason == "stop"))
+            run.send(run.job.ending.flush(reason == "stop"))
         run.outbox.append(run.result(reason))
         self.release(run, reason)
 
@@ -477,11 +493,12 @@ class Decoder:
 class DraftModel(Decoder):
     """A small model of the same family, with two tasks.
 
-    - It answers where the large model would be too late, as any `Decoder`, in its `slots`. If it
-      fails before its first token, the large model answers (`fail`).
-    - It follows the large model's sequences, each in a slot of the same number before its `slots`,
-      and says which tokens it expects next: the methods below. All that this takes is charged to
-      the large model's `Gain`.
+    - It answers where the large model would be too late, as any `Decoder`, in its `answer_slots`.
+      If it fails before its first token, the large model answers (`fail`).
+    - It follows the large model's sequences, and says which tokens it expects next: the methods
+      below. `sequences.slots` begins with the slots for this, which have the numbers of the large
+      model's; the `answer_slots` come behind them. All that this takes is charged to the large
+      model's `Gain`.
     """
 
     def follow(self, number: int, tokens: list[int]) -> list[int]:
@@ -512,30 +529,28 @@ class DraftModel(Decoder):
         of at most `most` tokens, if that should save more time than it takes.
         """
         run = work.run
+        case = streams, MODEL
+        # 1. What is lacking, and how much of it is read at once? No stream waits long for another's
+        # draft, and no request that comes for any.
         lacking = self.follow(run.slot.id, [*run.slot.tokens, *work.tokens])
-        # No stream waits long for another's draft, and no request that comes for any.
         delay = longest_delay(large.pace(own=streams > 1)) / streams
         # Nothing of this reading is lost, so its pieces are longer.
         piece = min(2 * AHEAD_TOKENS, self.costs.longest(delay))
-        if not lacking or not self._catching_up_pays(large, run, streams, len(lacking), piece):
+        # 2. Should drafts save the time in which it is read?
+        seconds = catch_up_seconds(len(lacking), piece, self.costs)
+        if not lacking or not large.gain.wants(case, seconds):
             return
+        left = run.job.max_tokens - run.generated
+        pace = streams * large.gain.plain[streams]
+        if not is_worth_reading(seconds, run.generated, left, pace):
+            return
+        # 3. Read a piece, or the rest, behind which a draft can be written.
         before = self.tally.ahead_seconds
         if len(lacking) > piece:
             self.read(run.slot.id, lacking[:piece], [run])
         else:
             self._write(large, work, streams, lacking, most, time.perf_counter() + delay)
-        large.gain.charge((streams, MODEL), self.tally.ahead_seconds - before)
-
-    def _catching_up_pays(
-        self, large: Decoder, run: Run, streams: int, lacking: int, piece: int
-    ) -> bool:
-        """Whether drafts for a run should save the time in which this model reads what it lacks."""
-        seconds = catch_up_seconds(lacking, piece, self.costs)
-        if not large.gain.wants((streams, MODEL), seconds):
-            return False
-        left = run.job.max_tokens - run.generated
-        pace = streams * large.gain.plain[streams]
-        return is_worth_reading(seconds, run.generated, left, pace)
+        large.gain.charge(case, self.tally.ahead_seconds - before)
 
     def _write(
         self,
@@ -546,9 +561,12 @@ class DraftModel(Decoder):
         most: int,
         deadline: float,
     ) -> None:
-        """Read what is lacking, then draft the tokens that this model expects, as far as they are
-        worth their time: of each, first whether to check it, then whether to write another one,
-        for which this one is read.
+        """Read what is lacking, then draft the tokens that this model expects. The draft ends
+
+        1. if this model cannot read on, or the decode is aborted,
+        2. before a token that is none to check, or not worth the time to check it,
+        3. behind a token after which no other is worth the time to write and check it,
+        4. at its greatest length.
         """
         run = work.run
         size = streams  # of the decode that checks them, without the other streams' drafts
@@ -561,11 +579,9 @@ class DraftModel(Decoder):
             unread = [token]
             work.foreseen.append(token)
             worth *= self.model.probability(LAST, token)  # that all so far are right
-            # An id of the padding may be none of the model, and the end of a text is no token to
-            # decode.
-            if token >= large.model.n_vocab or large.model.vocabulary.is_end(token):
-                return
-            if not is_worth_checking(worth, size, large.costs):
+            # The large model may lack an id of the padding, and decodes no end of a text.
+            known = token < large.model.n_vocab and not large.model.vocabulary.is_end(token)
+            if not known or not is_worth_checking(worth, size, large.costs):
                 return
             work.tokens.append(token)
             work.case = streams, MODEL
@@ -575,12 +591,12 @@ class DraftModel(Decoder):
             if is_late or not is_worth_checking(worth, size, large.costs, writing):
                 return
 
-    def read_idle(self, slots: Sequence[Slot]) -> bool:
+    def read_idle(self, large_slots: Sequence[Slot]) -> bool:
         """While nobody waits for any model: read a piece of what is lacking of the large model's
         idle sequences, which the next requests will go on with. False if nothing is lacking, or it
         cannot be read.
         """
-        for slot in slots:
+        for slot in large_slots:
             lacking = self.follow(slot.id, slot.tokens) if slot.tokens else []
             if len(lacking) > 1:
                 if self.compute.baton.busy:

@@ -67,14 +67,10 @@ class Passport(NamedTuple):
     flash_attention: bool
     types: Types  # changed types, old to new; if empty, the published file is used
     size: int  # of the file in use
-    # Seconds of the decodes of DECODES, by the published file and the one in use; empty: unknown.
+    # Seconds of the decodes of DECODES, by the published file with the usual settings, and by the
+    # one in use; equal: nothing is faster; empty: unknown.
     published: Sequence[float] = ()
     here: Sequence[float] = ()
-
-    @property
-    def pays(self) -> bool:
-        """Whether anything is faster than the published file with the usual settings."""
-        return self.here != self.published
 
     @property
     def encoding(self) -> str:
@@ -330,7 +326,7 @@ def tune(
             f"expected {memory[0] / MB:.0f} MB of memory beside the reserve, got {room / MB:.0f} MB"
         )
     with alone_in(settings.state_dir) as folder:
-        check_disk(folder, 3 * published.stat().st_size // 2)  # of a tuned file
+        check_disk(folder, 3 * file_size(published) // 2)  # of a tuned file
         source = Source(published)
         types = source.changes(faster_types(time_types(settings, folder, report)))
         changed = [tensor for tensor in source.tensors if tensor.name in types]
@@ -358,7 +354,7 @@ def tune(
             threads=used.threads,
             flash_attention=used.flash_attention,
             types=dict(by_type),
-            size=file.stat().st_size,
+            size=file_size(file),
             published=times[0],
             here=times[1],
         )

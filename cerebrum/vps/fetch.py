@@ -128,7 +128,7 @@ def download(model: Model, part: Path) -> None:
 
 
 def digest_with_bar(path: Path) -> str:
-    return file_digest(path, Bar(f"checking {path.name}", path.stat().st_size).show)
+    return file_digest(path, Bar(f"checking {path.name}", file_size(path)).show)
 
 
 def fetch_url(source: Source, part: Path, size: int) -> None:

@@ -33,8 +33,9 @@ class Job:
     """A request on its way through a worker.
 
     The worker's thread calls `deliver` with lists of events; the job's last event is a done event
-    or an HttpError. Only other threads set `cancelled`. It is of use once `prepare` has found the
-    prompt, the most tokens to write, and what ends the completion.
+    or an HttpError. Only other threads set `cancelled`. `prepare`, before it is submitted, finds
+    the parts of the prompt, the most tokens to write, and what ends the completion. Each time it
+    gets a slot, the worker chooses the `part` that is read and the `writer`.
     """
 
     def __init__(self, request: GenerationRequest, deliver: Deliver) -> None:
@@ -57,13 +58,13 @@ class Job:
         """
         request = self.request
         vocabulary = model.vocabulary
-        # The whole prompt, then less and less of it.
+        # The whole prompt, then less and less of it; `part` is the one that is read.
         self.parts = [vocabulary.encode(request)]
         if request.prompt_ms and not request.special:
             for fields in nearer(vars(request), vocabulary.layout):
                 self.parts.append(vocabulary.encode(replace(request, **fields)))
-        self.read(0)
-        count = len(self.prompt)
+        self.part = self.parts[0]
+        count = len(self.part.tokens)
         n_ctx = model.n_ctx
         if not 0 < count < n_ctx:
             raise HttpError(
@@ -78,12 +79,6 @@ class Job:
         where = request.mode, request.language, begun, request.suffix, request.stop_at
         min_confidence = None if request.messages else request.min_confidence
         self.ending = Ending(*where, request.indent, request.stop, min_confidence)
-
-    def read(self, part: int) -> None:
-        """Choose the part of the prompt to read: its tokens, the completion's first bytes, which
-        the client already has, and the number of tokens up to the cursor.
-        """
-        self.prompt, self.heal, self.before = self.parts[part]
 
     @property
     def only_reads(self) -> bool:
@@ -100,7 +95,8 @@ class Run:
     worker's thread uses it.
 
     It reads its prompt while nothing is `pending`, and then writes. If the cells of its text are
-    lost, the text is read again as a part of the prompt.
+    lost, the text is read again as a part of the prompt. A run that gives up its slot has written
+    nothing, so the job's `ending` is as new for the next one.
     """
 
     def __init__(self, job: Job, slot: Slot, guide: list[int]) -> None:
@@ -108,12 +104,11 @@ class Run:
         self.slot = slot
         self.low = job.low
         self.guide = guide  # an earlier sequence with the same beginning, for drafts
-        self.prompt = job.prompt  # and the generated tokens, if their cells were lost
-        self.heal = job.heal
+        self.prompt = job.part.tokens  # and the generated tokens, if their cells were lost
+        self.heal = job.part.heal  # the first bytes to write, which the client already has
         # Lengths of the prompt at which a recurrent state is worth keeping.
         self.checkpoints = list[int]()
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self.ending = job.ending
         self.sampler = Sampler(job.request)
         self.written = list[Written]()
         self.sent = ""
@@ -157,12 +152,14 @@ class Run:
         is_doubt = request.temperature <= DOUBT_TEMPERATURE or request.min_confidence
         # Where the client has the text already, the model had no choice.
         probability = self.probability if is_doubt and piece else 1.0
-        text, reason = self.ending.feed(written, probability)
+        text, reason = self.job.ending.feed(written, probability)
         self.send(text)
         return reason
 
     def is_spent(self) -> bool:
-        """Whether the request's tokens or its time are used up."""
+        """Whether the request's tokens or its time are used up. The time counts only once a line is
+        whole: half of a line is no use to anybody.
+        """
         is_late = 1000 * (self.last_token - self.first_token) > self.job.request.predict_ms > 0
         is_cut = is_late and any("\n" in text for text, _ in self.written)
         return self.generated >= self.job.max_tokens or is_cut
@@ -192,7 +189,7 @@ class Run:
         }
         event |= {
             "finish_reason": reason,
-            "prompt_tokens": len(job.prompt),
+            "prompt_tokens": len(job.part.tokens),
             "cached_tokens": job.cached,
             "load_time": round(job.submitted - job.started, 4),
             "ttft": None,
@@ -201,13 +198,13 @@ class Run:
             "accepted_tokens": self.accepted,
         }
         event["timestamp"] = timestamp()
-        if job.writer or job.prompt != job.parts[0][0]:
+        if job.writer or job.part != job.parts[0]:
             event["prompt_cut"] = True
         if self.first_token:
             event["ttft"] = round(self.first_token - job.submitted, 4)
         if (seconds := self.last_token - self.first_token) > 0:
             event["tokens_per_second"] = round((self.generated - 1) / seconds, 2)
-        return event | confidence_of(self.written, self.ending.start, self.sent)
+        return event | confidence_of(self.written, job.ending.start, self.sent)
 
 
 class Sampler:

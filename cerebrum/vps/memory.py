@@ -231,7 +231,7 @@ def _needed(path: Path, _stamp: str, forms: tuple[Settings, ...]) -> list[Parts]
     model = load_model(path, weights=False)
     try:
         vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-        weights = path.stat().st_size
+        weights = file_size(path)
         with path.open("rb") as file:
             header = file.read(HEADER_BYTES)
         if OUTPUT_NAME not in header:  # llama.cpp may repack a copy of the embedding, as Q8_0

@@ -52,13 +52,8 @@ class Instance:
     last_used: float = field(default_factory=time.monotonic)
 
     @property
-    def leaving(self) -> bool:
-        """Whether its worker stops, or has failed."""
-        return self.worker.stopping
-
-    @property
     def idle(self) -> bool:
-        return not self.users and not self.leaving
+        return not self.users and not self.worker.stopping
 
 
 how_loaded = operator.attrgetter("id", "file", "sha256", "fim", "fim_layout", "early")
@@ -81,13 +76,14 @@ def remove_unlisted(state_dir: Path, models: Collection[Model]) -> None:
 
 
 def removable(instances: Collection[Instance], spared: str = "") -> list[Instance]:
-    """The instances that make room, in this order: those that are leaving, then the idle ones of
-    other models than `spared`, the least recently used first. A model to keep makes no room.
+    """The instances that make room, in this order: those whose worker is stopping, then the idle
+    ones of other models than `spared`, the least recently used first. A model to keep makes no
+    room.
     """
-    leaving = [instance for instance in instances if instance.leaving]
+    stopping = [instance for instance in instances if instance.worker.stopping]
     others = [one for one in instances if one.model.id != spared and not one.model.keep]
     idle = [instance for instance in others if instance.idle]
-    return leaving + sorted(idle, key=operator.attrgetter("last_used"))
+    return stopping + sorted(idle, key=operator.attrgetter("last_used"))
 
 
 def megabytes(instances: Collection[Instance]) -> float:
@@ -157,7 +153,7 @@ class Pool:
         return {
             id: instance
             for id, instance in self.instances.items()
-            if instance.ready.done() and not instance.leaving
+            if instance.ready.done() and not instance.worker.stopping
         }
 
     def listed(self, model_id: str) -> Model:
@@ -202,7 +198,7 @@ class Pool:
         instance.users.add(user)
         reported = -1
         while not instance.ready.done():
-            percent = round(100 * instance.worker.done)
+            percent = round(100 * instance.worker.share_read)
             if percent > reported:
                 reported = percent
                 progress(percent)
@@ -211,13 +207,13 @@ class Pool:
         return instance
 
     async def _instance(self, model_id: str) -> Instance:
-        """The model's instance, as soon as there is one that is not leaving."""
+        """The model's instance, as soon as there is one that is not stopping."""
         while True:
             instance = self.instances.get(model_id)
             if not instance:
                 if error := await asyncio.shield(self._start_load(self.listed(model_id))):
                     raise error
-            elif instance.leaving:
+            elif instance.worker.stopping:
                 await asyncio.wait([instance.freed])
                 self.check(model_id)  # its load may just have failed
             else:
@@ -413,7 +409,7 @@ class Pool:
         if load := self.starting.get(model_id):
             await asyncio.wait([load])
         instance = self.instances.get(model_id)
-        if not instance or instance.leaving:
+        if not instance or instance.worker.stopping:
             return None
         if instance.users:
             raise HttpError("MODEL_BUSY", f"model {model_id} is busy; expected an idle one")

@@ -33,9 +33,9 @@ PREFILL_SECONDS = 4.0
 
 
 class Costs:
-    """Seconds of one `llama_decode` by its number of tokens, from the times of some sizes: straight
-    lines between them, and beyond the largest. On many CPUs the second token of a decode costs far
-    more than the third.
+    """Seconds of one `llama_decode` by its number of tokens: `costs(16)` are those of 16 tokens.
+    Some sizes were measured; straight lines lead from one to the next, and beyond the largest. On
+    many CPUs the second token of a decode costs far more than the third.
 
     `slowdown` is the real time of chunks divided by that. It grows with the length of the contexts,
     and matters where a chunk has a time limit.
@@ -71,6 +71,7 @@ class Costs:
         MAX_CHUNK.
         """
         sizes = range(1, MAX_CHUNK + 1)
+        # The search compares the seconds of the sizes, which `self` gives, not the sizes.
         return max(1, bisect.bisect_right(sizes, seconds / self.slowdown, key=self))
 
 
@@ -127,11 +128,14 @@ def who_answers(large: Sequence[float], small: Sequence[float], limit: float) ->
 
 
 class Baton:
-    """A lock shared by the workers of one process: only its holder computes.
+    """What the workers of one process share:
 
-    llama.cpp's threads spin, so two models that compute at once on two cores would crawl. A worker
-    holds the baton for one decode; the workers that wait get the baton in the order of asking.
-    `active` maps each decoder with runs of normal priority to its seconds per token.
+    - A lock: only its holder computes. llama.cpp's threads spin, so two models that compute at once
+      on two cores would crawl. A worker holds the baton for one decode; the workers that wait get
+      it in the order of asking.
+    - A table of those that work for somebody: `active` maps each decoder with runs of normal
+      priority to its seconds per token. While it is not empty (`busy`), prompts of low priority
+      wait; and no chunk delays the streams of `others` for long.
     """
 
     def __init__(self) -> None:
@@ -164,7 +168,7 @@ class Baton:
                 self.active[decoder] = token_seconds
 
     def others(self, decoder: object) -> list[float]:
-        """Seconds per token of each other decoder, which waits while this one computes."""
+        """Seconds per token of each other active decoder, which waits while this one computes."""
         with self._turn:
             return [pace for other, pace in self.active.items() if other is not decoder]
 

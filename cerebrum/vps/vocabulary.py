@@ -14,7 +14,7 @@ import itertools
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp.llama_cpp as _llama
 
@@ -104,6 +104,14 @@ def metadata(model: Any, key: str) -> str:
     buffer = ctypes.create_string_buffer(256)
     api.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
     return buffer.value.decode()
+
+
+class PromptPart(NamedTuple):
+    """What is read of a request's prompt: all of it, or what is near the cursor."""
+
+    tokens: list[int]
+    cursor: int = 0  # the number of tokens up to the cursor
+    heal: bytes = b""  # the end of its text, which is left out for healing
 
 
 class Vocabulary:
@@ -201,37 +209,34 @@ class Vocabulary:
         tokens = self.tokenize(name.strip(), False, special=True)
         return tokens[0] if len(tokens) == 1 else -1
 
-    def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
-        """A request's prompt as tokens (plain, fill-in-the-middle or chat), the end of its text
-        that is left out for healing, and the number of tokens up to the cursor. Users' input is
-        text, never control tokens, unless the request is `special`. HttpError 400 if a suffix is
-        given and the model has no fill-in-the-middle tokens.
+    def encode(self, request: GenerationRequest) -> PromptPart:
+        """A request's prompt in tokens: plain, fill-in-the-middle or chat. Users' input is text,
+        never control tokens, unless the request is `special`. HttpError 400 if a suffix is given
+        and the model has no fill-in-the-middle tokens.
         """
         with self.in_use():
             if request.messages:
-                return self._encode_chat(request.messages), b"", 0
+                return PromptPart(self._encode_chat(request.messages))
             prompt = request.prompt
             if request.special:
-                return self.tokenize(prompt, True, special=True), b"", 0
+                return PromptPart(self.tokenize(prompt, True, special=True))
             if request.heal and self.kind == api.LLAMA_VOCAB_TYPE_BPE:
                 start = heal_from(prompt)
-                tokens, before = self._encode_text(request, prompt[:start])
-                if tokens:
-                    return tokens, prompt[start:].encode(), before
-            tokens, before = self._encode_text(request, prompt)
-            return tokens, b"", before
+                part = self._encode_text(request, prompt[:start])
+                if part.tokens:
+                    return part._replace(heal=prompt[start:].encode())
+            return self._encode_text(request, prompt)
 
-    def _encode_text(self, request: GenerationRequest, prompt: str) -> tuple[list[int], int]:
-        """(tokens, how many of them precede the cursor)."""
+    def _encode_text(self, request: GenerationRequest, prompt: str) -> PromptPart:
         files = self._encode_files(request)
         if request.suffix is None and not files:
             tokens = self.tokenize(prompt, True)
-            return tokens, len(tokens)
+            return PromptPart(tokens, len(tokens))
         tokens = self.tokenize("", True) + files
         text = self.tokenize_part(prompt)
         if request.suffix is None:
             tokens += text
-            return tokens, len(tokens)
+            return PromptPart(tokens, len(tokens))
         before, after, middle = self.fim
         if min(before, after) < 0:
             raise HttpError(
@@ -245,7 +250,7 @@ class Vocabulary:
             tokens += part
             if part is text:
                 cursor = len(tokens)
-        return tokens, cursor
+        return PromptPart(tokens, cursor)
 
     def _encode_files(self, request: GenerationRequest) -> list[int]:
         """Other files' texts, each after the model's file token and the file's name; then the token

@@ -77,24 +77,25 @@ GIVE_WAY_SECONDS = 0.05
 
 
 class Way(IntEnum):
-    """How readily the decode of a run is aborted. A run of one level is aborted for all that the
-    lower levels name, too.
+    """How readily the decode of a run is aborted, and for whom. Higher levels include the lower
+    ones: a job that needs one level (`way_needed`) aborts a run that offers this or a higher one
+    (`way_offered`).
     """
 
     STAYS = 0  # for nobody
-    FOR_OTHERS = 1  # a job that does not go on with what the run reads
-    FOR_HURRIED = 2  # a job that does, but has little time
-    WITH_SLOT = 3  # any job of normal priority, which gets the run's slot if it needs one
-    AT_ONCE = 4  # without any job, since nobody needs the result
+    FOR_OTHERS = 1  # for a job that does not go on with what the run reads
+    FOR_HURRIED = 2  # also for a job that does, but has little time
+    WITH_SLOT = 3  # for any job of normal priority, which gets the run's slot if it needs one
+    AT_ONCE = 4  # even without a job, since nobody needs the result
 
 
 def way_needed(run: Run, job: Job | None) -> Way:
     """The least that a run must offer for `job` to abort its decode; without a job, for one of
-    another model. For a job that is over, nobody who still waits is disturbed.
+    another model. A job that is over aborts only what nobody waits for.
     """
     if job and job.cancelled:
         return Way.AT_ONCE
-    if not job or common_prefix(run.prompt, job.prompt) < MIN_PREFIX:
+    if not job or common_prefix(run.prompt, job.part.tokens) < MIN_PREFIX:
         return Way.FOR_OTHERS
     return Way.FOR_HURRIED if job.request.prompt_ms else Way.WITH_SLOT
 
@@ -130,8 +131,8 @@ def leaves_more(run: Run, job: Job) -> bool:
     """
     if not run.prefilling or run.low > job.low:
         return False
-    now = common_prefix(run.slot.tokens, job.prompt)
-    return common_prefix(run.prompt, job.prompt) > now + MIN_PREFIX
+    prompt = job.part.tokens
+    return common_prefix(run.prompt, prompt) > common_prefix(run.slot.tokens, prompt) + MIN_PREFIX
 
 
 def slots_for(job: Job, decoder: Decoder) -> list[Slot]:
@@ -142,7 +143,7 @@ def slots_for(job: Job, decoder: Decoder) -> list[Slot]:
     # A recurrent state is not shared.
     if not decoder.model.recurrent and any(leaves_more(run, job) for run in runs):
         return []
-    idle = [slot for slot in decoder.slots if not slot.run]
+    idle = [slot for slot in decoder.answer_slots if not slot.run]
     if idle or job.low:
         return idle
     return [run.slot for run in runs if way_offered(run) == Way.WITH_SLOT][:1]
@@ -190,10 +191,13 @@ def load(plan: LoadPlan, beat: Callable[..., bool], abort_flag: Any = None) -> L
 class Worker(threading.Thread):
     """Owns one model's llama context, from load to unload.
 
-    It loads until `ready` is set (an HttpError if that failed), serves until `stop` is called or it
-    fails (`stopping`), closes, and is over when `ended` is set, with everything freed. Every
-    submitted job gets a last event, unless it was cancelled. The Pool starts and stops it; an
-    Engine submits and cancels jobs from the event loop, and prepares them in further threads.
+    1. It loads until `ready` is set, to an HttpError if that failed.
+    2. It serves until `stop` is called or it fails: then it is `stopping`.
+    3. It closes: every submitted job has a last event then, unless it was cancelled.
+    4. It is over when `ended` is set, with everything freed.
+
+    The Pool starts and stops it; an Engine submits and cancels jobs from the event loop, and
+    prepares them in further threads.
     """
 
     def __init__(self, plan: LoadPlan, baton: Baton, tally: ModelTally) -> None:
@@ -204,10 +208,10 @@ class Worker(threading.Thread):
         self.ready = Future[None]()
         self.ended = Future[None]()
         self.stopping = False  # or it has failed
-        self.done = 0.0  # the share of the model that has been read
+        self.share_read = 0.0  # of the file that is loaded, from 0 to 1
         self.loaded: Loaded | None = None  # the model
-        self.draft: Loaded | None = None  # its draft model
-        self.decoder: Decoder | None = None  # once the model is loaded
+        self.draft_loaded: Loaded | None = None  # its draft model
+        self.decoder: Decoder | None = None  # from the end of the load until it closes
         # Other threads append; the thread removes, and appends those that lose their slots.
         self.waiting = list[Job]()
         self.tally = tally
@@ -318,9 +322,9 @@ class Worker(threading.Thread):
         self.due = time.monotonic() + max(HUNG_SECONDS, SLOWEST * seconds)
         return self.stopping
 
-    def _loading(self, done: float = 0.0) -> bool:
-        """Note this share of a model as read. Returns whether to stop."""
-        self.done = done
+    def _loading(self, share: float = 0.0) -> bool:
+        """Note this share of a file as read. Returns whether to stop."""
+        self.share_read = share
         return self._beat()
 
     def run(self) -> None:
@@ -419,7 +423,7 @@ class Worker(threading.Thread):
         if not plan:
             return None
         try:
-            self.draft = loaded = load(plan, self._loading, large.abort_flag)
+            self.draft_loaded = loaded = load(plan, self._loading, large.abort_flag)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
@@ -430,8 +434,9 @@ class Worker(threading.Thread):
         costs = measure_costs(model, self.baton, self._beat)
         answers = settings.early * model.unified
         sequences = Sequences(model, settings.sequences + answers, 0)
-        slots = sequences.slots[settings.sequences :]  # those before follow the large model's
-        parts = model, sequences, slots, costs, compute, self.tally, self.waiting
+        # Those before follow the large model's.
+        answer_slots = sequences.slots[settings.sequences :]
+        parts = model, sequences, answer_slots, costs, compute, self.tally, self.waiting
         return DraftModel(*parts, writer=plan.model_id)
 
     def _close(self) -> None:
@@ -458,7 +463,7 @@ class Worker(threading.Thread):
                 entries = sequences.store.entries
                 save_parked(self.plan.kv_dir, self.loaded.key, entries, self._beat)
         self.decoder = None
-        for loaded in (self.draft, self.loaded):
+        for loaded in (self.draft_loaded, self.loaded):
             if loaded:
                 with self._logged("freeing it"):
                     loaded.model.close()
@@ -502,13 +507,13 @@ class Worker(threading.Thread):
         stored only after STORE_SECONDS of quiet, because storing 3,500 tokens takes a fifth of a
         second and no request should wait for the storing.
         """
-        while decoder.draft_model and decoder.draft_model.read_idle(decoder.slots):
+        while decoder.draft_model and decoder.draft_model.read_idle(decoder.answer_slots):
             self._beat()
             if self._alarm.wait(GIVE_WAY_SECONDS if self.baton.busy else 0):
                 return
         if self._alarm.wait(STORE_SECONDS):
             return
-        for slot in decoder.slots:
+        for slot in decoder.answer_slots:
             if not slot.run and not self._alarm.is_set():
                 decoder.sequences.back_up(slot)
         self.due = math.inf

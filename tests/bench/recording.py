@@ -64,7 +64,7 @@ def begin(model: Llama, case: Case) -> Reading:
     fields = {name: case[name] for name in names if name in case}
     mode = case.get("mode", "infill")
     request = GenerationRequest(**fields, mode=mode, heal=True)
-    tokens, heal, _ = model.vocabulary.encode(request)
+    tokens, _, heal = model.vocabulary.encode(request)
     stop_at = case.get("stop_at", "auto")
     ending = Ending(mode, case["language"], case["prompt"], case["suffix"], stop_at)
     return Reading(case, tokens, heal, ending)

@@ -113,7 +113,7 @@ BAD_TABLES = json.loads(r"""[
     [[{"id": "a", "url": "http://b", "api": "vllm"}],
         "backend 1: api: expected one of cerebrum, llama.cpp, openai, got the string"],
     [[{"id": "a", "url": "http://b", "n_ctx": true}],
-        "backend 1: n_ctx: expected an integer from 0 to 1e+07, got the boolean true"],
+        "backend 1: n_ctx: expected an integer from 0 to 10000000, got the boolean true"],
     [[{"id": "a", "url": "http://b", "max_concurent": 2}],
         "backend 1: expected one of id, url, api, key_env, ca_file, infill, "],
     [[{"id": "a", "url": "http://b", "ca_file": "/a.pem"}],

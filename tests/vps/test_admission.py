@@ -33,7 +33,7 @@ prompt         | ""          | a non-empty string
 max_tokens     | -1          | an integer from 0 to 2048
 temperature    | 1.1         | a number from 0 to 1
 top_p          | 0           | a number above 0 to 1
-seed           | 4294967295  | an integer from 0 to 4.29497e+09
+seed           | 4294967295  | an integer from 0 to 4294967294
 stop           | [""]        | a string, or an array of 0 to 16 non-empty strings
 suffix         | 1           | a string
 filename       | "{1001 * "x"}" | a string from 0 to 1000 characters
@@ -156,8 +156,8 @@ DRAFT           | 2     | expected a number from 0 to 1, got '2'
 DRAFT           | 0.5   | expected an integer, got 0.5
 MAX_CONCURRENT  | 0     | expected a number from 1 to 16, got '0'
 MAX_CPU_PERCENT | 101   | expected a number from 1 to 100, got '101'
-MIN_FREE_MB     | 1e3   | expected a number from 0 to 1.04858e+06, got '1e3'
-IDLE_MINUTES    | -1    | expected a number from 0 to 1.04858e+06, got '-1'
+MIN_FREE_MB     | 1e3   | expected a number from 0 to 1048576, got '1e3'
+IDLE_MINUTES    | -1    | expected a number from 0 to 1048576, got '-1'
 MODELS_FILE     | /no   | /no: [Errno 2] No such file or directory: '/no'
 """
 

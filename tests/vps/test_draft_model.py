@@ -243,7 +243,7 @@ def test_a_draft_model_that_cannot_be_loaded_is_left_out_with_a_line_in_the_log(
 ):
     loader = pair_of(models, "dense", "damaged", replace(EXACT, state_dir=tmp_path))
     with running(worker_of(loader)) as worker:
-        assert (worker.draft, worker.decoder.draft_model) == (None, None)
+        assert (worker.draft_loaded, worker.decoder.draft_model) == (None, None)
         assert ask(worker, "def f", max_tokens=3).outcome()[1]["done"]
     assert warnings_in(caplog) == [f"model tiny: damaged writes no drafts: {DAMAGED}"]
 

@@ -272,7 +272,7 @@ def test_a_key_aborts_only_a_long_piece(seconds, is_kept, pair: Worker, clock: C
         key = hint(pair)
         pair.give_way(key.job)
     assert told(key)[:2] == EARLY
-    (read,) = [len(slot.tokens) for slot in pair.decoder.slots if slot.tokens]
+    (read,) = [len(slot.tokens) for slot in pair.decoder.answer_slots if slot.tokens]
     assert read == (clock.sizes("target")[0] if is_kept else 20)  # as scripted
 
 

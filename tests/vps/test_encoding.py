@@ -171,7 +171,8 @@ def test_what_is_chosen_is_found(lab, costs, whole, chosen, flash):
     assert find_tuned(lab.published, lab.settings, "abc") == (used, "")
     assert lab.left() == [*(["m.gguf"] if is_tuned else []), "m.gguf.json"]
     nothing = "nothing is 3% faster here than the published file, which is used as it is"
-    assert passport.pays == (nothing not in printed.getvalue()) == (is_tuned or not flash)
+    pays = passport.here != passport.published
+    assert pays == (nothing not in printed.getvalue()) == (is_tuned or not flash)
     other = None, "it was tuned for source abc, here it is def"
     assert find_tuned(lab.published, lab.settings, "def") == other
     assert encoding.remove_tuned(lab.published, lab.settings) == is_tuned

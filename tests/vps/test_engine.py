@@ -53,7 +53,7 @@ from cerebrum.vps.prefixes import (
     save_parked,
 )
 from cerebrum.vps.schedule import Baton, Costs, chunk_size, longest_delay
-from cerebrum.vps.vocabulary import heal_from
+from cerebrum.vps.vocabulary import PromptPart, heal_from
 from cerebrum.vps.worker import Worker
 from cerebrum_common import HttpError
 
@@ -450,7 +450,7 @@ def test_characters_and_stop_strings_over_every_split_of_their_bytes() -> None:
         for pieces in splits(written):
             run = started(GenerationRequest("x", stop_at="none", stop=["→€"]))
             got, ended = fed(run, pieces)
-            assert (got + ("" if ended else run.ending.flush()), ended) == (text, reason)
+            assert (got + ("" if ended else run.job.ending.flush()), ended) == (text, reason)
 
 
 # What is behind the bar is left to healing.
@@ -612,8 +612,8 @@ class ScriptedLlama:
         if self.fails == place:
             raise MemoryError(f"no memory for {place}")
 
-    def encode(self, request: GenerationRequest) -> tuple[list[int], bytes, int]:
-        return [ord(char) for char in request.prompt or ""], b"", 0
+    def encode(self, request: GenerationRequest) -> PromptPart:
+        return PromptPart([ord(char) for char in request.prompt or ""])
 
     cut = llama.Llama.cut
 
@@ -842,7 +842,7 @@ def test_a_fault_while_a_request_is_set_up_ends_it_alone(worker: Worker, patch):
     assert ask(worker, "x").error() == "INTERNAL_ERROR"
     model.fails = ""
     assert ask(worker, "x", max_tokens=2).outcome()[0] == "yz"
-    assert [slot.run for slot in worker.decoder.slots] == [None, None]
+    assert [slot.run for slot in worker.decoder.answer_slots] == [None, None]
 
 
 def test_a_worker_is_due_only_while_it_works_and_saves_when_it_rests(worker: Worker, patch):
@@ -876,12 +876,12 @@ def test_a_prompt_of_low_priority_that_goes_on_with_another_leaves_it_in_memory(
 ):
     decoder: Any = worker.decoder
     ask(worker, "abc" * 20, max_tokens=0).outcome()
-    (other,) = [slot.tokens[:] for slot in worker.decoder.slots if slot.tokens]
+    (other,) = [slot.tokens[:] for slot in worker.decoder.answer_slots if slot.tokens]
     ask(worker, "abc" * 15 + "x", max_tokens=0, priority="low").outcome()
     assert kept(decoder.sequences.store) == [other]
-    assert [slot.low for slot in worker.decoder.slots if len(slot.tokens) == 46] == [True]
+    assert [slot.low for slot in worker.decoder.answer_slots if len(slot.tokens) == 46] == [True]
     ask(worker, "abc" * 15 + "xyz", max_tokens=0).outcome()
-    assert [slot.low for slot in worker.decoder.slots if len(slot.tokens) == 48] == [False]
+    assert [slot.low for slot in worker.decoder.answer_slots if len(slot.tokens) == 48] == [False]
 
 
 def test_saved_prompts_are_dropped_on_request(worker: Worker):
@@ -927,7 +927,7 @@ def test_a_chunk_is_short_and_low_priority_waits_while_another_model_is_generati
     worker: Worker,
 ):
     decoder: Any = worker.decoder
-    other, slot = object(), worker.decoder.slots[0]
+    other, slot = object(), worker.decoder.answer_slots[0]
     normal, low = (Ask("x" * 4000, priority=priority).job for priority in ("normal", "low"))
     for job in (normal, low):
         worker.prepare(job)
@@ -994,7 +994,7 @@ def test_a_long_chunk_gives_way_to_another_request_once(worker: Worker, own):
     assert [short.outcome()[0], long.outcome()[0]] == ["y", "m"]
     assert log[:2] == ["l256", "l2 x1"]
     assert max(int(chunk[1:]) for chunk in log[2:]) < 256
-    assert long.job.prompt == [ord("l")] * 1000
+    assert long.job.part.tokens == [ord("l")] * 1000
     assert decoder.tally.prompt_tokens == 1001
 
 

@@ -112,7 +112,7 @@ def check_against_a_greedy_loop(loader: LoadPlan, rounds: int, draw: random.Rand
                 worker.cancel(job)
                 continue
             got = request.outcome()[0]
-            pieces, gaps = reference.greedy(job.prompt, job.max_tokens)
+            pieces, gaps = reference.greedy(job.part.tokens, job.max_tokens)
             is_sure = min(gaps) > TIE
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
             assert not is_sure or got == decoder.decode(b"".join(pieces))
@@ -198,11 +198,11 @@ GAP = GenerationRequest(ABOVE, suffix=BELOW)
 def test_a_gap_by_family(models: Path):
     for family, fim, layout, text in GAPS:
         with opened(models / f"{family}.gguf", fim=fim, layout=layout) as model:
-            tokens, heal, before = model.vocabulary.encode(GAP)
+            tokens, cursor, heal = model.vocabulary.encode(GAP)
             got = named(model, tokens, families.MARKED["codellama"].plain)
             assert got == text.replace("ABOVE", ABOVE).replace("BELOW", BELOW)
             assert heal == b""
-            assert named(model, tokens[:before]).endswith(ABOVE)
+            assert named(model, tokens[:cursor]).endswith(ABOVE)
 
 
 def test_sequences_are_apart_where_their_sum_would_change_the_rope_factors(models: Path):

@@ -48,14 +48,14 @@ class ScriptedWorker:
     made: list[ScriptedWorker]
     due = float("inf")
     stopping = False
-    done = 0.0
+    share_read = 0.0
     stored_bytes = memory_bytes = 0
     prepare_fault: Exception | None = None
 
     def __init__(self, plan: LoadPlan, _baton, tally) -> None:
         self.plan, self.tally = plan, tally
         self.model_id, self.tuned = plan.model_id, plan.tuned
-        self.draft = plan.draft  # what it could use of it
+        self.draft_loaded = plan.draft  # what it could use of it
         self.ready, self.ended = Future[None](), Future[None]()
         model = SimpleNamespace(n_ctx=4096)
         self.loaded = SimpleNamespace(model=model, path=plan.path, encoding="published")
@@ -255,7 +255,7 @@ async def test_a_draft_model_is_loaded_with_its_model_and_listed_unless_it_could
     assert list(house.pool.ready) == [B]  # it serves nobody itself
     assert house.pool.instances[B].estimate == 2 * MB
     assert (await house.listed(B))["draft"] == A
-    worker.draft = None
+    worker.draft_loaded = None
     assert (await house.listed(B))["draft"] is None
 
 
@@ -484,7 +484,7 @@ HELD += [held("d", 9, "READY", 1, "a user")]
 def test_room_for_a_model():
     parts = {"weights": 600 * MB, "kv": 400 * MB}
     assert pool.room_for("x", parts, 1000, 50, HELD) is None  # it fits
-    for free in (999, 100):  # all that are idle would make enough room; first one that is leaving
+    for free in (999, 100):  # all that are idle would make enough room; first one that is stopping
         assert pool.room_for("x", parts, free, 50, HELD).model.id == "c"
     need = "model x needs 1000 MB (weights 600 MB, kv 400 MB)"
     message = f"{need}; 999 MB are free beside the reserve of 50 MB"
