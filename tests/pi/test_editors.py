@@ -290,6 +290,7 @@ async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypa
 
 async def test_a_stream_that_waits_is_told_its_place(monkeypatch):
     monkeypatch.setattr(broadcast, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)  # the place that is left does it
     go = asyncio.Event()
     async with pi_with(gated(go), GOOD, max_concurrent=1) as (pi, backend):
         running = start(pi, CHATS, CHAT)
