@@ -190,7 +190,8 @@ class Counting:
         attempt = completion.attempt
         tally = self.tallies.setdefault(attempt.model if attempt else "none", Tally())
         match attempt and attempt.outcome:
-            case Answered(ended) | Evicted(ended):
+            # After an eviction, the completion may still have failed, such as by a 429 in the line.
+            case Answered(ended) | Evicted(ended) if reason == CANCELLED:
                 reason = ended
         tally.ended[reason] += 1
         if attempt and attempt.first:
