@@ -54,9 +54,9 @@ class Kind(ABC):
     """One backend of some kind, asked in its own language."""
 
     # What backends of a kind can do; a kind overrides what differs.
-    takes_our_ids = False  # it knows our ids of models, and says how to get a missing model
-    answers_aside = False  # it answers other requests while it generates, without disturbing it
-    counts_exactly = False  # it reports the tokens that it reads, and cuts no answer
+    # Whether it is vpsd: that knows our ids of models, and says how to get a missing model; other
+    # requests do not disturb it while it generates; it counts prompts exactly, and cuts no answer.
+    is_ours = False
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others
     key_line: str  # the beginning of the header that carries our key
