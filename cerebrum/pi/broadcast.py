@@ -406,8 +406,10 @@ class Broadcasts:
 
     def _without_text(self, request: CompletionRequest, reason: str) -> list[Pair]:
         """An answer for which no backend is asked."""
-        beginning = self.runner.beginning(Completion(request))
-        return [("started", beginning), ("done", {"finish_reason": reason})]
+        return [
+            ("started", self.runner.beginning(Completion(request))),
+            ("done", {"finish_reason": reason}),
+        ]
 
     def forget(self) -> None:
         """Forget the finished texts."""
@@ -423,12 +425,12 @@ class Broadcasts:
         request = subscriber.request
         may_type = may_type_through(request)
         fields = request.fields
-        # A long text's digest takes milliseconds.
-        exact = digest_of(fields, vars(fields)) if got else b""
-        for old in got if may_type else ():
-            typed = old.typed_in(fields.prompt, exact)
-            if typed is not None:
-                return old, typed
+        if got and may_type:
+            exact = digest_of(fields, vars(fields))  # of a long text, this takes milliseconds
+            for old in got:
+                typed = old.typed_in(fields.prompt, exact)
+                if typed is not None:
+                    return old, typed
         for other in self.subscribers:
             running = other.broadcast
             if running and not running.failure:
@@ -481,16 +483,12 @@ class Broadcasts:
             kinds = {other.request.kind, subscriber.request.kind}
             if other is not subscriber and kinds == {"infill"} and gives_way(other, subscriber):
                 self.replaced += subscriber.waits
-                self._replace(other)
-
-    def _replace(self, subscriber: Subscriber) -> None:
-        """End a request. Its completion ends at once if nobody else reads it: a client may be
-        slow.
-        """
-        subscriber.replaced = True
-        self.leave(subscriber)
-        if subscriber.broadcast:
-            subscriber.broadcast.wake()
+                other.replaced = True
+                # Its client may be slow to take the end: if nobody else reads the completion, that
+                # must not hold its place meanwhile.
+                self.leave(other)
+                if other.broadcast:
+                    other.broadcast.wake()
 
     def leave(self, subscriber: Subscriber) -> None:
         """Remove a subscriber that has ended or whose client has left. The last one to leave ends
