@@ -14,11 +14,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 
 from cerebrum.fields import JsonObject
 from cerebrum.pi.completion import (
+    CURSOR_CHARS,
     CUT,
+    MAX_TYPED_CHARS,
     NEVER,
     SAMPLED_BY,
     SUPERSEDED,
@@ -29,7 +30,6 @@ from cerebrum.pi.completion import (
     Pairs,
     digest_of,
     read_text,
-    set_newest,
     text_event,
 )
 from cerebrum.pi.counting import Usage
@@ -39,10 +39,7 @@ from cerebrum_common import HttpError, internal_error
 
 # ---------------------------------------------------------------------------------- policy: editors
 
-MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
 MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
-# Of the text before a cursor. Two cursors with an equal end of this length are the same one.
-CURSOR_CHARS = 1024
 MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
 MAX_FINISHED_CHARS = 2048
 FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
@@ -111,25 +108,6 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     start = max(0, len(before) + 1 - CURSOR_CHARS)
     found = (before + text).find(tail, start)
     return found + CURSOR_CHARS - len(before) if found >= 0 else 0
-
-
-# ------------------------------------------------------------------------ policy: what a user keeps
-
-HINT_SECONDS = 60  # from the request for a hint to the next one
-MAX_HINTS = 256  # remembered
-
-
-def characters_kept(above: str, hint: str, prompt: str) -> int:
-    """How many characters of a hint stand behind its place in a newer prompt; 0 if this is not near
-    the prompt's end. `above`: the end of the text before the hint, at most CURSOR_CHARS. Both
-    texts begin with "\\0" where the editor's window begins, which moves in a longer file.
-
-    >>> characters_kept("\\0x = ", "foo(a)", "\\0x = foo(b")
-    4
-    """
-    nearby = prompt[-CURSOR_CHARS - len(hint) - MAX_TYPED_CHARS :]
-    behind = nearby.partition(above)[2]
-    return len(commonprefix([hint, behind]))  # noqa: RUF071, characters are meant
 
 
 # --------------------------------------------------------------------------- policy: who reads what
@@ -338,7 +316,8 @@ class Subscriber:
                 value = value | {"type_through": True}
             self.broadcasts.remember(self)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
-                self.broadcasts.count_hint(self.request, self.started, text_in(pairs)[self.typed :])
+                counting = self.broadcasts.runner.counting
+                counting.count_hint(self.request, self.started, text_in(pairs)[self.typed :])
         return event, value
 
 
@@ -369,8 +348,6 @@ class Broadcasts:
     subscribers: list[Subscriber] = field(default_factory=list)
     # The newest last.
     memory: deque[Remembered] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
-    # The last hint in each file: what precedes it, its text, and when it was asked for.
-    hints: dict[str, tuple[str, str, float]] = field(default_factory=dict)
 
     def join(self, subscriber: Subscriber) -> Sequence[Pair]:
         """The pairs that the subscriber reads: those of a text that is there, of a broadcast that
@@ -508,19 +485,6 @@ class Broadcasts:
             self.runner.dispatcher.changed()
         elif not others or not (completion.request.speculative or broadcast.task.done()):
             broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
-
-    def count_hint(self, request: CompletionRequest, now: float, text: str) -> None:
-        """Count what an infill's prompt has of the last hint in its file; then the text, which its
-        client is shown, unless it is the rest of this hint. `now`: when the client asked.
-        """
-        # A model may write either form of line ends, and an editor inserts its own.
-        text = text.replace("\r\n", "\n")
-        prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")
-        above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
-        kept = characters_kept(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
-        shown = 0 if (prompt + text).endswith(above + hint) else len(text)
-        self.runner.counting.people.add(request.client, Usage(shown=shown, kept=kept))
-        set_newest(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
 
     def remember(self, subscriber: Subscriber) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""

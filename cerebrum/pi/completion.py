@@ -29,6 +29,9 @@ RETRIED = (404, 429, 500, 503)
 FINISHED = ("stop", "length", "block", "repeat", "unsure")
 # How sure the model is of the text, in a result.
 SURENESS = ("confidence", "text_confidence", "chance")
+# Of the text before a cursor. Two cursors with an equal end of this length are the same one.
+CURSOR_CHARS = 1024
+MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
 MAX_OPENING = 200  # characters of a chat that tell it from others
 NEVER = 1.0  # a `min_confidence` with which an editor is shown nothing, and no model is asked
 SUPERSEDED = "SUPERSEDED"
