@@ -152,7 +152,7 @@ def read_days(path: Path) -> dict[str, Usage]:
         return {}
 
 
-# ------------------------------------------------------------------------------- what a user keeps
+# -------------------------------------------------------------------------------- what a user keeps
 
 HINT_SECONDS = 60  # from the request for a hint to the next one
 MAX_HINTS = 256  # remembered
@@ -171,7 +171,7 @@ def characters_kept(above: str, hint: str, prompt: str) -> int:
     return len(commonprefix([hint, behind]))  # noqa: RUF071, characters are meant
 
 
-# -------------------------------------------------------------------------------------- the totals
+# --------------------------------------------------------------------------------------- the totals
 
 
 class Counting:
@@ -255,9 +255,8 @@ class Counting:
         tokens = sum(attempt.tokens for attempt in completion.attempts)
         seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
         among = len(completion.clients)
-        for number, client in enumerate(completion.clients, 1):
-            # Whole tokens, with the right sum.
-            part = tokens * number // among - tokens * (number - 1) // among
+        for number, client in enumerate(completion.clients):
+            part = (tokens + number) // among  # whole tokens, with the right sum
             self.people.add(client, Usage(1, part, round(seconds / among, 3)))
 
     def work(self, model: str, result: Members) -> None:
