@@ -279,9 +279,16 @@ class Translator:
         stops = [stop for stop in fields["stop"] if len(stop) <= MAX_STOP_CHARS]
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")
-        near = (end_of(prompt, language), suffix[:NEAR_CHARS])
-        limits = (fields["stop_at"], fields["indent"])
-        self.ending = Ending(fields["mode"], language, *near, *limits, stops, least)
+        self.ending = Ending(
+            fields["mode"],
+            language,
+            end_of(prompt, language),
+            suffix[:NEAR_CHARS],
+            fields["stop_at"],
+            fields["indent"],
+            stops,
+            least,
+        )
         self.written = list[Written]()
         self.is_told = True  # the probability of all text
         self.sent = list[str]()
