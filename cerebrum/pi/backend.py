@@ -342,8 +342,8 @@ class Backend:
         """
         now = time.monotonic()
         if not attempt.tokens and tokens:
-            attempt.first = now
-        attempt.last = now
+            attempt.first_heard = now
+        attempt.last_heard = now
         attempt.tokens += tokens
         self.tokens += tokens
         attempt.admission.succeeded(now)

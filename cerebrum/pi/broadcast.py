@@ -127,7 +127,7 @@ class Remembered:
     exact: bytes = b""
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
-    def typed_in(self, prompt: str, exact: bytes) -> int | None:
+    def typed_so_far(self, prompt: str, exact: bytes) -> int | None:
         """How many characters of the text precede a request's cursor, 0 if it answers an equal
         request, by the digest of all its fields; None if it is no answer, as for another gap.
         """
@@ -151,7 +151,7 @@ class Broadcast:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # its readers wait for it
     remembered: Remembered | None = None  # once a client has the whole text
 
-    def typed_in(self, request: CompletionRequest, may_type: bool) -> int | None:
+    def typed_so_far(self, request: CompletionRequest, may_type: bool) -> int | None:
         """How many characters of the text so far precede a request's cursor, 0 if the requests are
         equal; None if it is no answer, as for another gap. `may_type`: its editor may have typed
         what it reads here.
@@ -405,14 +405,14 @@ class Broadcasts:
         if got and may_type:
             exact = digest_of(fields, vars(fields))  # of a long text, this takes milliseconds
             for old in got:
-                typed = old.typed_in(fields.prompt, exact)
+                typed = old.typed_so_far(fields.prompt, exact)
                 if typed is not None:
                     return old, typed
         for other in self.subscribers:
             running = other.broadcast
             if running and not running.failure:
-                is_alike = may_type and running.digest == digest
-                typed = running.typed_in(request, is_alike and other.editor == subscriber.editor)
+                is_alike = running.digest == digest and other.editor == subscriber.editor
+                typed = running.typed_so_far(request, may_type and is_alike)
                 if typed is not None:
                     return running, typed
         return None

@@ -178,14 +178,14 @@ class Attempt:
     sent: Fitted = NOTHING_SENT
     tokens: int = 0
     size: int = 0  # bytes of the events with text
-    first: float = 0.0  # when the first token came
-    last: float = 0.0  # when the last token came, or the end of a whole answer
+    first_heard: float = 0.0  # when the first token came
+    last_heard: float = 0.0  # when the last token came, or the end of a whole answer
     prompt_cut: bool = False  # the model that was asked for has not read all of the prompt
     # What became of it, see `settle`. HttpError: it failed; None: it is on its way, or its client
     # has left.
     outcome: Answered | Evicted | HttpError | None = None
-    begun: float = field(default_factory=time.monotonic)
-    left: float = 0.0  # when it gave its place back
+    begun: float = field(default_factory=time.monotonic)  # when it got its place
+    released: float = 0.0  # when it gave its place back
     ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
     # Closes its connection to the backend, once there is one.
     cut: Callable[[], object] = lambda: None
@@ -274,6 +274,6 @@ class Completion:
         if not last:
             return {}
         figures: JsonObject = {"model": last.model}
-        if last.first:
-            figures |= {"tokens": last.tokens, "ttft": f"{last.first - self.started:.2f}s"}
+        if last.first_heard:
+            figures |= {"tokens": last.tokens, "ttft": f"{last.first_heard - self.started:.2f}s"}
         return figures

@@ -243,17 +243,17 @@ class Counting:
             case Answered(ended) | Evicted(ended) if reason == CANCELLED:
                 reason = ended
         tally.ended[reason] += 1
-        if attempt and attempt.first:
+        if attempt and attempt.first_heard:
             tally.tokens += attempt.tokens
             started = completion.started
-            tally.spoke(attempt.first - started, attempt.last - started, attempt.tokens)
+            tally.spoke(attempt.first_heard - started, attempt.last_heard - started, attempt.tokens)
 
     def _charge(self, completion: Completion) -> None:
         """Count what has come of a completion for each client who waits for it; they divide the
         tokens and the seconds evenly.
         """
         tokens = sum(attempt.tokens for attempt in completion.attempts)
-        seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
+        seconds = sum(attempt.released - attempt.begun for attempt in completion.attempts)
         among = len(completion.clients)
         for number, client in enumerate(completion.clients):
             part = (tokens + number) // among  # whole tokens, with the right sum

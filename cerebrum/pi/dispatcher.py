@@ -57,7 +57,7 @@ class State:
     # When each client, but for guests, last asked for an infill.
     editors: dict[str, float] = field(default_factory=dict)
     turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
-    regular: float = -math.inf  # when a client that is no guest last got a place
+    regular_turn: float = -math.inf  # when a client that is no guest last got a place
     # The id of the last backend of each `CompletionRequest.file`.
     served: dict[str, str] = field(default_factory=dict)
 
@@ -295,7 +295,7 @@ def guest_may_start(claim: Claim) -> bool:
     own = [guest for guest in guests if guest.completion.client == claim.completion.client]
     if len(own) >= request.guest:
         return False
-    spared = claim.now - state.regular < EDITOR_SECONDS
+    spared = claim.now - state.regular_turn < EDITOR_SECONDS
     return len(guests) < max(1, limit_of(claim.usable) - spared)
 
 
@@ -443,7 +443,7 @@ class Dispatcher:
         now = time.monotonic()
         set_newest(state.turns, completion.client, now, MAX_SERVED)
         if not completion.request.guest:
-            state.regular = now
+            state.regular_turn = now
 
     def note_editor(self, request: CompletionRequest, now: float) -> None:
         """A client asks for an infill, which perhaps needs no place."""
@@ -472,7 +472,7 @@ class Dispatcher:
         request = attempt.request
         del self.state.places[attempt]
         attempt.admission.left()
-        attempt.left = time.monotonic()
+        attempt.released = time.monotonic()
         attempt.ended.set()
         asked = self.ahead.get(request.client)
         if attempt.prompt_cut and (not asked or asked.started <= attempt.begun):

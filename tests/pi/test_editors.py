@@ -586,7 +586,7 @@ def test_typed_of(name):
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
     fields = asked_for(prompt)[0].request.fields
-    found = kept.typed_in(prompt, broadcast.digest_of(fields, vars(fields)))
+    found = kept.typed_so_far(prompt, broadcast.digest_of(fields, vars(fields)))
     assert found == (0 if prompt == asked else typed or None)
 
 
