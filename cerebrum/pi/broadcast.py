@@ -128,8 +128,9 @@ class Remembered:
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
     def typed_so_far(self, prompt: str, exact: bytes) -> int | None:
-        """How many characters of the text precede a request's cursor, 0 if it answers an equal
-        request, by the digest of all its fields; None if it is no answer, as for another gap.
+        """How many characters of the text precede the cursor of a newer request, because the user
+        has typed them; 0 if the two requests are equal, by the digest `exact` of all their fields;
+        None if the text is no answer to it, as for another gap.
         """
         if self.exact == exact:
             return 0
@@ -152,9 +153,9 @@ class Broadcast:
     remembered: Remembered | None = None  # once a client has the whole text
 
     def typed_so_far(self, request: CompletionRequest, may_type: bool) -> int | None:
-        """How many characters of the text so far precede a request's cursor, 0 if the requests are
-        equal; None if it is no answer, as for another gap. `may_type`: its editor may have typed
-        what it reads here.
+        """How many characters of the text precede the cursor of a newer request, because the user
+        has typed them as they came; 0 if the two requests are equal; None if the text is no answer
+        to it, as for another gap. `may_type`: this is the same editor's request.
         """
         older = self.completion.request
         if may_share(request, older):
@@ -338,7 +339,11 @@ def gives_way(older: Subscriber, newer: Subscriber) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Broadcasts:
-    """Owns all broadcasts, the remembered texts, and their subscribers."""
+    """Owns all broadcasts, the remembered texts, and their subscribers. A subscriber calls it three
+    times: `join` finds or begins the text that it reads, and ends older requests of its editor;
+    `remember` keeps a text that it has read to the end; `leave` ends a completion for which nobody
+    waits any more.
+    """
 
     runner: Runner
     # Requests that ended this way.
@@ -348,6 +353,8 @@ class Broadcasts:
     subscribers: list[Subscriber] = field(default_factory=list)
     # The newest last.
     memory: deque[Remembered] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
+
+    # Who reads which text.
 
     def join(self, subscriber: Subscriber) -> Sequence[Pair]:
         """The pairs that the subscriber reads: those of a text that is there, of a broadcast that
@@ -388,16 +395,12 @@ class Broadcasts:
             ("done", {"finish_reason": reason}),
         ]
 
-    def forget(self) -> None:
-        """Forget the finished texts."""
-        self.memory.clear()
-
     def _find(
         self, subscriber: Subscriber, digest: bytes, got: Sequence[Remembered]
     ) -> tuple[Remembered | Broadcast, int] | None:
-        """A text that answers an equal request, or that the client has begun to type, and how much
-        of it: one of the finished ones that it `got`, else one that is being written for its
-        editor.
+        """A text that answers this request, and how many characters of it precede its cursor. First
+        the finished texts that the client `got`; then those that are being written: for anybody's
+        equal request, or for this editor, whose user may type what it shows already.
         """
         request = subscriber.request
         may_type = may_type_through(request)
@@ -454,6 +457,8 @@ class Broadcasts:
             broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)
         broadcast.wake()
 
+    # Whose request ends.
+
     def _replace_older(self, subscriber: Subscriber) -> None:
         """End the older infills that give way to a new one."""
         for other in [*self.subscribers]:
@@ -468,8 +473,8 @@ class Broadcasts:
                     other.broadcast.wake()
 
     def leave(self, subscriber: Subscriber) -> None:
-        """Remove a subscriber that has ended or whose client has left. The last one to leave ends
-        the completion; until then, its place counts as held by a client who stays.
+        """Remove a subscriber that has ended or is replaced, or whose client has left. While others
+        wait for the completion, its place counts as one of theirs; otherwise it may end.
         """
         if subscriber not in self.subscribers:
             return
@@ -482,9 +487,17 @@ class Broadcasts:
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
             completion.client = waiting[0].request.client
-            self.runner.dispatcher.changed()
-        elif not others or not (completion.request.speculative or broadcast.task.done()):
+            self.runner.dispatcher.changed()  # the client who has left may get another place now
+        # A completion that somebody has waited for holds a place: it does not go on for speculative
+        # readers alone.
+        elif not others or (completion.clients and not broadcast.task.done()):
             broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
+
+    # What is remembered.
+
+    def forget(self) -> None:
+        """Forget the finished texts."""
+        self.memory.clear()
 
     def remember(self, subscriber: Subscriber) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""
