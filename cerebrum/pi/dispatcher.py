@@ -336,7 +336,7 @@ class Dispatcher:
     2. `_advance` asks `decide` about each that waits, in turns. One that gets a place leaves the
        line, and `_assign` begins its attempt, for which older requests may have to end.
     3. It wakes up in `_enter`, and `place` waits until those older ones have left.
-    4. `Runner` makes the attempt. `_leave` gives the place back, and advances those that wait.
+    4. `Runner` makes the attempt. `_leave` gives the place back, and lets those that wait advance.
 
     Spare requests never wait in the line: `_enter` sends a speculative one to an idle backend or
     refuses it, and `_advance` lets backends read ahead when nobody waits.
@@ -391,9 +391,9 @@ class Dispatcher:
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
         called = state.line[completion] = asyncio.Future[Attempt]()
         try:
-            # Its own arrival makes all advance, and so does each time until which it was to wait: a
-            # pause of a backend has ended, or its deadline has come. `_advance` returns no time for
-            # one that it has called.
+            # Each round decides for all that wait, since this one's arrival may matter to others,
+            # and returns until when each is to wait: for the end of a backend's pause, or for its
+            # own deadline. It returns nothing for one that it has called.
             while not called.done() and (until := self._advance().get(completion)):
                 await asyncio.wait([called], timeout=until - time.monotonic())
             return called.result()
@@ -402,7 +402,7 @@ class Dispatcher:
                 self._leave(called.result())
             raise
         finally:
-            state.line.pop(completion, None)
+            state.line.pop(completion, None)  # whoever was called has been taken out already
 
     def changed(self) -> None:
         """A backend, its breaker, the settings or who waits for a completion has changed."""
