@@ -164,10 +164,10 @@ class Backend:
         return not self.breaker.message
 
     def has(self, model: str) -> bool:
-        """Whether the backend may have a model. Without a list only a kind that takes our ids may:
-        others need their own name for it.
+        """Whether the backend may have a model. Without a list only our own kind may: others need
+        their own name for it.
         """
-        return self.kind.takes_our_ids if self.models is None else model in self.models
+        return self.kind.is_ours if self.models is None else model in self.models
 
     def n_ctx(self, model: str) -> int:
         return int(self.about(model).get("n_ctx") or self.config.n_ctx or DEFAULT_N_CTX)
@@ -183,7 +183,7 @@ class Backend:
         """Whether other requests would disturb the backend. llama_cpp.server would abort its
         answer, and cannot respond while it reads a prompt.
         """
-        return bool(self.answering) and not self.kind.answers_aside
+        return bool(self.answering) and not self.kind.is_ours
 
     async def probe(self) -> None:
         """Ask for the backend's health, and for its list of models if that is old or may have
@@ -229,7 +229,7 @@ class Backend:
             is_unusable = isinstance(error, Unusable)
             if is_unknown or is_unusable:
                 self._models_until = 0.0  # a VPS may be checking new files
-            if is_unusable or (is_unknown and not self.kind.takes_our_ids):
+            if is_unusable or (is_unknown and not self.kind.is_ours):
                 raise
             self._warn_anew("%s: no list of models: %s", self.id, error.message)
             return
@@ -305,13 +305,13 @@ class Backend:
                 ratio = REFIT * RATIO
                 most = int(UNCOUNTED * weight / RATIO)
         budget = budget_of(request, n_ctx)
-        if not kind.counts_exactly:
+        if not kind.is_ours:
             budget = min(int(budget / OVERCOUNT), most)
         budget = int(budget * ratio / RATIO)
         layout = kind.layout(model, self.about(model))
         is_limited = fields.prompt_ms > 1  # llama.vim's warm-ups have 1, and are read whole
         # vpsd knows what it has read, and chooses what to read in time.
-        around = WINDOW if kind.counts_exactly or not is_limited else SOON
+        around = WINDOW if kind.is_ours or not is_limited else SOON
         text = prepare(vars(fields), fields.mode, budget, layout, request.kind == "infill", around)
         tokens = text.weight / ratio + TEMPLATE_TOKENS[fields.mode]
         answer_tokens = n_ctx - int(OVERCOUNT * tokens) - MARGIN_TOKENS
@@ -342,8 +342,8 @@ class Backend:
         """
         now = time.monotonic()
         if not attempt.tokens and tokens:
-            attempt.first = now
-        attempt.last = now
+            attempt.first_heard = now
+        attempt.last_heard = now
         attempt.tokens += tokens
         self.tokens += tokens
         attempt.admission.succeeded(now)

@@ -14,11 +14,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
 
 from cerebrum.fields import JsonObject
 from cerebrum.pi.completion import (
+    CURSOR_CHARS,
     CUT,
+    MAX_TYPED_CHARS,
     NEVER,
     SAMPLED_BY,
     SUPERSEDED,
@@ -29,7 +30,6 @@ from cerebrum.pi.completion import (
     Pairs,
     digest_of,
     read_text,
-    set_newest,
     text_event,
 )
 from cerebrum.pi.counting import Usage
@@ -39,10 +39,7 @@ from cerebrum_common import HttpError, internal_error
 
 # ---------------------------------------------------------------------------------- policy: editors
 
-MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
 MAX_RETYPED_CHARS = 8  # of a word that the user corrects meanwhile
-# Of the text before a cursor. Two cursors with an equal end of this length are the same one.
-CURSOR_CHARS = 1024
 MAX_FINISHED = 32  # completions remembered, of at most MAX_FINISHED_CHARS each
 MAX_FINISHED_CHARS = 2048
 FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative ones
@@ -113,25 +110,6 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     return found + CURSOR_CHARS - len(before) if found >= 0 else 0
 
 
-# ------------------------------------------------------------------------ policy: what a user keeps
-
-HINT_SECONDS = 60  # from the request for a hint to the next one
-MAX_HINTS = 256  # remembered
-
-
-def characters_kept(above: str, hint: str, prompt: str) -> int:
-    """How many characters of a hint stand behind its place in a newer prompt; 0 if this is not near
-    the prompt's end. `above`: the end of the text before the hint, at most CURSOR_CHARS. Both
-    texts begin with "\\0" where the editor's window begins, which moves in a longer file.
-
-    >>> characters_kept("\\0x = ", "foo(a)", "\\0x = foo(b")
-    4
-    """
-    nearby = prompt[-CURSOR_CHARS - len(hint) - MAX_TYPED_CHARS :]
-    behind = nearby.partition(above)[2]
-    return len(commonprefix([hint, behind]))  # noqa: RUF071, characters are meant
-
-
 # --------------------------------------------------------------------------- policy: who reads what
 
 
@@ -149,9 +127,10 @@ class Remembered:
     exact: bytes = b""
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
-    def typed_in(self, prompt: str, exact: bytes) -> int | None:
-        """How many characters of the text precede a request's cursor, 0 if it answers an equal
-        request, by the digest of all its fields; None if it is no answer, as for another gap.
+    def typed_so_far(self, prompt: str, exact: bytes) -> int | None:
+        """How many characters of the text precede the cursor of a newer request, because the user
+        has typed them; 0 if the two requests are equal, by the digest `exact` of all their fields;
+        None if the text is no answer to it, as for another gap.
         """
         if self.exact == exact:
             return 0
@@ -173,10 +152,10 @@ class Broadcast:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # its readers wait for it
     remembered: Remembered | None = None  # once a client has the whole text
 
-    def typed_in(self, request: CompletionRequest, may_type: bool) -> int | None:
-        """How many characters of the text so far precede a request's cursor, 0 if the requests are
-        equal; None if it is no answer, as for another gap. `may_type`: its editor may have typed
-        what it reads here.
+    def typed_so_far(self, request: CompletionRequest, may_type: bool) -> int | None:
+        """How many characters of the text precede the cursor of a newer request, because the user
+        has typed them as they came; 0 if the two requests are equal; None if the text is no answer
+        to it, as for another gap. `may_type`: this is the same editor's request.
         """
         older = self.completion.request
         if may_share(request, older):
@@ -338,7 +317,8 @@ class Subscriber:
                 value = value | {"type_through": True}
             self.broadcasts.remember(self)
             if self.request.kind == "infill" and self.waits and self.request.fields.max_tokens:
-                self.broadcasts.count_hint(self.request, self.started, text_in(pairs)[self.typed :])
+                counting = self.broadcasts.runner.counting
+                counting.count_hint(self.request, self.started, text_in(pairs)[self.typed :])
         return event, value
 
 
@@ -359,7 +339,11 @@ def gives_way(older: Subscriber, newer: Subscriber) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Broadcasts:
-    """Owns all broadcasts, the remembered texts, and their subscribers."""
+    """Owns all broadcasts, the remembered texts, and their subscribers. A subscriber calls it three
+    times: `join` finds or begins the text that it reads, and ends older requests of its editor;
+    `remember` keeps a text that it has read to the end; `leave` ends a completion for which nobody
+    waits any more.
+    """
 
     runner: Runner
     # Requests that ended this way.
@@ -369,8 +353,8 @@ class Broadcasts:
     subscribers: list[Subscriber] = field(default_factory=list)
     # The newest last.
     memory: deque[Remembered] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
-    # The last hint in each file: what precedes it, its text, and when it was asked for.
-    hints: dict[str, tuple[str, str, float]] = field(default_factory=dict)
+
+    # Who reads which text.
 
     def join(self, subscriber: Subscriber) -> Sequence[Pair]:
         """The pairs that the subscriber reads: those of a text that is there, of a broadcast that
@@ -406,34 +390,32 @@ class Broadcasts:
 
     def _without_text(self, request: CompletionRequest, reason: str) -> list[Pair]:
         """An answer for which no backend is asked."""
-        beginning = self.runner.beginning(Completion(request))
-        return [("started", beginning), ("done", {"finish_reason": reason})]
-
-    def forget(self) -> None:
-        """Forget the finished texts."""
-        self.memory.clear()
+        return [
+            ("started", self.runner.beginning(Completion(request))),
+            ("done", {"finish_reason": reason}),
+        ]
 
     def _find(
         self, subscriber: Subscriber, digest: bytes, got: Sequence[Remembered]
     ) -> tuple[Remembered | Broadcast, int] | None:
-        """A text that answers an equal request, or that the client has begun to type, and how much
-        of it: one of the finished ones that it `got`, else one that is being written for its
-        editor.
+        """A text that answers this request, and how many characters of it precede its cursor. First
+        the finished texts that the client `got`; then those that are being written: for anybody's
+        equal request, or for this editor, whose user may type what it shows already.
         """
         request = subscriber.request
         may_type = may_type_through(request)
         fields = request.fields
-        # A long text's digest takes milliseconds.
-        exact = digest_of(fields, vars(fields)) if got else b""
-        for old in got if may_type else ():
-            typed = old.typed_in(fields.prompt, exact)
-            if typed is not None:
-                return old, typed
+        if got and may_type:
+            exact = digest_of(fields, vars(fields))  # of a long text, this takes milliseconds
+            for old in got:
+                typed = old.typed_so_far(fields.prompt, exact)
+                if typed is not None:
+                    return old, typed
         for other in self.subscribers:
             running = other.broadcast
             if running and not running.failure:
-                is_alike = may_type and running.digest == digest
-                typed = running.typed_in(request, is_alike and other.editor == subscriber.editor)
+                is_alike = running.digest == digest and other.editor == subscriber.editor
+                typed = running.typed_so_far(request, may_type and is_alike)
                 if typed is not None:
                     return running, typed
         return None
@@ -475,26 +457,24 @@ class Broadcasts:
             broadcast.failure = error if isinstance(error, HttpError) else internal_error(error)
         broadcast.wake()
 
+    # Whose request ends.
+
     def _replace_older(self, subscriber: Subscriber) -> None:
         """End the older infills that give way to a new one."""
         for other in [*self.subscribers]:
             kinds = {other.request.kind, subscriber.request.kind}
             if other is not subscriber and kinds == {"infill"} and gives_way(other, subscriber):
                 self.replaced += subscriber.waits
-                self._replace(other)
-
-    def _replace(self, subscriber: Subscriber) -> None:
-        """End a request. Its completion ends at once if nobody else reads it: a client may be
-        slow.
-        """
-        subscriber.replaced = True
-        self.leave(subscriber)
-        if subscriber.broadcast:
-            subscriber.broadcast.wake()
+                other.replaced = True
+                # Its client may be slow to take the end: if nobody else reads the completion, that
+                # must not hold its place meanwhile.
+                self.leave(other)
+                if other.broadcast:
+                    other.broadcast.wake()
 
     def leave(self, subscriber: Subscriber) -> None:
-        """Remove a subscriber that has ended or whose client has left. The last one to leave ends
-        the completion; until then, its place counts as held by a client who stays.
+        """Remove a subscriber that has ended or is replaced, or whose client has left. While others
+        wait for the completion, its place counts as one of theirs; otherwise it may end.
         """
         if subscriber not in self.subscribers:
             return
@@ -507,22 +487,17 @@ class Broadcasts:
         others = [other for other in self.subscribers if other.broadcast is broadcast]
         if waiting := [other for other in others if other.waits]:
             completion.client = waiting[0].request.client
-            self.runner.dispatcher.changed()
-        elif not others or not (completion.request.speculative or broadcast.task.done()):
+            self.runner.dispatcher.changed()  # the client who has left may get another place now
+        # A completion that somebody has waited for holds a place: it does not go on for speculative
+        # readers alone.
+        elif not others or (completion.clients and not broadcast.task.done()):
             broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
 
-    def count_hint(self, request: CompletionRequest, now: float, text: str) -> None:
-        """Count what an infill's prompt has of the last hint in its file; then the text, which its
-        client is shown, unless it is the rest of this hint. `now`: when the client asked.
-        """
-        # A model may write either form of line ends, and an editor inserts its own.
-        text = text.replace("\r\n", "\n")
-        prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")
-        above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
-        kept = characters_kept(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
-        shown = 0 if (prompt + text).endswith(above + hint) else len(text)
-        self.runner.counting.people.add(request.client, Usage(shown=shown, kept=kept))
-        set_newest(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
+    # What is remembered.
+
+    def forget(self) -> None:
+        """Forget the finished texts."""
+        self.memory.clear()
 
     def remember(self, subscriber: Subscriber) -> None:
         """Remember the text that a client got as a whole, for when the user types it."""

@@ -29,6 +29,9 @@ RETRIED = (404, 429, 500, 503)
 FINISHED = ("stop", "length", "block", "repeat", "unsure")
 # How sure the model is of the text, in a result.
 SURENESS = ("confidence", "text_confidence", "chance")
+# Of the text before a cursor. Two cursors with an equal end of this length are the same one.
+CURSOR_CHARS = 1024
+MAX_TYPED_CHARS = 1024  # typed while a completion is computed, accepted suggestions included
 MAX_OPENING = 200  # characters of a chat that tell it from others
 NEVER = 1.0  # a `min_confidence` with which an editor is shown nothing, and no model is asked
 SUPERSEDED = "SUPERSEDED"
@@ -163,9 +166,9 @@ class Evicted(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at one backend. Its `Backend` writes what was sent, what came, that it was answered
-    and how to `cut` it; `Dispatcher` how its place ended and that it was evicted; `Runner` its
-    failure, after which it drops the prompt that was sent.
+    """One try at one backend, which holds a place there. Its `Backend` writes what was sent, what
+    came, that it was answered, and how to `cut` it; `Dispatcher` that it was evicted, and when it
+    released its place; `Runner` its failure, after which it drops the prompt that was sent.
     """
 
     completion: Completion
@@ -175,15 +178,15 @@ class Attempt:
     sent: Fitted = NOTHING_SENT
     tokens: int = 0
     size: int = 0  # bytes of the events with text
-    first: float = 0.0  # when the first token came
-    last: float = 0.0  # when the last token came, or the end of a whole answer
+    first_heard: float = 0.0  # when the first token came
+    last_heard: float = 0.0  # when the last token came, or the end of a whole answer
     prompt_cut: bool = False  # the model that was asked for has not read all of the prompt
     # What became of it, see `settle`. HttpError: it failed; None: it is on its way, or its client
     # has left.
     outcome: Answered | Evicted | HttpError | None = None
-    begun: float = field(default_factory=time.monotonic)
-    left: float = 0.0  # when it gave its place back
-    ended: asyncio.Event = field(default_factory=asyncio.Event)  # set at that time
+    begun: float = field(default_factory=time.monotonic)  # when it got its place
+    released: float = 0.0  # when it gave its place back
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # set when it is released
     # Closes its connection to the backend, once there is one.
     cut: Callable[[], object] = lambda: None
 
@@ -219,18 +222,24 @@ class Attempt:
 
 @dataclass(eq=False)
 class Completion:
-    """A request on its way. `Dispatcher` and `Broadcasts` write the client, the dispatcher also
-    the attempts, and that somebody waits for a speculative one; `Broadcasts` who waits for it, and
-    since when. Whoever runs it sets how to end it: the handler, its broadcast for all who read it,
-    or the dispatcher that reads ahead. `Counting` adds notes. Times are monotonic seconds.
+    """A request on its way, through one attempt or several. Times are monotonic seconds.
+
+    `Dispatcher` adds the attempts. `Broadcasts` writes which clients share it, and when the last of
+    them asked; `Counting` adds notes.
     """
 
+    # As soon as somebody waits for a speculative one, `Dispatcher.promote` replaces it by the same
+    # request that is not speculative.
     request: CompletionRequest
-    # Ends the client's request with this error, whatever it awaits; a speculative one for all who
-    # read it.
+    # The dispatcher calls it with an error when another request takes its place. Whoever runs the
+    # completion sets what that does:
+    # - our own API: ends the handler, and the client gets the error;
+    # - a dialect (`Broadcast.end`): ends the broadcast, and all who read it get the error;
+    # - what the dispatcher reads ahead: ends the reading, and nobody gets the error.
     end: Callable[[HttpError], object] = lambda _: None
     notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
-    client: str = ""  # whose share of the places it takes: one who still reads it
+    # Whose share of the places it takes: who asked first, or else one who still waits for it.
+    client: str = ""
     # Of all requests that have waited for it; empty while it is speculative.
     clients: list[str] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
@@ -271,6 +280,6 @@ class Completion:
         if not last:
             return {}
         figures: JsonObject = {"model": last.model}
-        if last.first:
-            figures |= {"tokens": last.tokens, "ttft": f"{last.first - self.started:.2f}s"}
+        if last.first_heard:
+            figures |= {"tokens": last.tokens, "ttft": f"{last.first_heard - self.started:.2f}s"}
         return figures

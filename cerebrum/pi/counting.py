@@ -1,5 +1,5 @@
-"""Statistics of completions: totals since the start, one tally per model, and the last half
-hour.
+"""Statistics of completions: totals since the start, one tally per model, what each client has used
+and keeps, and the last half hour.
 """
 
 from __future__ import annotations
@@ -12,12 +12,22 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import date, timedelta
 from itertools import pairwise
 from operator import add
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
 from cerebrum.fields import Field, JsonObject, Members, parse_json
 from cerebrum.metrics import CANCELLED, Tally
-from cerebrum.pi.completion import SUPERSEDED, Answered, Completion, Evicted, set_newest
+from cerebrum.pi.completion import (
+    CURSOR_CHARS,
+    MAX_TYPED_CHARS,
+    SUPERSEDED,
+    Answered,
+    Completion,
+    CompletionRequest,
+    Evicted,
+    set_newest,
+)
 from cerebrum.settings import write_atomically
 from cerebrum_common import HttpError, Model, log
 
@@ -142,8 +152,32 @@ def read_days(path: Path) -> dict[str, Usage]:
         return {}
 
 
+# -------------------------------------------------------------------------------- what a user keeps
+
+HINT_SECONDS = 60  # from the request for a hint to the next one
+MAX_HINTS = 256  # remembered
+
+
+def characters_kept(above: str, hint: str, prompt: str) -> int:
+    """How many characters of a hint stand behind its place in a newer prompt; 0 if this is not near
+    the prompt's end. `above`: the end of the text before the hint, at most CURSOR_CHARS. Both
+    texts begin with "\\0" where the editor's window begins, which moves in a longer file.
+
+    >>> characters_kept("\\0x = ", "foo(a)", "\\0x = foo(b")
+    4
+    """
+    nearby = prompt[-CURSOR_CHARS - len(hint) - MAX_TYPED_CHARS :]
+    behind = nearby.partition(above)[2]
+    return len(commonprefix([hint, behind]))  # noqa: RUF071, characters are meant
+
+
+# --------------------------------------------------------------------------------------- the totals
+
+
 class Counting:
-    """Owns the totals of completions, but for those that `Broadcasts` answers without a backend."""
+    """Owns the totals of completions, but for those that `Broadcasts` answers without a backend;
+    and the last hint in each file, to count how much of it stays.
+    """
 
     def __init__(self, path: Path) -> None:
         self.started = self.failed = 0  # completions that were computed, and those that failed
@@ -152,6 +186,8 @@ class Counting:
         self.tallies = dict[str, Tally]()  # by model
         self.history = History(time.monotonic())
         self.people = People(path)
+        # By file: what precedes the hint, its text, and when it was asked for.
+        self.hints = dict[str, tuple[str, str, float]]()
 
     def configure(self, models: Sequence[Model], names: Collection[str]) -> None:
         """Count for these models too, from now on, and for the clients of these names alone."""
@@ -164,6 +200,19 @@ class Counting:
         self.accepted += 1
         self.accepted_characters += characters
         return {"accepted": self.accepted, "accepted_characters": self.accepted_characters}
+
+    def count_hint(self, request: CompletionRequest, now: float, text: str) -> None:
+        """Count what an infill's prompt has of the last hint in its file; then the text, which its
+        client is shown, unless it is the rest of this hint. `now`: when the client asked.
+        """
+        # A model may write either form of line ends, and an editor inserts its own.
+        text = text.replace("\r\n", "\n")
+        prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")
+        above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
+        kept = characters_kept(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
+        shown = 0 if (prompt + text).endswith(above + hint) else len(text)
+        self.people.add(request.client, Usage(shown=shown, kept=kept))
+        set_newest(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
 
     @contextlib.contextmanager
     def completion(self, completion: Completion) -> Iterator[None]:
@@ -190,24 +239,24 @@ class Counting:
         attempt = completion.attempt
         tally = self.tallies.setdefault(attempt.model if attempt else "none", Tally())
         match attempt and attempt.outcome:
-            case Answered(ended) | Evicted(ended):
+            # After an eviction, the completion may still have failed, such as by a 429 in the line.
+            case Answered(ended) | Evicted(ended) if reason == CANCELLED:
                 reason = ended
         tally.ended[reason] += 1
-        if attempt and attempt.first:
+        if attempt and attempt.first_heard:
             tally.tokens += attempt.tokens
             started = completion.started
-            tally.spoke(attempt.first - started, attempt.last - started, attempt.tokens)
+            tally.spoke(attempt.first_heard - started, attempt.last_heard - started, attempt.tokens)
 
     def _charge(self, completion: Completion) -> None:
         """Count what has come of a completion for each client who waits for it; they divide the
         tokens and the seconds evenly.
         """
         tokens = sum(attempt.tokens for attempt in completion.attempts)
-        seconds = sum(attempt.left - attempt.begun for attempt in completion.attempts)
+        seconds = sum(attempt.released - attempt.begun for attempt in completion.attempts)
         among = len(completion.clients)
-        for number, client in enumerate(completion.clients, 1):
-            # Whole tokens, with the right sum.
-            part = tokens * number // among - tokens * (number - 1) // among
+        for number, client in enumerate(completion.clients):
+            part = (tokens + number) // among  # whole tokens, with the right sum
             self.people.add(client, Usage(1, part, round(seconds / among, 3)))
 
     def work(self, model: str, result: Members) -> None:

@@ -60,7 +60,6 @@ MIN_TOP_P = 0.01  # OpenAI allows 0; either value leaves only the likeliest toke
 SUGGEST = {"always": None, "often": 0.1, "normal": 0.2, "seldom": 0.5, "never": NEVER}
 TEXT = Field(str, default="")
 FLAG = Field(bool, default=False)
-INTEGER = Field(int, -math.inf)
 LIMIT = Field(int, -math.inf, default=0)  # milliseconds
 # Of an answer in tokens. llama.vim sends n_predict to /v1/chat/completions, too.
 LIMITS = ("max_completion_tokens", "max_tokens", "n_predict", "num_predict")
@@ -71,7 +70,7 @@ CHAT_FIELDS = {
     "top_p": Field(float, 0, 1),
     **dict.fromkeys(("seed", "random_seed"), Field(int, -(2**63), 2**64 - 1)),
     "stream": FLAG,
-    **dict.fromkeys(LIMITS, INTEGER),
+    **dict.fromkeys(LIMITS, Field(int, -math.inf)),
 }
 CODE_FIELDS = {
     **CHAT_FIELDS,

@@ -57,7 +57,7 @@ class State:
     # When each client, but for guests, last asked for an infill.
     editors: dict[str, float] = field(default_factory=dict)
     turns: dict[str, float] = field(default_factory=dict)  # when each client last got a place
-    regular: float = -math.inf  # when a client that is no guest last got a place
+    regular_turn: float = -math.inf  # when a client that is no guest last got a place
     # The id of the last backend of each `CompletionRequest.file`.
     served: dict[str, str] = field(default_factory=dict)
 
@@ -295,7 +295,7 @@ def guest_may_start(claim: Claim) -> bool:
     own = [guest for guest in guests if guest.completion.client == claim.completion.client]
     if len(own) >= request.guest:
         return False
-    spared = claim.now - state.regular < EDITOR_SECONDS
+    spared = claim.now - state.regular_turn < EDITOR_SECONDS
     return len(guests) < max(1, limit_of(claim.usable) - spared)
 
 
@@ -330,7 +330,16 @@ MAX_AHEAD = 4  # prompts to be read ahead, one of each client
 
 class Dispatcher:
     """Sole owner of the line, of the places, and of the prompts to be read ahead, whose work it
-    counts.
+    counts. A completion passes in these steps:
+
+    1. `Runner` calls `place` for each attempt; `_enter` puts the completion into the line.
+    2. `_advance` asks `decide` about each that waits, in turns. One that gets a place leaves the
+       line, and `_assign` begins its attempt, for which older requests may have to end.
+    3. It wakes up in `_enter`, and `place` waits until those older ones have left.
+    4. `Runner` makes the attempt. `_leave` gives the place back, and lets those that wait advance.
+
+    Spare requests never wait in the line: `_enter` sends a speculative one to an idle backend or
+    refuses it, and `_advance` lets backends read ahead when nobody waits.
     """
 
     def __init__(self, fleet: Fleet, counting: Counting) -> None:
@@ -344,8 +353,8 @@ class Dispatcher:
         """Completions that hold a place."""
         return len(self.state.answering)
 
-    # Events, each of which lets those that wait advance: a request comes, or its time has passed
-    # (`place`); a place is left (`_leave`); a prompt is to be read ahead (`read_ahead`); something
+    # Whatever may give somebody a place calls `_advance`: a request comes, or its time has passed
+    # (`_enter`); a place is left (`_leave`); a prompt is to be read ahead (`read_ahead`); something
     # else has `changed`.
 
     @contextlib.asynccontextmanager
@@ -382,26 +391,31 @@ class Dispatcher:
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
         called = state.line[completion] = asyncio.Future[Attempt]()
         try:
+            # Each round decides for all that wait, since this one's arrival may matter to others,
+            # and returns until when each is to wait: for the end of a backend's pause, or for its
+            # own deadline. It returns nothing for one that it has called.
             while not called.done() and (until := self._advance().get(completion)):
                 await asyncio.wait([called], timeout=until - time.monotonic())
             return called.result()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the client has left, perhaps just as it got its place
             if called.done() and not called.exception():
                 self._leave(called.result())
             raise
         finally:
-            state.line.pop(completion, None)
+            state.line.pop(completion, None)  # whoever was called has been taken out already
 
     def changed(self) -> None:
         """A backend, its breaker, the settings or who waits for a completion has changed."""
         self._advance()
 
     def _advance(self) -> dict[Completion, float]:
-        """Give free places to those that wait, in turns, and return when to ask again for each of
-        the others. If nobody waits, idle backends read ahead.
+        """Call those that wait, in turns: with a place for each that gets one, with an error if it
+        need not wait longer. Return until when each of the others waits. If there are none, idle
+        backends read ahead.
         """
         state = self.state
         waits = dict[Completion, float]()
+        # A place that is given or taken away changes whose turn it is, so look anew each time.
         while waiting := [other for other in state.in_turn() if other not in waits]:
             completion = waiting[0]
             match decide(state, completion, time.monotonic()):
@@ -443,7 +457,7 @@ class Dispatcher:
         now = time.monotonic()
         set_newest(state.turns, completion.client, now, MAX_SERVED)
         if not completion.request.guest:
-            state.regular = now
+            state.regular_turn = now
 
     def note_editor(self, request: CompletionRequest, now: float) -> None:
         """A client asks for an infill, which perhaps needs no place."""
@@ -451,7 +465,7 @@ class Dispatcher:
             set_newest(self.state.editors, request.client, now, MAX_SERVED)
 
     def promote(self, completion: Completion, client: str) -> None:
-        """This client waits for a speculative completion from now on."""
+        """This client waits for a speculative completion from now on: it takes a place."""
         completion.request = replace(completion.request, speculative=False)
         completion.client = client
         self._note_turn(completion)
@@ -472,7 +486,7 @@ class Dispatcher:
         request = attempt.request
         del self.state.places[attempt]
         attempt.admission.left()
-        attempt.left = time.monotonic()
+        attempt.released = time.monotonic()
         attempt.ended.set()
         asked = self.ahead.get(request.client)
         if attempt.prompt_cut and (not asked or asked.started <= attempt.begun):

@@ -118,7 +118,6 @@ def text_of(value: Any) -> str:
 
 
 CUT_SHORT = ("length", "limit", "content_filter")
-FAILURES = ("error", "abort")
 
 
 def read_engine_event(members: Members) -> tuple[str, str | None]:
@@ -133,7 +132,7 @@ def read_engine_event(members: Members) -> tuple[str, str | None]:
     reason = text_of(choice.get("finish_reason"))
     if choice.get("stop") is True:  # the last event of llama-server
         reason = text_of(choice.get("stop_type")) or "stop"
-    if reason in FAILURES:
+    if reason in ("error", "abort"):
         raise BackendFailure("it gave up")
     if not reason:
         return text, None
@@ -280,9 +279,16 @@ class Translator:
         stops = [stop for stop in fields["stop"] if len(stop) <= MAX_STOP_CHARS]
         stops += [token for token in {*SPECIAL_TOKENS, *marks} if token not in asked]
         language = fields.get("language", "")
-        near = (end_of(prompt, language), suffix[:NEAR_CHARS])
-        limits = (fields["stop_at"], fields["indent"])
-        self.ending = Ending(fields["mode"], language, *near, *limits, stops, least)
+        self.ending = Ending(
+            fields["mode"],
+            language,
+            end_of(prompt, language),
+            suffix[:NEAR_CHARS],
+            fields["stop_at"],
+            fields["indent"],
+            stops,
+            least,
+        )
         self.written = list[Written]()
         self.is_told = True  # the probability of all text
         self.sent = list[str]()
@@ -390,15 +396,12 @@ COUNTS_SECONDS = 2.0  # the wait after another engine's last text for its token 
 # ---------------------------------------------------------------------------------------- the kinds
 
 
-NO_MODEL = "VPS backend does not have this model, or does not know this call"
-
-
 class Engine(Kind):
     """What llama-server and OpenAI's API have in common. A client never gets the engine's own error
     texts, which may contain a path or a key.
     """
 
-    health_path = ""  # shows without cost that the engine is up
+    health_path = "/v1/models"  # shows without cost that the engine is up
     tells_probabilities = False  # of the tokens of a text, so that it can end where they are low
     key_line = "Authorization: Bearer "
     idle_seconds = READING_SECONDS
@@ -412,7 +415,10 @@ class Engine(Kind):
                 f"VPS backend refuses our key: expected the right one in {self.config.variable}",
             )
         if status == 404:
-            return HttpError("MODEL_NOT_FOUND", NO_MODEL)
+            return HttpError(
+                "MODEL_NOT_FOUND",
+                "VPS backend does not have this model, or does not know this call",
+            )
         if status == 429:
             return HttpError(*TOO_MANY)
         lengths = read_overflow(error)
@@ -530,8 +536,6 @@ class LlamaServer(Engine):
 
 class OpenAI(Engine):
     """Whatever speaks OpenAI's API. It may charge for each token, or count each request."""
-
-    health_path = "/v1/models"
 
     def write(self, wanted: Fitted) -> tuple[str, JsonObject]:
         """A gap is written with the model's marks, or as `suffix` if the model has none."""

@@ -151,8 +151,8 @@ class Fleet:
         ids = self.rank(request)
         pairs = itertools.product(ids, self.backends)
         options = [Option(id, backend) for id, backend in pairs if backend.has(id)]
-        # A kind that takes our ids says what is missing, and how to get it.
-        asking = [backend for backend in self.backends if backend.kind.takes_our_ids]
+        # Our own kind says what is missing, and how to get it.
+        asking = [backend for backend in self.backends if backend.kind.is_ours]
         return options or [Option(ids[0], backend) for backend in asking]
 
     def rank(self, request: CompletionRequest) -> list[str]:

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from hashlib import blake2b
-from typing import Any
+from typing import TypeVar
 
 from cerebrum.fields import Field, JsonObject, Members
 from cerebrum.pi.completion import Fitted, Pairs
@@ -42,11 +42,11 @@ MAX_TOKENS_BYTES = 8 << 20  # the tokens of 1 MiB of text
 MAX_JSON_BYTES = 1 << 20
 
 
+T = TypeVar("T")
 Models = dict[str, JsonObject]  # by name: {"n_ctx", "loaded", …}
 RETRY_AFTER = re.compile("[1-9][0-9]{0,8}")  # its other form, a date, is not read
 MAX_REST_SECONDS = 60
 TOO_MANY = ("RATE_LIMIT", "VPS backend has too many requests; try again later")
-NO_JSON = "its answer is not JSON"
 AFFINITY_KEY = os.urandom(16)  # so that a balancer learns nothing of a file
 
 
@@ -54,9 +54,9 @@ class Kind(ABC):
     """One backend of some kind, asked in its own language."""
 
     # What backends of a kind can do; a kind overrides what differs.
-    takes_our_ids = False  # it knows our ids of models, and says how to get a missing model
-    answers_aside = False  # it answers other requests while it generates, without disturbing it
-    counts_exactly = False  # it reports the tokens that it reads, and cuts no answer
+    # Whether it is vpsd: that knows our ids of models, and says how to get a missing model; other
+    # requests do not disturb it while it generates; it counts prompts exactly, and cuts no answer.
+    is_ours = False
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others
     key_line: str  # the beginning of the header that carries our key
@@ -153,21 +153,19 @@ class Kind(ABC):
 
     async def get(self, path: str) -> JsonObject:
         """The JSON object at `path`."""
-        found: JsonObject = await self._fetch(path, None, ASIDE_SECONDS, MAX_JSON_BYTES, self.parse)
-        return found
+        return await self._fetch(path, None, ASIDE_SECONDS, MAX_JSON_BYTES, self.parse)
 
     async def tokenize(self, name: str, fields: Members) -> bytes:
         """The tokens of a text, as `read_tokens` returns them. The backend may have to load the
         model first.
         """
-        tokens: bytes = await self._fetch(
+        return await self._fetch(
             self.tokenize_path,
             self.tokenize_body(name, fields),
             LOAD_SECONDS,
             MAX_TOKENS_BYTES,
             read_tokens,
         )
-        return tokens
 
     async def _fetch(
         self,
@@ -175,13 +173,13 @@ class Kind(ABC):
         body: Members | None,
         seconds: float,
         limit: int,
-        parse: Callable[[bytes], Any],
-    ) -> Any:
+        parse: Callable[[bytes], T],
+    ) -> T:
         """Parse an answer in one piece of at most `limit` bytes, whose head may take `seconds`."""
         async with self.client.send(path, body, LOAD_SECONDS) as answer:
             if not await self.begin(answer, seconds, JSON):
                 raise BackendFailure(LATE)
-            with blamed(NO_JSON):
+            with blamed("its answer is not JSON"):
                 async with asyncio.timeout(ASIDE_SECONDS):
                     return parse(await answer.read_all(limit))
 

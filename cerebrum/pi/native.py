@@ -158,7 +158,7 @@ BEGIN_SECONDS = 10.0  # vpsd sends the head of a stream before it loads a model 
 class Vpsd(Kind):
     """A backend of our own kind."""
 
-    takes_our_ids = answers_aside = counts_exactly = reads_ahead = True
+    is_ours = reads_ahead = True
     tokenize_path = "/v1/tokenize"
     key_line = "X-API-Key: "
     idle_seconds = IDLE_SECONDS

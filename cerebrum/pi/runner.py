@@ -68,7 +68,7 @@ class Runner:
                 if event == "begun" or not has_begun:
                     has_begun = True
                     yield "started", self.beginning(attempt.completion)
-                if event == "text" and attempt.first == attempt.last:
+                if event == "text" and attempt.first_heard == attempt.last_heard:
                     self.dispatcher.changed()  # others may have waited for the end of a trial
                 elif event == "done":
                     self.counting.work(attempt.model, value)

@@ -164,7 +164,6 @@ class BackendFailure(HttpError):
 
 
 LATE = "it did not answer in time"
-NO_ANSWER = "it closed the connection without an answer"
 
 
 @contextlib.contextmanager
@@ -395,7 +394,7 @@ class Answer:
         old = self.reader
         is_late = old.end == EXPIRED
         if is_late or old.unread or self.status or self._again is None:
-            raise BackendFailure(LATE if is_late else NO_ANSWER)
+            raise BackendFailure(LATE if is_late else "it closed the connection without an answer")
         self.reader = await self._again()
         self._again = None
         if old.end == EXPIRED:  # it has been cut meanwhile

@@ -114,7 +114,7 @@ class Case:
         completion.requested = self.asked
         for backend, model, error in self.attempts:
             admission = Breaker().admit(NOW)
-            attempt = Attempt(completion, backend, model, admission, left=NOW)
+            attempt = Attempt(completion, backend, model, admission, released=NOW)
             attempt.outcome = ERRORS[error]
             completion.attempts.append(attempt)
         return completion
@@ -148,7 +148,7 @@ class Case:
             state.places[attempt] = known[id]
         state.editors = {client: NOW - ago for client, ago in self.editors.items()}
         if self.regular:
-            state.regular = NOW - self.regular
+            state.regular_turn = NOW - self.regular
         if self.served:
             state.served[self.request.file] = self.served
         if self.in_line:

@@ -290,6 +290,7 @@ async def test_a_late_reader_of_a_job_in_line_has_a_patience_of_its_own(monkeypa
 
 async def test_a_stream_that_waits_is_told_its_place(monkeypatch):
     monkeypatch.setattr(broadcast, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)  # the place that is left does it
     go = asyncio.Event()
     async with pi_with(gated(go), GOOD, max_concurrent=1) as (pi, backend):
         running = start(pi, CHATS, CHAT)
@@ -585,7 +586,7 @@ def test_typed_of(name):
     kept = finish(asked, text + "!")  # with the end of a long prompt
     assert kept
     fields = asked_for(prompt)[0].request.fields
-    found = kept.typed_in(prompt, broadcast.digest_of(fields, vars(fields)))
+    found = kept.typed_so_far(prompt, broadcast.digest_of(fields, vars(fields)))
     assert found == (0 if prompt == asked else typed or None)
 
 

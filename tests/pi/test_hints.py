@@ -18,10 +18,8 @@ from test_editors import infill, start
 from test_editors import texts as streamed
 
 from cerebrum.pi import counting
-from cerebrum.pi.broadcast import Broadcasts
 from cerebrum.pi.completion import CompletionRequest
 from cerebrum.pi.counting import SAVE_SECONDS, Counting, People, Usage
-from cerebrum.pi.runner import Runner
 from cerebrum.request import GenerationRequest
 
 NOWHERE = Path("/dev/null/people.json")
@@ -49,36 +47,33 @@ ANSWERS += [
 ]
 
 
-def watch() -> tuple[Broadcasts, dict[str, Usage]]:
-    unused: Any = None
+def watch() -> tuple[Counting, dict[str, Usage]]:
     totals = Counting(NOWHERE)
     totals.configure([], ["anna", "ben"])
-    return Broadcasts(Runner(unused, unused, totals)), totals.people.total
+    return totals, totals.people.total
 
 
-def answer(
-    broadcasts: Broadcasts, step: str, now: float = 1.0, client: str = "anna", file: str = "a.py"
-):
+def answer(totals: Counting, step: str, now: float = 1.0, client: str = "anna", file: str = "a.py"):
     prompt, text = step.split("|")
     request = CompletionRequest("infill", GenerationRequest(prompt, filename=file), client=client)
-    broadcasts.count_hint(request, now, text)
+    totals.count_hint(request, now, text)
 
 
 @pytest.mark.parametrize(("steps", "seconds", "shown", "kept"), ANSWERS)
 def test_a_hint_counts_once_and_as_far_as_it_stays(steps, seconds, shown, kept):
-    broadcasts, used = watch()
+    totals, used = watch()
     for number, step in enumerate(steps):
-        answer(broadcasts, step, number * seconds)
+        answer(totals, step, number * seconds)
     assert (used["anna"].shown, used["anna"].kept) == (shown, kept)
 
 
 def test_each_client_and_file_has_a_hint_of_its_own():
-    broadcasts, used = watch()
-    answer(broadcasts, "x = |foo")
-    answer(broadcasts, "x = foo|", client="ben")
-    answer(broadcasts, "x = foo|", file="b.py")
+    totals, used = watch()
+    answer(totals, "x = |foo")
+    answer(totals, "x = foo|", client="ben")
+    answer(totals, "x = foo|", file="b.py")
     assert used["anna"].kept == used["ben"].kept == 0
-    answer(broadcasts, "x = foo|")
+    answer(totals, "x = foo|")
     assert used["anna"].kept == 3
 
 

@@ -51,7 +51,7 @@ from scripted import (
 
 from cerebrum import http as cerebrum_http
 from cerebrum.check import has_health
-from cerebrum.pi import dispatcher
+from cerebrum.pi import completion, dispatcher
 from cerebrum.pi.upstream import Upstream
 from cerebrum.settings import Client, ConfigError, Environment
 
@@ -344,6 +344,21 @@ async def test_a_guest_without_text_starts_again_behind_other_guests():
         assert order == ["of tom", "of anna", "of tim", "of tom"]
         assert '"finish_reason":"stop"' in (await tom).body.decode()
         assert (await ask(pi, TOM)).json["finish_reason"] == "stop"
+
+
+async def test_a_guest_that_made_room_and_waits_in_vain_counts_as_refused(monkeypatch):
+    async with pi_with([HANG], clients=GUESTS, max_concurrent=1) as (pi, vps):
+        tom = ask(pi, TOM, CHATS)
+        await until(lambda: vps.running)
+        anna = ask(pi, ANNA)
+        await until(lambda: pi.line)
+        monkeypatch.setitem(completion.WAIT_SECONDS, "chat", 0.0)
+        pi.gateway.dispatcher.changed()
+        assert (await tom).status == 429
+        ended = pi.gateway.counting.tallies["qwen_0_5b"].ended
+        assert {reason: times for reason, times in ended.items() if times} == {"RATE_LIMIT": 1}
+        anna.cancel()
+        await until(lambda: not vps.running)
 
 
 async def test_a_guest_makes_room_while_its_connection_is_opened(monkeypatch):

@@ -90,7 +90,7 @@ def test_schemathesis_finds_nothing(tmp_path):
     """
     pytest.importorskip("schemathesis")
     (tmp_path / "openapi.json").write_text(json.dumps(DOCUMENT))
-    methods = json.dumps(sorted(METHODS - {"HEAD"}))  # schemathesis knows no HEAD
+    methods = json.dumps(sorted({*METHODS.split(", ")} - {"HEAD"}))  # schemathesis knows no HEAD
     settings = f"[phases.coverage]\nunexpected-methods = {methods}\n"
     (tmp_path / "schemathesis.toml").write_text(settings)
     with contextlib.ExitStack() as stack:

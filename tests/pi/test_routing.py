@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from harness import KEY, until
+from harness import KEY, PATIENCE, until
 from scripted import (
     CHUNKED,
     HANG,
@@ -104,7 +104,8 @@ async def test_the_one_that_served_a_session_or_a_file_last():
         assert await answered(pi, prompt="new") == "a"
 
 
-async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back():
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_client_that_leaves_the_line_or_as_it_gets_its_place_holds_none(waits):
     one = Backend([HANGING])
     async with fleet(one, places=(1,)) as pi:
         asked = CompletionRequest("chat", GenerationRequest(model="qwen_0_5b"))
@@ -113,6 +114,9 @@ async def test_a_client_that_leaves_as_it_gets_its_place_gives_it_back():
             entering = asyncio.ensure_future(anext(pairs))
             await until(lambda: pi.line)
             (called,) = pi.line.values()
+            if waits:
+                entering.cancel()
+                await asyncio.wait([entering])
             called.add_done_callback(lambda _: entering.cancel())
         await asyncio.wait([entering])
         assert entering.cancelled()
@@ -156,7 +160,9 @@ async def test_the_models_of_all_backends_are_listed():
         [CHUNKED, chunk(event(progress={"stage": "loading", "done": 1, "total": 2})), RESET],
     ],
 )
-async def test_before_the_first_token_the_next_one_is_asked(failure):
+async def test_before_the_first_token_the_next_one_is_asked(failure, monkeypatch):
+    """Those that have failed are probed at once."""
+    monkeypatch.setattr(pi_fleet, "PROBE_SECONDS", 2 * PATIENCE)
     backends = Backend([failure]), Backend([failure]), Backend()
     async with fleet(*backends) as pi:
         reply = await pi.stream(progress=True)
@@ -169,6 +175,7 @@ async def test_before_the_first_token_the_next_one_is_asked(failure):
         stats = await pi.stats()
         assert (stats["requests_total"], stats["requests_active"]) == (1, 0)
         assert [told["requests_failed"] for told in stats["backends"]] == [1, 1, 0]
+        await until(lambda: [backend.probes for backend in pi.backends] == [2, 2, 1])
 
 
 async def test_one_is_away():

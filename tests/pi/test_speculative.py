@@ -230,6 +230,18 @@ async def test_once_nobody_waits_any_more_it_ends():
         await backend.left.wait()
 
 
+async def test_it_goes_on_while_one_of_its_clients_reads_it():
+    go = asyncio.Event()
+    async with pi_with(script(go.wait, " + b")) as (pi, _):
+        first = ahead(pi.from_address("127.0.0.2"))
+        second = ahead(pi)
+        await until(lambda: len(pi.readers) == 2)
+        first.cancel()
+        await until(lambda: len(pi.readers) < 2)
+        go.set()
+        assert (await second).json["content"] == " + b"
+
+
 async def test_one_that_waits_in_the_line_for_nobody_ends():
     async with pi_with([HANG], max_concurrent=1) as (pi, backend):
         running = start(pi.from_address("127.0.0.2"), CHATS, CHAT)
