@@ -144,46 +144,54 @@ class Sure(Trimmed):
     A word is a run of letters, digits and underscores, or any other character, with the blanks
     before it. It goes out once it is whole, but signs at the beginning of the text wait for a
     letter, a digit or their line's end.
+
+    The next stage gets a token's bits with the last of its text. After "a" with 3 bits and "b c"
+    with 1 bit, "ab" goes out with 3 bits; the one bit waits for the end of the word "c".
     """
 
     begun = False  # a letter, a digit or the end of a line has come
     size = 0  # characters of the run that has not ended; 0: there is none
-    waiting = 0.0  # the surprise of tokens whose text has not gone out, in bits
+    waiting = 0.0  # bits that have come and that the next stage has not got yet
     is_blank = True  # the line so far
 
     def __init__(self, least: float) -> None:
         super().__init__()
-        self.doubt = self.most = surprise(least)  # bits left in this line, and in each
+        # Bits that the tokens of a line may have, and what is left of them for this line.
+        self.doubt = self.left = surprise(least)
 
     def feed(self, piece: str) -> tuple[str, str | None]:
-        self.doubt -= self.bits
+        self.left -= self.bits
         self.waiting += self.bits
         out, reason = super().feed(piece)
-        kept = self.bits if self.sent < len(self.text) else 0.0
-        self.bits = self.waiting - kept if out else 0.0
+        # Text that still waits ends with this token's, so this token's bits wait, too.
+        of_rest = self.bits if self.sent < len(self.text) else 0.0
+        self.bits = self.waiting - of_rest if out else 0.0
         self.waiting -= self.bits
         return out, reason
 
     def step(self, char: str) -> None:
-        before = len(self.text) - 1
+        place = len(self.text)
         in_word = char < FIRST_IDEOGRAPH and (char.isalnum() or char == "_")
         if self.size and not (in_word and self.size < WORD_CHARS):
-            self._end_word(before)
+            self._end_word(place - 1)
         if char == "\n" and not self.is_blank:
-            self.doubt = self.most
+            self.left = self.doubt
             self.begun = self.is_blank = True
-            self._end_word(before + 1)
-        elif not char.isspace() and self.doubt < 0:
+            self._end_word(place)
+        elif char.isspace():
+            pass  # it goes out with the next word
+        elif self.left < 0:
             self.end("unsure", self.safe)
-        elif not char.isspace():
+        else:
             self.is_blank = False
             self.begun |= char.isalnum()
             if in_word:
                 self.size += 1
             else:
-                self._end_word(before + 1)
+                self._end_word(place)
 
     def _end_word(self, place: int) -> None:
+        """A word has ended before this position."""
         self.size = 0
         if self.begun:
             self.safe = place
