@@ -18,7 +18,9 @@ FENCE = "```"  # a line that begins so ends a completion of code
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over
 REPEATED_COPIES = 4  # of a block of lines; at least REPEATED_LINES lines in all
 PERIOD_LINES = 24  # the longest such block
-PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
+# A line that ends with this much of one pattern, at least REPEATED_COPIES times, never ends.
+PERIOD_CHARS = 400
+PERIOD_STEP = 40  # characters of a line from one search for such a pattern to the next
 
 LEAST_PROBABILITY = 1e-4  # of a token
 WORD_CHARS = 24  # of a longer word, the next part is a word of its own
@@ -269,13 +271,14 @@ class Indent(Stage):
 
 
 class Repeat(Stage):
-    """Ends a text that repeats the same line or block of lines, indentation included.
+    """Ends a text that repeats the same line or block of lines, indentation included, or the same
+    pattern within a line.
 
     Two copies go out. Later ones wait: enough copies end the text after the second copy; a
-    differing line frees them.
+    differing line frees them. Of a pattern within a line, all copies go out.
     """
 
-    line_start = 0  # of the line so far
+    line_start = 0  # where the line so far begins
     third_at: int | None = None  # where the third copy may have begun
 
     def __init__(self) -> None:
@@ -286,9 +289,11 @@ class Repeat(Stage):
         position = len(self.text)
         if char != "\n":
             size = position - self.line_start
-            if size >= PERIOD_CHARS and size % 40 == 0:
+            if size >= PERIOD_CHARS and size % PERIOD_STEP == 0:
                 tail = self.cut(-PERIOD_CHARS)
-                if any(tail.startswith(tail[period:]) for period in range(1, PERIOD_CHARS // 4)):
+                # A text with a period agrees with itself when it is shifted by it.
+                periods = range(1, PERIOD_CHARS // REPEATED_COPIES)
+                if any(tail.startswith(tail[period:]) for period in periods):
                     self.end("repeat", position)
         else:
             if line := self.cut(self.line_start).rstrip():
@@ -301,13 +306,15 @@ class Repeat(Stage):
     def _look_for_copies(self, position: int) -> None:
         """A line that is not blank has ended at this position."""
         lines = self.lines
-        periods = range(1, PERIOD_LINES + 1)
-        twice = [size for size in periods if lines[-size:] == lines[-2 * size : -size]]
+        sizes = range(1, PERIOD_LINES + 1)
+        # The sizes of the blocks of which two copies stand at the end.
+        twice = [size for size in sizes if lines[-size:] == lines[-2 * size : -size]]
         third = self.third_at or position
         self.third_at = third if twice else None
         for size in twice:
             enough = max(REPEATED_LINES, REPEATED_COPIES * size)
             last = lines[-enough:]
+            # Each line equals the one `size` lines above it.
             if len(last) == enough and last[size:] == last[:-size]:
                 self.end("repeat", third)
 
