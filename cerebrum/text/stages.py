@@ -18,7 +18,9 @@ FENCE = "```"  # a line that begins so ends a completion of code
 REPEATED_LINES = 12  # a model that writes the same line this often in a row is starting over
 REPEATED_COPIES = 4  # of a block of lines; at least REPEATED_LINES lines in all
 PERIOD_LINES = 24  # the longest such block
-PERIOD_CHARS = 400  # a line that ends with this much of one short pattern never ends
+# A line that ends with this much of one pattern, at least REPEATED_COPIES times, never ends.
+PERIOD_CHARS = 400
+PERIOD_STEP = 40  # characters of a line from one search for such a pattern to the next
 
 LEAST_PROBABILITY = 1e-4  # of a token
 WORD_CHARS = 24  # of a longer word, the next part is a word of its own
@@ -144,46 +146,54 @@ class Sure(Trimmed):
     A word is a run of letters, digits and underscores, or any other character, with the blanks
     before it. It goes out once it is whole, but signs at the beginning of the text wait for a
     letter, a digit or their line's end.
+
+    The next stage gets a token's bits with the last of its text. After "a" with 3 bits and "b c"
+    with 1 bit, "ab" goes out with 3 bits; the one bit waits for the end of the word "c".
     """
 
     begun = False  # a letter, a digit or the end of a line has come
     size = 0  # characters of the run that has not ended; 0: there is none
-    waiting = 0.0  # the surprise of tokens whose text has not gone out, in bits
+    waiting = 0.0  # bits that have come and that the next stage has not got yet
     is_blank = True  # the line so far
 
     def __init__(self, least: float) -> None:
         super().__init__()
-        self.doubt = self.most = surprise(least)  # bits left in this line, and in each
+        # Bits that the tokens of a line may have, and what is left of them for this line.
+        self.doubt = self.left = surprise(least)
 
     def feed(self, piece: str) -> tuple[str, str | None]:
-        self.doubt -= self.bits
+        self.left -= self.bits
         self.waiting += self.bits
         out, reason = super().feed(piece)
-        kept = self.bits if self.sent < len(self.text) else 0.0
-        self.bits = self.waiting - kept if out else 0.0
+        # Text that still waits ends with this token's, so this token's bits wait, too.
+        of_rest = self.bits if self.sent < len(self.text) else 0.0
+        self.bits = self.waiting - of_rest if out else 0.0
         self.waiting -= self.bits
         return out, reason
 
     def step(self, char: str) -> None:
-        before = len(self.text) - 1
+        place = len(self.text)
         in_word = char < FIRST_IDEOGRAPH and (char.isalnum() or char == "_")
         if self.size and not (in_word and self.size < WORD_CHARS):
-            self._end_word(before)
+            self._end_word(place - 1)
         if char == "\n" and not self.is_blank:
-            self.doubt = self.most
+            self.left = self.doubt
             self.begun = self.is_blank = True
-            self._end_word(before + 1)
-        elif not char.isspace() and self.doubt < 0:
+            self._end_word(place)
+        elif char.isspace():
+            pass  # it goes out with the next word
+        elif self.left < 0:
             self.end("unsure", self.safe)
-        elif not char.isspace():
+        else:
             self.is_blank = False
             self.begun |= char.isalnum()
             if in_word:
                 self.size += 1
             else:
-                self._end_word(before + 1)
+                self._end_word(place)
 
     def _end_word(self, place: int) -> None:
+        """A word has ended before this position."""
         self.size = 0
         if self.begun:
             self.safe = place
@@ -261,13 +271,14 @@ class Indent(Stage):
 
 
 class Repeat(Stage):
-    """Ends a text that repeats the same line or block of lines, indentation included.
+    """Ends a text that repeats the same line or block of lines, indentation included, or the same
+    pattern within a line.
 
     Two copies go out. Later ones wait: enough copies end the text after the second copy; a
-    differing line frees them.
+    differing line frees them. Of a pattern within a line, all copies go out.
     """
 
-    line_start = 0  # of the line so far
+    line_start = 0  # where the line so far begins
     third_at: int | None = None  # where the third copy may have begun
 
     def __init__(self) -> None:
@@ -278,9 +289,11 @@ class Repeat(Stage):
         position = len(self.text)
         if char != "\n":
             size = position - self.line_start
-            if size >= PERIOD_CHARS and size % 40 == 0:
+            if size >= PERIOD_CHARS and size % PERIOD_STEP == 0:
                 tail = self.cut(-PERIOD_CHARS)
-                if any(tail.startswith(tail[period:]) for period in range(1, PERIOD_CHARS // 4)):
+                # A text with a period agrees with itself when it is shifted by it.
+                periods = range(1, PERIOD_CHARS // REPEATED_COPIES)
+                if any(tail.startswith(tail[period:]) for period in periods):
                     self.end("repeat", position)
         else:
             if line := self.cut(self.line_start).rstrip():
@@ -293,13 +306,15 @@ class Repeat(Stage):
     def _look_for_copies(self, position: int) -> None:
         """A line that is not blank has ended at this position."""
         lines = self.lines
-        periods = range(1, PERIOD_LINES + 1)
-        twice = [size for size in periods if lines[-size:] == lines[-2 * size : -size]]
+        sizes = range(1, PERIOD_LINES + 1)
+        # The sizes of the blocks of which two copies stand at the end.
+        twice = [size for size in sizes if lines[-size:] == lines[-2 * size : -size]]
         third = self.third_at or position
         self.third_at = third if twice else None
         for size in twice:
             enough = max(REPEATED_LINES, REPEATED_COPIES * size)
             last = lines[-enough:]
+            # Each line equals the one `size` lines above it.
             if len(last) == enough and last[size:] == last[:-size]:
                 self.end("repeat", third)
 
