@@ -663,7 +663,7 @@ class Workspace:
 
     def configure(self, params: Any, path: str = "settings") -> None:
         """Apply the client's settings; bad ones are shown to the user and change nothing."""
-        given = get(params, path, dict, None)
+        given = (params or {}).get(path)
         try:
             self.settings = read_settings(given, self.settings)
         except BadSettings as error:
