@@ -428,7 +428,7 @@ class GapOfLines(Gap):
         stack = scanner.stack
         if scanner.closer:
             return scanner.closer == self.closer_at_cursor
-        if self.cut(-2) == "\\\n":
+        if self.cut(-3).endswith(("\\\n", "\\\r\n")):
             return False
         if stack and self.below + self.begins_with_closer <= stack[-1].indent < self.indent:
             return False
