@@ -301,6 +301,9 @@ def test_what_fits_is_sent_unchanged(prompt):
     result = prepared(prompt, mode="infill", **around)
     assert result.body == {"mode": "infill", "prompt": prompt, "heal": True, **around}
     assert result.kept["parts"] == ["all"]
+    count = len(prompt) + 2
+    result = prepared(prompt, mode="instruct", instruction="Do")
+    assert result.kept == {"characters": count, "of": count, "parts": ["all"]}
 
 
 LONG_CODE = 60 * FUNCTION  # goes before the instruction
