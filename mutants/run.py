@@ -42,7 +42,7 @@ ROOMS = {
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py "
     "tests/pi/test_backends.py",
     "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_plugins.py "
-    "tests/pi/test_routing.py tests/pi/test_backends.py",
+    "tests/pi/test_routing.py tests/pi/test_backends.py tests/pi/test_editors.py",
     **dict.fromkeys(
         (
             "cerebrum/pi/completion.py",

@@ -387,6 +387,9 @@ def test_an_instruction_on_a_long_file_gets_what_it_names():
     content, parts = instructed("", "Write a stack. " * 60_000)
     assert content.startswith("Write a stack. Write")
     assert parts == ["instruction"]
+    content, parts = instructed(text, "Write a stack. " * 60_000)
+    assert "x = 1\n" in content
+    assert parts == ["instruction", "window"]
 
 
 def test_someone_typing_keeps_the_cache():
