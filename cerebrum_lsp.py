@@ -663,9 +663,8 @@ class Workspace:
 
     def configure(self, params: Any, path: str = "settings") -> None:
         """Apply the client's settings; bad ones are shown to the user and change nothing."""
-        given = get(params, path, dict, None)
         try:
-            self.settings = read_settings(given, self.settings)
+            self.settings = read_settings((params or {}).get(path), self.settings)
         except BadSettings as error:
             self.client.show(1, str(error))
         self.suggestions = Suggestions()  # other settings, other suggestions
@@ -776,11 +775,10 @@ class Workspace:
 
         def items(rest: str) -> Object:
             text = word + rest
-            label = text.strip().partition("\n")[0]
             block = f"```{document.language}\n{text}\n```"
             edit = {"range": span(start, end), "newText": LINE_END.sub(document.line_end(), text)}
             entry = {
-                "label": label,
+                "label": text.strip().partition("\n")[0],
                 "detail": "Cerebrum",
                 "documentation": {"kind": "markdown", "value": block},
                 "filterText": text,

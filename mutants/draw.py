@@ -2,7 +2,7 @@
 """Draws mutants of the product: one changed line each, by a seed, for `run.py`.
 
     python3 -m venv /tmp/mutants && /tmp/mutants/bin/pip install cosmic-ray
-    /tmp/mutants/bin/python mutants/draw.py [--seed 1] [--count 60] [FILE ...]
+    /tmp/mutants/bin/python mutants/draw.py [--seed 1] [--count 24] [FILE ...]
 
 cosmic-ray makes them. What a list looks like stands in `run.py`; it outlives changes of other
 lines.
@@ -117,7 +117,7 @@ def main() -> None:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=int, default=24)
     parser.add_argument("files", nargs="*", default=list(ROOMS))
     options = parser.parse_args()
     for path in options.files:

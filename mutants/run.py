@@ -42,7 +42,7 @@ ROOMS = {
     "cerebrum/pi/upstream.py": "tests/pi/test_upstream.py tests/pi/test_cm4d.py "
     "tests/pi/test_backends.py",
     "cerebrum/pi/dialects.py": "tests/pi/test_dialects.py tests/pi/test_plugins.py "
-    "tests/pi/test_routing.py tests/pi/test_backends.py",
+    "tests/pi/test_routing.py tests/pi/test_backends.py tests/pi/test_editors.py",
     **dict.fromkeys(
         (
             "cerebrum/pi/completion.py",
@@ -57,12 +57,13 @@ ROOMS = {
             "cerebrum/text/ending.py",
             "cerebrum/text/fences.py",
             "cerebrum/text/gap.py",
-            "cerebrum/text/languages.py",
             "cerebrum/text/scanner.py",
             "cerebrum/text/stages.py",
         ),
         "tests/text/test_ending.py tests/text/test_syntaxes.py",
     ),
+    "cerebrum/text/languages.py": "tests/text/test_languages.py tests/text/test_prepare.py "
+    "tests/text/test_ending.py tests/text/test_syntaxes.py",
     "cerebrum/text/prompt.py": "tests/text/test_prepare.py",
     "cerebrum/vps/drafts.py": "tests/vps/test_engine.py",
     "cerebrum/vps/schedule.py": "tests/vps/test_engine.py",

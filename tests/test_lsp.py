@@ -831,6 +831,8 @@ def test_settings_come_from_the_client(editor: Editor, pi: Pi):
     editor.configure({"cerebrum": {"tokens": 11}, "python": {}})
     editor.configure({"tokens": "many"})
     assert editor.next()["params"] == {"type": 1, "message": f"Cerebrum: {NOT_A_NUMBER}"}
+    for nothing in (None, [], False, 5):  # PHP and Lua write an empty object as []
+        editor.ask("initialize", {"initializationOptions": nothing})
     editor.configure(None)
     editor.ghost(0, 2)
     assert (pi.body()["n_predict"], editor.came.empty()) == (11, True)

@@ -30,39 +30,46 @@ class Fences(Stage):
     an output or the like (`BESIDE`), behind the model's thoughts. Without one, it is the first
     block; without any block, all of the answer, once it has ended.
 
-    `begun` is the start of the answer, which the model was given to continue.
+    `begun` is the start of the answer, which the model was given to continue: often the code's
+    opening fence. `language` is None if the code may be in any.
     """
 
     # Where the answer is, and what follows:
     #   "chatter"   before the block: "beside" or "code" at a fence, "thinking" at <think>
     #   "thinking"  in the model's thoughts: "chatter" at </think>
-    #   "beside"    in a block that is not the code: "chatter" at its fence
+    #   "beside"    in a block that is not the code: "chatter" at its fence or at </think>
     #   "code"      in the block: the end at its fence
+    # Each change, but for "thinking", forgets the text before it (`_restart`).
     state = "chatter"
     fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`
-    fence = FENCE
-    # Spaces before the fence and each line of its block, and those of the line still to come.
+    fence = FENCE  # the one that opened the block: its backticks or tildes
+    # Spaces before the fence, which are removed from each line of its block; and how many of them
+    # may still come in this line.
     margin = margin_left = 0
     nested = 0  # blocks within the code that are open
-    # Markdown: where a bare fence closes the block, unless it opens one within it: then another one
-    # follows.
+    # Markdown, where a bare fence may also open a block within the code, if another bare one
+    # follows: the start of such a fence that none has followed yet. The code ends there if none
+    # does.
     closing: int | None = None
-    line_start = 0
-    read = 0  # characters that went in
+    line_start = 0  # where the line so far begins
+    read = 0  # characters that went in, also those that `text` has no more
 
     def __init__(self, language: Language | None, begun: str) -> None:
         super().__init__()
         self.language = language
-        self.feed(begun)
-        if self.reason or self.state != "code":  # `begun` has no block that is still open
+        self.feed(begun)  # as if the model had written it
+        if self.reason or self.state != "code":  # no block of it is still open
             self._restart("chatter")
             self.reason = None
             self.fallback = None
+        # Code in it is read with what follows, but not sent, and the model's text begins here.
         self.sent = self.safe = len(self.text)
         self.read = self.start = 0
 
     def _restart(self, state: str) -> None:
-        """Forget the text up to here."""
+        """Forget the text up to here: all places count from here on. `feed`, which calls this
+        through `step`, goes on with the new, empty text.
+        """
         self.state = state
         self.scanner = scanner_of(self.language or LANGUAGES["markdown"])
         self.text = []
@@ -95,7 +102,7 @@ class Fences(Stage):
         return self.fence.startswith(line) or line.startswith(self.fence)
 
     def _read_line(self) -> None:
-        """Read the line that has ended. Nothing is read in the thoughts."""
+        """Read the line that has ended, as the state demands. In the thoughts, no line matters."""
         if read := READERS.get(self.state):
             read(self, self.cut(self.line_start))
 
@@ -128,7 +135,9 @@ class Fences(Stage):
             self.safe = len(self.text)
 
     def _close(self) -> None:
-        """A bare fence has come."""
+        """A bare fence has come. In Markdown it may open a block within the code, unless the
+        code's own fence is longer than such blocks' fences.
+        """
         if self.language is not LANGUAGES["markdown"] or len(self.fence) > len(FENCE):
             self.end("stop", self.line_start)
         else:
@@ -136,14 +145,16 @@ class Fences(Stage):
 
     def flush(self, whole: bool) -> str:
         if self.state in ("beside", "code"):
-            self._read_line()  # the last line has ended, too
+            self._read_line()  # the last line has ended, too; in chatter, it opens nothing
         if self.state == "code":
+            # Up to the fence in the last line or, in Markdown, at `closing`; None: all of it.
             return self.cut(self.sent, self.safe if self.reason else self.closing)
         if self.state == "thinking":
             return ""
-        # `start` is for `Ending.start`.
-        text, self.start = self.fallback or (self.cut(self.sent), self.start)
-        return text
+        if self.fallback:
+            text, self.start = self.fallback  # `Ending.start` reads it
+            return text
+        return self.cut(self.sent)
 
 
 # What reads a line that has ended, by the state.

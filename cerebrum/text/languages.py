@@ -176,7 +176,11 @@ class Language:
         return re.compile(rf"^[^\S\n]*{words}(?:{self.types})\b", re.M)
 
     def remark(self, text: str) -> str:
-        """The text as a one-line comment."""
+        """The text as a one-line comment.
+
+        >>> [LANGUAGES[id].remark("why") for id in ("c", "css")]
+        ['// why', '/* why */']
+        """
         if self.line_comment or not self.block_comment:
             return f"{self.line_comment} {text}"
         return self.block_comment.replace(" ", f" {text} ")

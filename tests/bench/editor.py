@@ -42,6 +42,7 @@ import os
 import random
 import re
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -135,16 +136,18 @@ async def typing(vps: Daemon, pi: Daemon, options: argparse.Namespace) -> dict[s
         last.cancel()
     read = (await tokens_read(vps) - before) / (time.monotonic() - began)
     await asyncio.wait(asked)
+    answers = [request.result() for request in asked if not request.cancelled()]
+    seen = [answer for answer in answers if answer.text.strip()]
+    through = [answer for answer in seen if "type_through" in answer.reply.json]
+    seconds = [answer.seconds for answer in answers if answer not in through]
+    if len(seconds) < 2:
+        sys.exit(f"expected two hints within {options.seconds} --seconds, got {len(seconds)}")
     other = source[:position][::-1]  # nothing of it is in the cache
     await infill(pi.port, options.model, other, "", n_predict=0)
     await asyncio.sleep(IDLE_SECONDS / 2)
     before = await tokens_read(vps)
     await asyncio.sleep(IDLE_SECONDS)
     idle = (await tokens_read(vps) - before) / IDLE_SECONDS
-    answers = [request.result() for request in asked if not request.cancelled()]
-    seen = [answer for answer in answers if answer.text.strip()]
-    through = [answer for answer in seen if "type_through" in answer.reply.json]
-    seconds = [answer.seconds for answer in answers if answer not in through]
     return {
         "keys": len(asked),
         "seen": len(seen),

@@ -46,6 +46,10 @@ ROWS = [
         "def f():\r\n    x = 1\r\n«    y = 2»\r\n    return x\r\n‖\r\n    return x\r\n",
     ),
     ("python stop: CRLF, a whole line", "x = 1\r\n«y = 2\r\n»return x\r\n‖return x\r\n"),
+    (
+        "python block: CRLF, a line that goes on",
+        "def f():\r\n«    x = 1 + \\\r\n        2\r\n»" + VALUES + "‖    return x\r\n",
+    ),
     ("none block: blank lines with spaces", "a\n«b\n»  \n\t\nc"),
 ]
 TEXTS = r'''

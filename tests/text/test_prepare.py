@@ -301,6 +301,9 @@ def test_what_fits_is_sent_unchanged(prompt):
     result = prepared(prompt, mode="infill", **around)
     assert result.body == {"mode": "infill", "prompt": prompt, "heal": True, **around}
     assert result.kept["parts"] == ["all"]
+    count = len(prompt) + 2
+    result = prepared(prompt, mode="instruct", instruction="Do")
+    assert result.kept == {"characters": count, "of": count, "parts": ["all"]}
 
 
 LONG_CODE = 60 * FUNCTION  # goes before the instruction
@@ -384,6 +387,9 @@ def test_an_instruction_on_a_long_file_gets_what_it_names():
     content, parts = instructed("", "Write a stack. " * 60_000)
     assert content.startswith("Write a stack. Write")
     assert parts == ["instruction"]
+    content, parts = instructed(text, "Write a stack. " * 60_000)
+    assert "x = 1\n" in content
+    assert parts == ["instruction", "window"]
 
 
 def test_someone_typing_keeps_the_cache():

@@ -13,7 +13,6 @@ import random
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import families
-import psutil
 import pytest
-from harness import CAPTURED, ROOT, wait_until
+from harness import CAPTURED, ROOT
 from test_engine import ask, running, worker_of
 
 from cerebrum.request import GenerationRequest
@@ -529,20 +527,11 @@ def test_a_check_holds_no_lock_needs_no_file_of_the_system_and_can_be_ended(
     patch(memory, "READ_HEADER", header)
     assert accepts(models / "dense.gguf", "without it")
     os.mkfifo(endless := tmp_path / "endless.gguf")
-    run = subprocess.run
 
     def end_at_once(*command, **options) -> Any:
-        starting = threading.Thread(target=wait_until, args=(has_ended, "there is a child"))
-        starting.start()
-        try:
-            return run(*command, **options)
-        finally:
-            starting.join()
-
-    def has_ended() -> bool:
-        has_child = bool(psutil.Process().children())
-        memory.end_checks()
-        return has_child
+        with subprocess.Popen(*command, **options) as child:
+            memory.end_checks()
+        return child
 
     patch(memory.subprocess, "run", end_at_once)
     with pytest.raises(OSError, match=r"got its status -9$"):
