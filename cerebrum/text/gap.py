@@ -460,11 +460,7 @@ class GapOfLines(Gap):
         stack = scanner.stack
         if scanner.closer:  # within a literal: if it is the cursor's, and the suffix ends it
             return scanner.closer == self.closer_at_cursor
-<<<<<<< HEAD
-        if self.cut(-2) == "\\\n":  # the line goes on
-=======
-        if self.cut(-3).endswith(("\\\n", "\\\r\n")):
->>>>>>> s_tests
+        if self.cut(-3).endswith(("\\\n", "\\\r\n")):  # the line goes on
             return False
         # The line is in a bracket that the suffix is not in, so it has to be closed before that.
         if stack and self.below + self.begins_with_closer <= stack[-1].indent < self.indent:
