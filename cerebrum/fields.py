@@ -157,13 +157,13 @@ class Field:
             noun = "strings" if self.json_type is list else "a string"
             return f"{noun} of the form {self.pattern}"
         if self.json_type is list:
-            return f"a string, or an array of {self.low:.10g} to {self.high:.10g} non-empty strings"
+            return f"a string, or an array of {self.low} to {self.high} non-empty strings"
         noun = NOUNS[self.json_type]
         if self.high == math.inf:
             return "a non-empty string" if self.json_type is str and self.low == 1 else noun
         unit = " characters" if self.json_type is str else ""
         begin = "above" if self.above_low else "from"
-        return f"{noun} {begin} {self.low:.10g} to {self.high:.10g}{unit}"
+        return f"{noun} {begin} {self.low} to {self.high}{unit}"
 
     def accepts(self, value: Any) -> bool:
         # By the exact type: true and false are integers, too.

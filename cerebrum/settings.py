@@ -149,9 +149,7 @@ class Environment(NamedTuple):
     def number(self, name: str, default: float, low: float, high: float) -> float:
         text = self.text(name, str(default))
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or not low <= float(text) <= high:
-            raise ConfigError(
-                f"{name}: expected a number from {low:.10g} to {high:.10g}, got {text!r}"
-            )
+            raise ConfigError(f"{name}: expected a number from {low} to {high}, got {text!r}")
         return float(text)
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
