@@ -54,8 +54,10 @@ class Kind(ABC):
     """One backend of some kind, asked in its own language."""
 
     # What backends of a kind can do; a kind overrides what differs.
-    # Whether it is vpsd: that knows our ids of models, and says how to get a missing model; other
-    # requests do not disturb it while it generates; it counts prompts exactly, and cuts no answer.
+    # Whether it is vpsd, which
+    # - knows our ids of models, and says how to get a missing model;
+    # - answers other requests while it generates, without disturbing that;
+    # - reports exactly how many tokens it reads, and cuts no answer.
     is_ours = False
     reads_ahead = False  # reading a prompt ahead costs nothing
     tokenize_path = ""  # "" if it counts no tokens for others

@@ -420,8 +420,8 @@ class GapOfLines(Gap):
         self.indent = scanner.indent  # of the line
         # The suffix begins with a closing bracket.
         self.begins_with_closer = self.meeting.first[0] in OPENING_OF
-        # A closing bracket stands below the line of its partner, whatever a cut suffix lacks behind
-        # it: the brackets up to that partner are closed by the suffix.
+        # A closing bracket is indented as its partner's line, and closes what is inside, too. A
+        # suffix that is cut off may lack the brackets that close the outer ones, but those come.
         same = [at for at, one in enumerate(scanner.stack, 1) if one.indent == self.below]
         if self.begins_with_closer and same:
             self.suffix_closes = same[-1]
@@ -528,9 +528,8 @@ class GapInLine(Gap):
         return super().flush(whole)
 
     def is_suffix(self, lines: int) -> bool:
-        # Behind the real rest, all brackets are closed that the text has opened, but for those that
-        # it has to open, and the rest's own are counted. Else it stands within brackets of the
-        # text.
+        # The text has the rest now. If more brackets are open than it has to open and the rest
+        # leaves open, this is no rest but a part of the text, within brackets of its own.
         return lines > 0 and self.level <= self.to_open + self.rest_level
 
     def on_line(self) -> None:

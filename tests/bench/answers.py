@@ -242,12 +242,12 @@ def judge(row: Row, text: str) -> dict[str, Any]:
         return any(parses(language, above + end + rest) for rest in followed)
 
     has_ended = row["whole"] or len(out) <= len(tokens)  # else the recording's limit has cut it
-    is_fit = has_ended or row["kind"] in GAPS
+    is_judged = has_ended or row["kind"] in GAPS
     is_whole = row["kind"] in ("answer", "example") or parses(language, text)
     wrote = true != "" and squeezed(raw).startswith(squeezed(true))
     return {
         "doubled": case["mode"] == "infill" and is_doubled(language, above, sent, true, below),
-        "broken": is_fit
+        "broken": is_judged
         and is_whole
         and not fits(textwrap.dedent(sent) if not above else sent)
         and any(map(fits, ends(row, raw, above, below))),
