@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +26,12 @@ DEFAULT_TOKENS = 512
 MAX_LOGGED_CHARS = 10_000  # of a prompt
 
 
-def checked(
-    json_type: type, low: float = 0, high: float = math.inf, default: Any = None, **more: Any
-) -> Any:
-    """A field with its rule."""
-    rule = Field(json_type, low, high, default, **more)
-    return dataclasses.field(default=default, metadata={"rule": rule})
+def checked(*about: Any, **more: Any) -> Any:
+    """A dataclass's field with its rule. The arguments are those of `Field`: the JSON type, the
+    range, the default, and so on.
+    """
+    rule = Field(*about, **more)
+    return dataclasses.field(default=rule.default, metadata={"rule": rule})
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,10 @@ class GenerationRequest:
 
     def texts(self) -> str:
         """Its texts as JSON, for CEREBRUM_LOG_PROMPTS."""
-        names = ("prompt", "suffix", "instruction", "messages")
-        texts = {name: value for name in names if (value := getattr(self, name))}
+        texts = {}
+        for name in ("prompt", "suffix", "instruction", "messages"):
+            if value := getattr(self, name):
+                texts[name] = value
         return json.dumps(texts, ensure_ascii=False)[:MAX_LOGGED_CHARS]
 
 
