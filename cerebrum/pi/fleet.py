@@ -35,7 +35,10 @@ class Option(NamedTuple):
 
 def first_there(backends: Sequence[Backend]) -> Backend:
     """The first available backend, or else the first."""
-    return next((backend for backend in backends if backend.available), backends[0])
+    for backend in backends:
+        if backend.available:
+            return backend
+    return backends[0]
 
 
 class Fleet:
@@ -92,7 +95,9 @@ class Fleet:
     def models(self) -> Collection[str] | None:
         """The ids of the models that some backend lists; None until the first list comes."""
         lists = [backend.models for backend in self.backends if backend.models is not None]
-        return ChainMap(*lists) if lists else None
+        if not lists:
+            return None
+        return ChainMap(*lists)
 
     def n_ctx(self, model: str) -> int:
         """The model's context at the first backend that has it, preferably an available one."""
@@ -120,7 +125,8 @@ class Fleet:
             await backend.probe()
             probed()
             usual = PAID_PROBE_SECONDS if backend.config.is_paid else PROBE_SECONDS
-            delay = min(usual, backend.breaker.retry_in(time.monotonic()) or usual)
+            retry = backend.breaker.retry_in(time.monotonic())
+            delay = min(usual, retry or usual)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await backend.wake.wait()
@@ -151,9 +157,10 @@ class Fleet:
         ids = self.rank(request)
         pairs = itertools.product(ids, self.backends)
         options = [Option(id, backend) for id, backend in pairs if backend.has(id)]
+        if options:
+            return options
         # Our own kind says what is missing, and how to get it.
-        asking = [backend for backend in self.backends if backend.kind.is_ours]
-        return options or [Option(ids[0], backend) for backend in asking]
+        return [Option(ids[0], backend) for backend in self.backends if backend.kind.is_ours]
 
     def rank(self, request: CompletionRequest) -> list[str]:
         """The id of the requested model; without one the ids, best first, of the models that serve
@@ -165,18 +172,21 @@ class Fleet:
         one that no present model serves. In our own API, the only id may then be a missing model's,
         the smallest: a backend's 404 says which file is missing and how to get it.
         """
-        if request.fields.model:
-            return [request.fields.model]
+        fields = request.fields
+        if fields.model:
+            return [fields.model]
         present = self.models
-        mode = request.fields.mode
         here = [model for model in self._catalog if present is None or model.id in present]
-        listed = [model for model in self._catalog if request.fields.language in model.languages]
+        listed = [model for model in self._catalog if fields.language in model.languages]
         serving = [model for model in here if model in listed]
         if not listed or (request.in_dialect and not serving):
             serving = here
         if not serving:
             return [(listed or self._catalog)[-1].id]
         ids = [model.id for model in serving]
-        preferred = self._prefer.get("instruct" if mode == "chat" else mode, ())
+        mode = fields.mode
+        if mode == "chat":
+            mode = "instruct"
+        preferred = self._prefer.get(mode, ())
         first = [id for id in preferred if id in ids]
         return [*dict.fromkeys([*first, *ids])]
