@@ -21,9 +21,7 @@ one thread answers a call.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import http.client
 import io
 import itertools
 import json
@@ -33,13 +31,15 @@ import socket
 import sys
 import threading
 import time
-import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
 
 VERSION = "1.1.0"  # of Cerebrum
 
@@ -85,7 +85,8 @@ class Settings:
     def excludes(self, uri: str) -> bool:
         """Whether this document is never sent."""
         # Not its path alone, of which a client may have left a # or ? as it is.
-        return any(matches(glob, urllib.parse.unquote(uri)) for glob in self.exclude)
+        decoded = unquote(uri)
+        return any(matches(glob, decoded) for glob in self.exclude)
 
 
 KINDS = {
@@ -122,7 +123,7 @@ def read_settings(given: Any, settings: Settings) -> Settings:
 
 def valid_settings(given: Mapping[str, Any]) -> Object:
     """The settings that an object has, each of the right kind."""
-    members: Object = {}
+    members = Object()
     for name, default in vars(Settings()).items():
         value = given.get(name)
         if value is None:
@@ -162,7 +163,7 @@ def one_of(braces: re.Match[str]) -> str:
 
 def is_url(text: str) -> bool:
     try:
-        url = urllib.parse.urlsplit(text)
+        url = urlsplit(text)
         is_address = url.hostname and url.port != 0
     except ValueError:  # also of a port that is no number
         return False
@@ -178,11 +179,11 @@ def read_file(folder: Path) -> Any:
     neither.
     """
     toml = folder / "lsp.toml"
-    with contextlib.suppress(ImportError, FileNotFoundError):
+    with suppress(ImportError, FileNotFoundError):
         import tomllib  # novm: since Python 3.11
 
         return tomllib.loads(toml.read_text("utf-8"))
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         return json.loads((folder / "lsp.json").read_text("utf-8"))
     if toml.exists():
         raise BadSettings("expected lsp.json, as this Python cannot read lsp.toml; 3.11 can")
@@ -239,7 +240,8 @@ class Gap:
     def typed_since(self, old: Gap) -> str | None:
         """The text typed or accepted since an older gap; None if anything else has changed."""
         typed = self.before.removeprefix(old.before)
-        return typed if self == replace(old, before=old.before + typed) else None
+        later = replace(old, before=old.before + typed)
+        return typed if self == later else None
 
 
 NOWHERE = Gap("", "", "")
@@ -271,7 +273,8 @@ class Document:
 
     def gap(self, cursor: Position) -> Gap:
         offset = self.offset(cursor)
-        before, after = unix(self.text[:offset]), unix(self.text[offset:])
+        before = unix(self.text[:offset])
+        after = unix(self.text[offset:])
         return Gap(self.uri, before, after, self.language)
 
     def line_end(self, near: str = "") -> str:
@@ -283,7 +286,8 @@ class Document:
         """Replace the text between two positions, which are in order."""
         self.deleted = -1 if text else start[0]
         before = self.text[: self.offset(start)]
-        self.text = before + text + self.text[self.offset(end) :]
+        after = self.text[self.offset(end) :]
+        self.text = before + text + after
 
 
 class Suggestions:
@@ -336,7 +340,8 @@ class Suggestions:
         old, text = self.latest
         if gap.typed_since(old) == text:
             return NO_PAUSE_SECONDS
-        return min(max(MIN_PAUSE_SECONDS, PAUSE_SHARE * median(self.seconds)), MAX_PAUSE_SECONDS)
+        pause = PAUSE_SHARE * median(self.seconds)
+        return min(max(MIN_PAUSE_SECONDS, pause), MAX_PAUSE_SECONDS)
 
 
 NO_PAUSE_SECONDS = 0.001  # more than 0, as for any automatic request
@@ -355,7 +360,8 @@ def clip(gap: Gap) -> tuple[str, str]:
     """
     step = MAX_BODY_TEXT // 4
     over = max(0, len(gap.before) - MAX_BODY_TEXT)
-    return gap.before[-(-over // step) * step :], gap.after[:MAX_BODY_TEXT]
+    start = -(-over // step) * step
+    return gap.before[start:], gap.after[:MAX_BODY_TEXT]
 
 
 # --------------------------------------------------------------------------------------- IO: the Pi
@@ -403,7 +409,7 @@ class Call:
         """Stop, from another thread: the Pi sees the connection close and stops computing."""
         self.ended.set()
         if self.socket:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.socket.shutdown(socket.SHUT_RDWR)
 
     def check(self) -> None:
@@ -417,23 +423,24 @@ NO_URL = "; set CEREBRUM_URL, or the client's setting url, to its address: http:
 
 def ask(settings: Settings, call: Call, path: str, body: Object) -> Object:
     """POST the body to the Pi, and return the answer's JSON. PiError, or Ended."""
-    url = urllib.parse.urlsplit(settings.url or LOCAL)
+    url = urlsplit(settings.url or LOCAL)
     host = url.hostname or ""
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
     connection = kind(host, url.port or kind.default_port, timeout=CONNECT_SECONDS)
     headers = {"Content-Type": "application/json", "User-Agent": f"cerebrum-lsp/{VERSION}"}
     if settings.key:
         headers["Authorization"] = f"Bearer {settings.key}"
+    target = url.path.rstrip("/") + path
     try:
         connection.connect()
         call.socket = connection.sock
         call.check()  # `end` may have come before there was a socket
         connection.sock.settimeout(TIMEOUT_SECONDS)
-        connection.request("POST", url.path.rstrip("/") + path, json.dumps(body), headers)
+        connection.request("POST", target, json.dumps(body), headers)
         response = connection.getresponse()
         content = response.read()
     # ValueError: a name that cannot be looked up
-    except (OSError, ValueError, http.client.HTTPException) as error:
+    except (OSError, ValueError, HTTPException) as error:
         # A connection that never came about is news even if nobody waits for it any more.
         if call.socket:
             call.check()
@@ -456,15 +463,16 @@ def read_answer(host: str, status: int, content: bytes) -> Object:
         raise kind(f"expected the Pi at {host}, got an answer that is not JSON")
     if status != 200:
         nested = answer.get("error")  # the dialects' form of an error
-        message = (nested if isinstance(nested, dict) else answer).get("message")
-        raise kind(f"the Pi answers {status}: {message}")
+        if isinstance(nested, dict):
+            answer = nested
+        raise kind(f"the Pi answers {status}: {answer.get('message')}")
     return answer
 
 
 # ----------------------------------------------------------------------- IO: messages of the client
 
 LATER = object()  # the result of a request that a thread answers
-LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n", re.IGNORECASE)
+LENGTH = re.compile(rb"(?i)content-length[ \t]*:[ \t]*([0-9]{1,9})[ \t]*\r?\n")
 
 
 def failure(code: int, message: str) -> Object:
@@ -505,7 +513,7 @@ def read_message(stream: BinaryIO) -> Any:
     """
     data = stream.read(read_length(stream))
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode())
     except (ValueError, RecursionError):
         raise BadMessage("expected JSON in UTF-8") from None
 
@@ -535,7 +543,7 @@ class Client:
     def send(self, **members: Any) -> None:
         data = json.dumps({"jsonrpc": "2.0", **members}).encode()
         # An editor that has gone needs no message.
-        with self.lock, contextlib.suppress(OSError, ValueError):
+        with self.lock, suppress(OSError, ValueError):
             self.stream.write(b"Content-Length: %d\r\n\r\n%s" % (len(data), data))
             self.stream.flush()
 
@@ -551,7 +559,7 @@ class Client:
 
     def respond(self, call: Call, response: Object) -> None:
         """Send the call's one response, unless another thread has."""
-        with contextlib.suppress(KeyError):
+        with suppress(KeyError):
             self.running.remove(call)
             if call.request_id is not None:
                 self.send(id=call.request_id, **response)
@@ -715,7 +723,9 @@ class Workspace:
         highlights there; null leaves those to other servers. A new document has no cursor yet.
         """
         document = self.find(params)
-        cursor = position(params, "position") if "position" in params else (0, 0)
+        cursor = 0, 0
+        if "position" in params:
+            cursor = position(params, "position")
         gap = document.gap(cursor)
         self.client.end_calls(lambda old: old.is_waiting and old.lane == READING, {})
         call = Call(None, READING, READ_DELAY_SECONDS)
@@ -725,7 +735,8 @@ class Workspace:
             if self.may_read(gap):
                 self.suggestions.asked = gap
                 body = self.body(gap, is_automatic=True)
-                ask(self.settings, call, "/infill", {**body, "n_predict": 0})
+                body["n_predict"] = 0  # it only reads
+                ask(self.settings, call, "/infill", body)
 
         self.client.start(call, work)
 
@@ -752,12 +763,15 @@ class Workspace:
         # Unasked, nothing is shown that was typed over twice. After a deletion nothing is asked.
         def items(text: str) -> Object:
             is_unwanted = self.suggestions.show(gap, text) > 1 and is_automatic
+            if is_unwanted or not text:
+                return {"items": []}
             place = span(cursor, cursor)
             item = {"insertText": text, "range": place, "command": accept_command(text)}
-            return {"items": [item] if text and not is_unwanted else []}
+            return {"items": [item]}
 
         call = Call(request_id, "inline", pause if is_automatic else 0.0)
-        return self.complete(call, gap, items, is_automatic and document.deleted == cursor[0])
+        is_quiet = is_automatic and document.deleted == cursor[0]
+        return self.complete(call, gap, items, is_quiet)
 
     def menu(self, params: Any, request_id: Any) -> Any:
         """The same for a client without inline completion, as one entry of its menu. Helix inserts
@@ -776,7 +790,8 @@ class Workspace:
         def items(rest: str) -> Object:
             text = word + rest
             block = f"```{document.language}\n{text}\n```"
-            edit = {"range": span(start, end), "newText": LINE_END.sub(document.line_end(), text)}
+            new_text = LINE_END.sub(document.line_end(), text)
+            edit = {"range": span(start, end), "newText": new_text}
             entry = {
                 "label": text.strip().partition("\n")[0],
                 "detail": "Cerebrum",
@@ -825,17 +840,22 @@ class Workspace:
         """The fields of a request for a gap."""
         settings = self.settings
         before, after = clip(gap)
-        name = os.path.basename(urllib.parse.unquote(gap.uri))
+        name = os.path.basename(unquote(gap.uri))
+        read_ms = 0
+        suggest = "always"
+        if is_automatic:
+            read_ms = settings.read_ms
+            suggest = settings.suggest
         return {
             "input_prefix": before,
             "input_suffix": after,
             "filename": name,
             "language": gap.language,
             "n_predict": settings.tokens,
-            "t_max_prompt_ms": settings.read_ms if is_automatic else 0,
+            "t_max_prompt_ms": read_ms,
             "t_max_predict_ms": PREDICT_MS,
             "cache_prompt": True,
-            "suggest": settings.suggest if is_automatic else "always",
+            "suggest": suggest,
         }
 
     def infill(self, call: Call, gap: Gap) -> str:
@@ -860,7 +880,8 @@ class Workspace:
                 self.client.show(2, str(error))
             return ""
         self.away_until = 0.0
-        if not (answer.get("replaced") or answer.get("preempted")):
+        is_cut = answer.get("replaced") or answer.get("preempted")
+        if not is_cut:
             suggestions.add(gap, text, time.monotonic() - began)
         return text
 
@@ -880,7 +901,7 @@ class Workspace:
         call = Call(request_id)
 
         def work() -> None:
-            with contextlib.suppress(PiError):  # only a count
+            with suppress(PiError):  # only a count
                 ask(self.settings, call, "/v1/accepted", {"characters": characters})
 
         return self.client.start(call, work)
@@ -1011,7 +1032,7 @@ class Session:
     def cancel(self, params: Any) -> None:
         self.client.end_calls(lambda call: call.request_id == params["id"], CANCELLED)
 
-    def shutdown(self, _params: Any, _request_id: Any) -> None:
+    def shutdown(self, *_: Any) -> None:
         self.is_stopping = True
         self.client.end_calls(lambda _: True, CANCELLED)
 
@@ -1033,7 +1054,8 @@ def main() -> int:
         return 0 if options == ["--help"] else 2
     client = Client(sys.stdout.buffer)
     sys.stdout = sys.stderr  # nothing else may write to the editor
-    return Session(client, *first_settings(os.environ)).serve(sys.stdin.buffer)
+    session = Session(client, *first_settings(os.environ))
+    return session.serve(sys.stdin.buffer)
 
 
 if __name__ == "__main__":
