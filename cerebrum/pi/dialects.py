@@ -102,6 +102,9 @@ EXTRA = {"filename": NAME, "text": TEXT}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MESSAGE = {"role": Field(str, required=True, choices=tuple(ROLES))}
 STREAM_OPTIONS = {"include_usage": FLAG}
+# JSON objects with two texts: the messages of a chat, {"role", "content"}, or other files,
+# {"filename", "text"}.
+Texts = list[dict[str, str]]
 
 
 def present(value: Any) -> Any:
@@ -112,33 +115,43 @@ def present(value: Any) -> Any:
         return {name: present(member) for name, member in value.items() if member is not None}
     if isinstance(value, list):
         return [present(item) for item in value]
-    if isinstance(value, str):
-        return value if value.isascii() else LONE.sub("\ufffd", value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, str) and not value.isascii():
+        return LONE.sub("\ufffd", value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def read_texts(members: Members, name: str) -> list[str]:
     """A member that is a string or an array of strings, as a list; empty without this member."""
     value = members.get(name, [])
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise wrong(name, "a string, or an array of strings", value)
-    return texts
+    return value
 
 
 def read_sampling(read: Members, stops: list[str], limit: int = DEFAULT_TOKENS) -> JsonObject:
     """The fields of our API that every request has. `limit` (tokens) is the default."""
-    limits = [read[name] for name in LIMITS]
-    limit = next((given for given in limits if given is not None), limit)
+    given = [read[name] for name in LIMITS if read[name] is not None]
+    if given:
+        limit = given[0]
+    if limit < 0:
+        limit = MAX_TOKENS
     top_p = read["top_p"]
-    seed = read["random_seed"] if read["seed"] is None else read["seed"]
     if top_p is not None:
         top_p = max(top_p, MIN_TOP_P)
-    if seed is not None:
-        seed = None if seed < 0 or seed == ANY_SEED else seed % ANY_SEED
+    seed = read["seed"]
+    if seed is None:
+        seed = read["random_seed"]
+    if seed in (None, ANY_SEED) or seed < 0:
+        seed = None
+    else:
+        seed %= ANY_SEED
     return {
         "model": read["model"],
-        "max_tokens": MAX_TOKENS if limit < 0 else min(limit, MAX_TOKENS),
+        "max_tokens": min(limit, MAX_TOKENS),
         "temperature": min(read["temperature"], 1.0),
         "top_p": top_p,
         "seed": seed,
@@ -165,7 +178,7 @@ def read_prompt(members: Members) -> str:
     return texts[0]
 
 
-def read_messages(value: Any) -> list[dict[str, str]]:
+def read_messages(value: Any) -> Texts:
     """`messages` with the roles that a chat template knows, and only text as content. Parts of a
     content are joined by line ends.
     """
@@ -230,15 +243,15 @@ SPECIAL = re.compile(
 # the model's, and the client cuts the answer itself. A text that only mentions such a mark has none
 # of these layouts.
 NEXT_EDIT = re.compile(
+    r"(?ms)"
     r"\A\s*+(?:<\|repo_name\|>[^\n]*\n)?<\|file_sep\|>.*^<\|file_sep\|>(?:original|current|updated)/"
     r"|\A\s*+<\[fim-suffix\]>(?>.*?<\[fim-prefix\]>)"
     r"(?>.*?(?:<filename>|^<<<<<<< CURRENT|<\|\w+\|>))(?>.*<\[fim-middle\]>)[^\n]*\Z"
-    r"|\A### Instruction:(?>.*?^<\|editable_region_start\|>)(?>.*^### Response:)\s*\Z",
-    re.M | re.S,
+    r"|\A### Instruction:(?>.*?^<\|editable_region_start\|>)(?>.*^### Response:)\s*\Z"
 )
 
 
-def split_fim(prompt: str) -> tuple[str, str, str, list[dict[str, str]]] | None:
+def split_fim(prompt: str) -> tuple[str, str, str, Texts] | None:
     """(prefix, suffix, file name, [{"filename", "text"}] of other files) of a prompt that a client
     has written with a family's tokens; None for any other prompt.
 
@@ -263,9 +276,11 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
         return None
     preamble = prompt[:start]
     body = prompt[start:]
-    if not middle and not UNUSED.fullmatch(preamble):
+    behind = ""
+    if middle:
+        body, _, behind = body.rpartition(middle)
+    elif not UNUSED.fullmatch(preamble):
         return None
-    body, _, behind = body.rpartition(middle) if middle else (body, "", "")
     if body.startswith(before):
         prefix, found, suffix = body.removeprefix(before).partition(after)
     else:
@@ -283,7 +298,7 @@ def split_by(prompt: str, before: str, after: str, middle: str) -> tuple[str, st
     return preamble, prefix, suffix
 
 
-def split_files(preamble: str) -> tuple[str, list[dict[str, str]]]:
+def split_files(preamble: str) -> tuple[str, Texts]:
     """Parse the text before the first mark: the name of the file itself, and other files."""
     loose, *files = FILE_MARK.split(UNUSED.sub("", preamble, count=1))
     filename = ""
@@ -309,14 +324,18 @@ def read_code(
     """
     fields = read_sampling(read, read_stops(members, "special" in more))
     least = read["min_confidence"]
-    fields["min_confidence"] = SUGGEST[read["suggest"]] if least is None else least
+    if least is None:
+        least = SUGGEST[read["suggest"]]
+    fields["min_confidence"] = least
     for name in ("prompt_ms", "predict_ms"):
         fields[name] = min(max(0, read[f"t_max_{name}"]), MAX_MS)
     fields |= {"filename": read["filename"], "language": read["language"], "prompt": prefix}
     if suffix.strip() or not prefix:
         fields |= {"suffix": suffix, "mode": "infill"}
     asked = GenerationRequest(**fields | more, indent=read["n_indent"])
-    only = tuple(read_texts(members, "response_fields")) if "response_fields" in members else None
+    only = None
+    if "response_fields" in members:
+        only = tuple(read_texts(members, "response_fields"))
     return CompletionRequest(
         kind, asked, read["stream"], wants_usage(members), read["cache_prompt"], only
     )
@@ -358,7 +377,8 @@ def read_chat(members: Members) -> CompletionRequest:
     """POST /v1/chat/completions: OpenAI's chat."""
     members = present(members)
     read = read_fields(members, CHAT_FIELDS)
-    if members.get("tools", []) != [] and members.get("tool_choice") != "none":
+    may_call = members.get("tool_choice") != "none"
+    if may_call and members.get("tools", []) != []:
         raise wrong("tools", 'nothing, or tool_choice "none"', members["tools"])
     # The limit is the highest: an answer ends by itself.
     sampling = read_sampling(read, read_stops(members), limit=MAX_TOKENS)
@@ -388,7 +408,7 @@ def read_ollama(members: Members) -> CompletionRequest:
             return read_completion(members)
         texts = {"system": members.get("system", ""), "user": prompt}
         messages = [{"role": role, "content": text} for role, text in texts.items() if text]
-        members |= {"messages": messages}
+        members["messages"] = messages
     return read_chat(members)
 
 
@@ -405,7 +425,9 @@ def sse(data: Members) -> bytes:
 
 def finish_reason(result: Members) -> str:
     """OpenAI's finish reason: "length" if a limit cut the text, else "stop"."""
-    return "length" if result.get("finish_reason") in ("length", *CUT) else "stop"
+    if result.get("finish_reason") in ("length", *CUT):
+        return "length"
+    return "stop"
 
 
 def usage(result: Members) -> JsonObject:
@@ -442,8 +464,8 @@ class Reply:
         """
         is_first = not self.beginning
         self.beginning = beginning
-        # For `TOKEN_TEXT.sub`.
-        self.template = self.block(self.chunk(SLOT)).replace(compact(SLOT), rb"\1")
+        block = self.block(self.chunk(SLOT))
+        self.template = block.replace(compact(SLOT), rb"\1")  # for `TOKEN_TEXT.sub`
         return self.opening() if is_first else b""
 
     def opening(self) -> bytes:
@@ -475,7 +497,8 @@ class Reply:
 
     def end(self, result: Members) -> bytes:
         """The events after the last text, for a native result."""
-        events = sse(self.frame(self.part(""), finish_reason(result)) | own_members(result))
+        last = self.frame(self.part(""), finish_reason(result))
+        events = sse(last | own_members(result))
         if self.request.usage:
             events += sse(self.frame({}) | {"usage": usage(result)})
         return events + sse_block(b"[DONE]")
@@ -501,7 +524,9 @@ class ChatReply(Reply):
     def part(self, text: str, whole: bool = False) -> JsonObject:
         if whole:
             return {"message": {"role": "assistant", "content": text}}
-        return {"delta": {"content": text} if text or self.always else {}}
+        if text or self.always:
+            return {"delta": {"content": text}}
+        return {"delta": {}}
 
 
 class FimReply(ChatReply):
@@ -533,9 +558,10 @@ class LlamaReply(Reply):
             "generation_settings": {"n_ctx": self.beginning["n_ctx"]},
         }
         kept = self.beginning.get("kept") or {}
+        is_limited = finish_reason(result) == "length"
         answer |= {
             "truncated": kept.get("parts", ["all"]) != ["all"],
-            "stop_type": "limit" if finish_reason(result) == "length" else "eos",
+            "stop_type": "limit" if is_limited else "eos",
             "tokens_cached": counts["total_tokens"],
             "timings": timings(result),
         }
@@ -546,7 +572,8 @@ class LlamaReply(Reply):
         if "replaced" in answer or ("preempted" in answer and not text):
             del answer["content"]
         for outer in ("generation_settings", "timings"):
-            answer |= {f"{outer}/{name}": value for name, value in answer[outer].items()}
+            for name, value in answer[outer].items():
+                answer[f"{outer}/{name}"] = value
         names = (*CUT, *self.request.only)
         return compact({name: answer[name] for name in names if name in answer})
 
@@ -574,6 +601,7 @@ class OllamaReply(Reply):
     def whole(self, text: str, result: Members) -> bytes:
         """The answer's members. Durations are in nanoseconds."""
         reason = finish_reason(result)
+        counts = usage(result)
         spent = timings(result)
         seconds = {
             "total": result.get("inference_time") or 0.0,
@@ -581,12 +609,14 @@ class OllamaReply(Reply):
             "prompt_eval": spent["prompt_ms"] / 1000,
             "eval": spent["predicted_ms"] / 1000,
         }
-        answer = self.frame(self.part(text), reason) | {
+        answer = self.frame(self.part(text), reason)
+        answer |= {
             "done_reason": reason,
-            "prompt_eval_count": result.get("prompt_tokens", 0),
-            "eval_count": result.get("total_tokens", 0),
+            "prompt_eval_count": counts["prompt_tokens"],
+            "eval_count": counts["completion_tokens"],
         }
-        answer |= {f"{name}_duration": round(1e9 * value) for name, value in seconds.items()}
+        for name, value in seconds.items():
+            answer[f"{name}_duration"] = round(1e9 * value)
         return compact(answer | own_members(result))
 
 
@@ -617,16 +647,20 @@ def timings(result: Members) -> JsonObject:
     cached = result.get("cached_tokens", 0)
     read = result.get("prompt_tokens", 0) - cached
     written = result.get("total_tokens", 0)
+    writing = max(0.0, total - loading - seconds)
     known = {"cache_n": cached} | timing("prompt", read, seconds)
-    return known | timing("predicted", written, max(0.0, total - loading - seconds))
+    return known | timing("predicted", written, writing)
 
 
 def timing(name: str, count: int, seconds: float) -> JsonObject:
+    milliseconds = 1000 * seconds
+    per_token = milliseconds / count if count else 0.0
+    per_second = count / seconds if seconds else 0.0
     return {
         f"{name}_n": count,
-        f"{name}_ms": round(1000 * seconds, 3),
-        f"{name}_per_token_ms": round(1000 * seconds / count, 3) if count else 0.0,
-        f"{name}_per_second": round(count / seconds, 3) if seconds else 0.0,
+        f"{name}_ms": round(milliseconds, 3),
+        f"{name}_per_token_ms": round(per_token, 3),
+        f"{name}_per_second": round(per_second, 3),
     }
 
 
@@ -671,6 +705,9 @@ def write_ollama_model(model: Model, n_ctx: int, created: int) -> JsonObject:
         "quantization_level": model.quantization,
     }
     about = {"general.architecture": FAMILY, f"{FAMILY}.context_length": n_ctx}
+    capabilities = ["completion"]
+    if model.fim:
+        capabilities.append("insert")
     return {
         "name": model.id,
         "model": model.id,
@@ -679,7 +716,7 @@ def write_ollama_model(model: Model, n_ctx: int, created: int) -> JsonObject:
         "digest": model.sha256,
         "details": details,
         "model_info": about,
-        "capabilities": ["completion", "insert"] if model.fim else ["completion"],
+        "capabilities": capabilities,
     }
 
 
