@@ -64,12 +64,11 @@ def write_sampling(wanted: Fitted, limit: str) -> JsonObject:
     tokens.
     """
     fields = wanted.fields
-    members = {
-        "model": wanted.name,
-        "stream": True,
-        limit: min(fields["max_tokens"], max(1, wanted.answer_tokens)),
-    }
-    members |= {name: fields[name] for name in ("temperature", "top_p", "seed") if name in fields}
+    most = min(fields["max_tokens"], max(1, wanted.answer_tokens))
+    members = {"model": wanted.name, "stream": True, limit: most}
+    for name in ("temperature", "top_p", "seed"):
+        if name in fields:
+            members[name] = fields[name]
     if members.get("top_p", 0) >= 1:
         del members["top_p"]  # 1 leaves all tokens; TGI refuses 1
     # Some engines refuse an empty list; in others it replaces the model's own stops.
@@ -85,7 +84,10 @@ def write_openai(wanted: Fitted) -> JsonObject:
 
 def write_files(fields: Members) -> str:
     """Other files' texts, which precede the file itself."""
-    return "".join(entry["text"].rstrip("\n") + "\n" for entry in fields.get("extra", ()))
+    written = ""
+    for entry in fields.get("extra", ()):
+        written += entry["text"].rstrip("\n") + "\n"
+    return written
 
 
 def write_chat(wanted: Fitted) -> JsonObject:
@@ -114,7 +116,9 @@ def parse_leniently(data: bytes) -> JsonObject:
 
 def text_of(value: Any) -> str:
     """A string with U+FFFD for half a character; "" for any other value."""
-    return LONE.sub("\ufffd", value) if isinstance(value, str) else ""
+    if isinstance(value, str):
+        return LONE.sub("\ufffd", value)
+    return ""
 
 
 CUT_SHORT = ("length", "limit", "content_filter")
@@ -136,7 +140,9 @@ def read_engine_event(members: Members) -> tuple[str, str | None]:
         raise BackendFailure("it gave up")
     if not reason:
         return text, None
-    return text, "length" if reason in CUT_SHORT else "stop"
+    if reason in CUT_SHORT:
+        return text, "length"
+    return text, "stop"
 
 
 LOGARITHM = Field(float, -(10**9), 0)  # of a probability
@@ -164,11 +170,14 @@ def read_counts(members: Members) -> JsonObject:
     timed = members_of(members.get("timings"))
     cached = timed.get("cache_n")
     fresh = timed.get("prompt_n")
-    read = cached + fresh if type(cached) is type(fresh) is int else None
+    read = None
+    if type(cached) is type(fresh) is int:
+        read = cached + fresh
+    read = used.get("prompt_tokens", read)
     written = used.get("completion_tokens", timed.get("predicted_n"))
     details = members_of(used.get("prompt_tokens_details"))
     counts = {
-        "prompt_tokens": members.get("tokens_evaluated", used.get("prompt_tokens", read)),
+        "prompt_tokens": members.get("tokens_evaluated", read),
         "total_tokens": members.get("tokens_predicted", written),
         "cached_tokens": details.get("cached_tokens", cached),
     }
@@ -205,7 +214,9 @@ def read_props(members: Members) -> JsonObject:
 
 def read_n_ctx(value: Any) -> JsonObject:
     """{"n_ctx": …} with the length of a context, {} if the value is none."""
-    return {"n_ctx": value} if N_CTX.accepts(value) else {}
+    if N_CTX.accepts(value):
+        return {"n_ctx": value}
+    return {}
 
 
 # OpenAI's and vLLM's sentences. Their count of the prompt is ignored: later vLLMs stop counting at
@@ -222,7 +233,8 @@ def read_overflow(error: Any) -> dict[str, int] | None:
     """
     members = members_of(error)
     sentence = OVERFLOW.search(text_of(members.get("message", error)))
-    lengths = read_n_ctx(members.get("n_ctx", int(sentence[1]) if sentence else 0))
+    stated = int(sentence[1]) if sentence else 0
+    lengths = read_n_ctx(members.get("n_ctx", stated))
     codes = (members.get("code"), members.get("type"))
     if not lengths and "context_length_exceeded" not in codes:  # OpenAI's code
         return None
@@ -296,7 +308,7 @@ class Translator:
         self.most = fields.get("max_tokens") or MAX_TOKENS
         self.seconds = fields["predict_ms"] / 1000 or math.inf  # for the text
         self.progress = fields["progress"]
-        self.counts: JsonObject = {}  # of the last event that has any
+        self.counts = JsonObject()  # of the last event that has any
         self.tokens = 0  # events with text; an engine may put several tokens into one
         self.deadline = math.inf  # after it, the text ends as soon as it has a line end
         self.has_line = False  # a line end has been generated
@@ -360,9 +372,11 @@ class Translator:
             self.tokens += 1
             self.has_line |= "\n" in text
             self.is_told &= probability is not None
-        if probability is not None:
+        if probability is None:
+            probability = 1.0  # no text ends because its probability is unknown
+        else:
             self.written.append((text, probability))
-        text, ended = self.ending.feed(text, 1.0 if probability is None else probability)
+        text, ended = self.ending.feed(text, probability)
         if not ended and reason:
             text += self.ending.flush(whole=reason == "stop")
         elif not ended and self.has_line and now > self.deadline:
@@ -440,22 +454,30 @@ class Engine(Kind):
 
     def marks(self, model: str) -> Sequence[str]:
         """The special tokens around the parts of a gap, if the Pi writes the whole prompt."""
-        marks = {known.id: known.fim for known in self.catalog}
-        return marks.get(model, ()) if self.config.infill == "fim" else ()
+        if self.config.infill != "fim":
+            return ()
+        for known in self.catalog:
+            if known.id == model:
+                return known.fim
+        return ()
 
     def layout(self, model: str, about: Members) -> str:
         """With "spmv2", a prompt ends in the middle of a line; other engines would not heal its
         last token.
         """
         suffix_first = [known.id for known in self.catalog if known.fim_layout == "spm"]
-        return "spm" if self.marks(model) and model in suffix_first else "psm"
+        if self.marks(model) and model in suffix_first:
+            return "spm"
+        return "psm"
 
     async def read(self, answer: Answer, wanted: Fitted) -> Pairs:
         await asyncio.sleep(0)  # following a long text takes a turn of the event loop by itself
+        fields = wanted.fields
         marks = [mark.strip() for mark in self.marks(wanted.model)]
-        tells = self.tells_probabilities and "messages" not in wanted.fields
-        least = wanted.fields.get("min_confidence") if tells else None
-        translator = Translator(wanted.fields, marks, least)
+        least = None
+        if self.tells_probabilities and "messages" not in fields:
+            least = fields.get("min_confidence")
+        translator = Translator(fields, marks, least)
         try:
             async with contextlib.aclosing(self._read_text(answer, translator)) as pairs:
                 async for pair in pairs:
@@ -518,13 +540,15 @@ class LlamaServer(Engine):
         if fields.get("min_confidence"):
             members["n_probs"] = 1
         if "suffix" not in fields:
-            return "/completion", members | {"prompt": write_files(fields) + fields["prompt"]}
-        return "/infill", members | {
+            members["prompt"] = write_files(fields) + fields["prompt"]
+            return "/completion", members
+        members |= {
             "input_prefix": fields["prompt"],
             "input_suffix": fields["suffix"],
             "prompt": "",
             "input_extra": fields.get("extra", ()),
         }
+        return "/infill", members
 
     async def list_models(self) -> Models:
         listed = await super().list_models()
@@ -547,7 +571,9 @@ class OpenAI(Engine):
         text = fields["prompt"]
         suffix = fields.get("suffix")
         if suffix is not None and marks:
-            text = "".join(arrange_gap(self.layout(wanted.model, {}), marks, text, suffix))
+            layout = self.layout(wanted.model, {})
+            text = "".join(arrange_gap(layout, marks, text, suffix))
         elif suffix is not None:
             members["suffix"] = suffix
-        return "/v1/completions", members | {"prompt": write_files(fields) + text}
+        members["prompt"] = write_files(fields) + text
+        return "/v1/completions", members
