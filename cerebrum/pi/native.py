@@ -99,7 +99,9 @@ def our_error(members: Members, key: str) -> HttpError | None:
     lengths = valid_members(members, {"prompt_tokens": LENGTH, "n_ctx": LENGTH})
     if code == "INVALID_REQUEST" and len(lengths) == 2:
         return TooLong(lengths, message)
-    return HttpError(code if code in PASSED_ON else "VPS_UNAVAILABLE", message, extra=lengths)
+    if code not in PASSED_ON:
+        code = "VPS_UNAVAILABLE"
+    return HttpError(code, message, extra=lengths)
 
 
 # ------------------------------------------------------------------------------------------- events
