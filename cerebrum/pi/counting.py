@@ -51,7 +51,8 @@ class History:
     def sample(self, now: float, totals: tuple[int, int, int]) -> None:
         """Record the totals of SERIES at `now` (seconds, monotonic)."""
         step = int(now // HISTORY_STEP_SECONDS)
-        self._totals.extend([self._totals[-1]] * (step - self._step))
+        passed = step - self._step
+        self._totals.extend([self._totals[-1]] * passed)
         self._totals[-1] = totals
         self._step = step
 
@@ -105,9 +106,10 @@ class People:
 
     def add(self, client: str, used: Usage) -> None:
         name = client if client in self.total else ""
-        day = f"{date.today()} {name}"
         self.total[name] = self.total[name].plus(used)
-        set_newest(self._days, day, self._days.get(day, Usage()).plus(used), MAX_ENTRIES)
+        day = f"{date.today()} {name}"
+        so_far = self._days.get(day, Usage())
+        set_newest(self._days, day, so_far.plus(used), MAX_ENTRIES)
 
     def describe(self) -> list[JsonObject]:
         """The members `unnamed` and `clients` of /v1/stats."""
@@ -209,10 +211,14 @@ class Counting:
         text = text.replace("\r\n", "\n")
         prompt = "\0" + request.fields.prompt.replace("\r\n", "\n")
         above, hint, asked = self.hints.get(request.file, ("\0", "", 0.0))
-        kept = characters_kept(above, hint, prompt) if now - asked <= HINT_SECONDS else 0
-        shown = 0 if (prompt + text).endswith(above + hint) else len(text)
+        kept = 0
+        if now - asked <= HINT_SECONDS:
+            kept = characters_kept(above, hint, prompt)
+        is_rest = (prompt + text).endswith(above + hint)
+        shown = 0 if is_rest else len(text)
         self.people.add(request.client, Usage(shown=shown, kept=kept))
-        set_newest(self.hints, request.file, (prompt[-CURSOR_CHARS:], text, now), MAX_HINTS)
+        newest = prompt[-CURSOR_CHARS:], text, now
+        set_newest(self.hints, request.file, newest, MAX_HINTS)
 
     @contextlib.contextmanager
     def completion(self, completion: Completion) -> Iterator[None]:
@@ -224,7 +230,9 @@ class Counting:
         try:
             yield
         except Exception as error:
-            reason = error.code if isinstance(error, HttpError) else "INTERNAL_ERROR"
+            reason = "INTERNAL_ERROR"
+            if isinstance(error, HttpError):
+                reason = error.code
             self.failed += bool(completion.clients) and reason != SUPERSEDED
             raise
         finally:
@@ -237,7 +245,8 @@ class Counting:
     def _tally(self, completion: Completion, reason: str) -> None:
         """Count the end of a completion for its model."""
         attempt = completion.attempt
-        tally = self.tallies.setdefault(attempt.model if attempt else "none", Tally())
+        model = attempt.model if attempt else "none"
+        tally = self.tallies.setdefault(model, Tally())
         match attempt and attempt.outcome:
             # After an eviction, the completion may still have failed, such as by a 429 in the line.
             case Answered(ended) | Evicted(ended) if reason == CANCELLED:
