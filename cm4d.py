@@ -49,37 +49,22 @@ if __name__ == "__main__":
 
 import asyncio
 import contextlib
-import functools
-import hashlib
 import math
 import ssl
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
-from cerebrum.fields import (
-    Field,
-    JsonObject,
-    Members,
-    describe,
-    parse_json,
-    read_fields,
-    wrong,
-)
+from cerebrum.fields import Field, JsonObject, Members, describe, parse_json, read_fields, wrong
 from cerebrum.http import Access, Server, own_names
-from cerebrum.metrics import (
-    COMPLETIONS,
-    Metric,
-    Table,
-    metrics_of,
-    resident_bytes,
-    write_stats,
-)
+from cerebrum.metrics import COMPLETIONS, Metric, Table, metrics_of, resident_bytes, write_stats
 from cerebrum.pi import dialects, upstream
 from cerebrum.pi.breaker import BREAKER_STATES
 from cerebrum.pi.broadcast import Broadcasts, Subscriber
@@ -92,13 +77,7 @@ from cerebrum.pi.runner import Runner
 from cerebrum.request import DEFAULT_TOKENS, MAX_TOKENS, RULES, GenerationRequest
 from cerebrum.service import Service, make_parser, set_up_logging
 from cerebrum.settings import Client, ConfigError, Environment, load_catalog, read_environment
-from cerebrum.text.languages import (
-    BY_NAME,
-    LANGUAGES,
-    Language,
-    guess_language,
-    language_named,
-)
+from cerebrum.text.languages import BY_NAME, LANGUAGES, Language, guess_language, language_named
 from cerebrum.text.prompt import detect_mode
 from cerebrum_common import (
     LINES,
@@ -172,7 +151,8 @@ class Config:
     @property
     def names(self) -> dict[str, int]:
         """The places of each named client."""
-        return {client.name: client.places for client in (self.clients or {}).values()}
+        clients = self.clients or {}
+        return {client.name: client.places for client in clients.values()}
 
 
 CLIENTS = "CEREBRUM_CM4_KEYS_FILE", HERE / "client-keys"
@@ -182,30 +162,37 @@ def load_config(environ: Environment) -> Config:
     """Read the settings from the environment and models.toml. ConfigError names the bad variable, a
     bad key's first.
     """
-    more: JsonObject = {
-        "client_keys": environ.keys("CEREBRUM_CM4_API_KEY"),
-        "clients": environ.clients(*CLIENTS),
-    }
+    client_keys = environ.keys("CEREBRUM_CM4_API_KEY")
+    clients = environ.clients(*CLIENTS)
     path = environ.path("CEREBRUM_MODELS_FILE", str(HERE / "models.toml"))
     catalog = load_catalog(path, LANGUAGES)
     max_concurrent = environ.integer("CEREBRUM_MAX_CONCURRENT", 2, 1, upstream.MAX_PLACES)
     backends = upstream.read_backends(catalog.backends, environ, max_concurrent)
-    more |= {
-        "host": environ.host("CEREBRUM_CM4_HOST", "0.0.0.0"),
-        "port": environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535),
-        "hosts": environ.names("CEREBRUM_ALLOWED_HOSTS"),
-        "origins": environ.names("CEREBRUM_ALLOWED_ORIGINS"),
-    }
+    host = environ.host("CEREBRUM_CM4_HOST", "0.0.0.0")
+    port = environ.integer("CEREBRUM_CM4_PORT", 7000, 0, 65535)
+    hosts = environ.names("CEREBRUM_ALLOWED_HOSTS")
+    origins = environ.names("CEREBRUM_ALLOWED_ORIGINS")
+    log_level = environ.log_level()
     folder = HERE / "logs"
-    log_file = str(folder / "cerebrum.log") if folder.is_dir() else ""
-    more |= {
-        "log_level": environ.log_level(),
-        "log_file": environ.text("CEREBRUM_LOG_FILE", log_file),
-        "log_prompts": environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1,
-        "tls": read_tls(environ),
-        "state_dir": environ.state_dir(),
-    }
-    return Config(backends, catalog.models, catalog.prefer, **more)
+    usual_log = str(folder / "cerebrum.log") if folder.is_dir() else ""
+    log_file = environ.text("CEREBRUM_LOG_FILE", usual_log)
+    log_prompts = environ.integer("CEREBRUM_LOG_PROMPTS", 0, 0, 1) == 1
+    return Config(
+        backends,
+        catalog.models,
+        catalog.prefer,
+        host,
+        port,
+        client_keys,
+        clients,
+        hosts,
+        origins,
+        log_level,
+        log_file,
+        log_prompts,
+        read_tls(environ),
+        environ.state_dir(),
+    )
 
 
 # --------------------------------------------------------------------------------- policy: requests
@@ -223,7 +210,7 @@ FIELDS = {
 }
 
 
-def read_native(members: Members, models: Collection[Model]) -> GenerationRequest:
+def read_native(members: Members, models: Sequence[Model]) -> GenerationRequest:
     """The checked fields of a completion. HttpError 400 names a bad field, 404 a model that is not
     in models.toml. An alias of a language becomes the name that models.toml lists. An instruction
     may be for any other language: where its answer ends does not depend on the syntax.
@@ -240,12 +227,15 @@ def read_native(members: Members, models: Collection[Model]) -> GenerationReques
     return GenerationRequest(**fields | {"mode": detect_mode(fields)})
 
 
-def model_named(name: Any, models: Collection[Model]) -> Model | None:
+def model_named(name: Any, models: Sequence[Model]) -> Model | None:
     """The model with this id or alias."""
-    return next((model for model in models if name in (model.id, *model.aliases)), None)
+    for model in models:
+        if name in (model.id, *model.aliases):
+            return model
+    return None
 
 
-def find_model(name: Any, models: Collection[Model]) -> Model:
+def find_model(name: Any, models: Sequence[Model]) -> Model:
     """As `model_named`. HttpError 404 if there is none."""
     if model := model_named(name, models):
         return model
@@ -253,17 +243,17 @@ def find_model(name: Any, models: Collection[Model]) -> Model:
     raise HttpError("MODEL_NOT_FOUND", f"model: expected one of {ids}, got {describe(name)}")
 
 
-def native_fields(wanted: CompletionRequest, models: Collection[Model]) -> GenerationRequest:
+def native_fields(wanted: CompletionRequest, models: Sequence[Model]) -> GenerationRequest:
     """Convert a dialect's request to the fields that a backend is asked with. A request may name a
     model by an alias; an unknown name counts as no name. An unknown language, or none, is guessed
     from the text and the file names, which a chat lacks.
     """
     fields = wanted.fields
     model = model_named(fields.model, models)
-    others = [entry["filename"] for entry in fields.extra]
-    language = BY_NAME.get(fields.language.lower()) or guess_language(
-        fields.filename, fields.prompt, others
-    )
+    language = BY_NAME.get(fields.language.lower())
+    if not language:
+        others = [entry["filename"] for entry in fields.extra]
+        language = guess_language(fields.filename, fields.prompt, others)
     return replace(fields, language=language, model=model.id if model else "")
 
 
@@ -297,7 +287,7 @@ class Gateway:
             except (OSError, ValueError) as error:
                 log.warning("nothing at %s: %s", path, error)
         extension = self.files.get("/cerebrum.vsix")
-        self.extension_sha256 = hashlib.sha256(extension.body).hexdigest() if extension else ""
+        self.extension_sha256 = sha256(extension.body).hexdigest() if extension else ""
 
     def _use(self, config: Config) -> None:
         self.fleet.replace(config.backends, config.models, config.prefer)
@@ -310,14 +300,15 @@ class Gateway:
         `load_config` says why others cannot be read.
         """
         config = self.config
+        clients = config.clients
         with contextlib.suppress(ConfigError):
-            config = replace(config, clients=environ.clients(*CLIENTS, strict=False))
+            clients = environ.clients(*CLIENTS, strict=False)
         keys = tuple[str, ...]()
         with contextlib.suppress(ConfigError):
             keys = environ.keys("CEREBRUM_CM4_API_KEY")
-        if config.clients == {} and not keys:
+        if clients == {} and not keys:
             keys = config.client_keys  # some key must still work
-        config = replace(config, client_keys=keys)
+        config = replace(config, clients=clients, client_keys=keys)
         if config.access.needs_key:  # only whole settings may let in everybody
             self.config = config
             self.counting.configure(config.models, config.names)
@@ -343,10 +334,12 @@ class Gateway:
         return {"client": request.client, "guest": places}
 
     @property
-    def models_here(self) -> list[Model]:
+    def models_here(self) -> Sequence[Model]:
         """The models that some backend has, or all while no backend has listed any."""
-        here = self.fleet.models or ()
-        return [model for model in self.config.models if model.id in here or not here]
+        here = self.fleet.models
+        if not here:
+            return self.config.models
+        return [model for model in self.config.models if model.id in here]
 
     @property
     def uptime(self) -> float:
@@ -363,7 +356,8 @@ class Gateway:
         counting = self.counting
         tokens = sum(tally.tokens for tally in counting.tallies.values())
         tokens += sum(attempt.tokens for attempt in self.dispatcher.state.places)
-        counting.history.sample(time.monotonic(), (self.requests, counting.failed, tokens))
+        totals = self.requests, counting.failed, tokens
+        counting.history.sample(time.monotonic(), totals)
 
     def probed(self) -> None:
         """A backend was probed. It may be back, so those that wait may get a place; or it may have
@@ -386,14 +380,11 @@ async def health(gateway: Gateway, request: Request) -> Response:
     least one backend is available. A 503 says what is wrong.
     """
     fleet = gateway.fleet
-    state = {
-        "vps_available": fleet.available,
-        "uptime": gateway.uptime,
-        "backends": [
-            {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
-            for backend in fleet.backends
-        ],
-    }
+    backends = [
+        {"id": backend.id, "available": backend.available, "message": backend.breaker.message}
+        for backend in fleet.backends
+    ]
+    state = {"vps_available": fleet.available, "uptime": gateway.uptime, "backends": backends}
     if fleet.available:
         return Response({"status": "healthy", "timestamp": timestamp(), **state})
     raise HttpError("VPS_UNAVAILABLE", fleet.message, extra={"status": "unhealthy", **state})
@@ -405,7 +396,7 @@ def complete_natively(gateway: Gateway, request: Request) -> Pairs:
     session = ""
     if fields.session:
         # Two clients may choose the same name, and a backend sees only the Pi's address.
-        session = hashlib.sha256(f"{request.client} {fields.session}".encode()).hexdigest()
+        session = sha256(f"{request.client} {fields.session}".encode()).hexdigest()
     wanted = CompletionRequest("", fields, session=session, **gateway.who(request))
     return gateway.runner.run(Completion(wanted, request.end, request.notes))
 
@@ -499,7 +490,7 @@ def describe_model(model: Model, fleet: Fleet) -> JsonObject:
     return entry | {"available": bool(ids), "backends": ids} | reported
 
 
-def describe_languages(catalog: Collection[Model]) -> list[JsonObject]:
+def describe_languages(catalog: Sequence[Model]) -> list[JsonObject]:
     """The member `languages` of /v1/models."""
     served = served_languages(catalog)
     entries = []
@@ -547,22 +538,26 @@ ANY = CompletionRequest("", GenerationRequest(mode=""))  # without model and lan
 
 async def props(gateway: Gateway, request: Request) -> Response:
     """GET /props: the properties of the model that answers a request without a model name."""
-    model = gateway.fleet.route(ANY)
-    places = limit_of(gateway.fleet.backends)
-    return Response(compact(dialects.write_props(model, gateway.fleet.n_ctx(model), places)))
+    fleet = gateway.fleet
+    model = fleet.route(ANY)
+    n_ctx = fleet.n_ctx(model)
+    places = limit_of(fleet.backends)
+    return Response(compact(dialects.write_props(model, n_ctx, places)))
 
 
 async def tokenize(gateway: Gateway, request: Request) -> Response:
     """POST /tokenize: a text's tokens, in the model that answers a request without a model name."""
     fields = read_fields(dialects.present(parse_json(request.body)), dialects.TOKENIZE)
-    model = gateway.fleet.route(ANY)
+    fleet = gateway.fleet
+    model = fleet.route(ANY)
     # A person tokenizes one text at a time, and so do all guests together.
     name = "" if gateway.who(request)["guest"] else request.client
-    async with gateway.tokenizers.setdefault(name, asyncio.Lock()), gateway.tokenizing:
-        counting = [backend for backend in gateway.fleet.backends if backend.tokenizes(model)]
+    lock = gateway.tokenizers.setdefault(name, asyncio.Lock())
+    async with lock, gateway.tokenizing:
+        counting = [backend for backend in fleet.backends if backend.tokenizes(model)]
         if not counting:
             expected = "expected a backend that counts tokens, got none"
-            raise HttpError("VPS_UNAVAILABLE", gateway.fleet.message or expected)
+            raise HttpError("VPS_UNAVAILABLE", fleet.message or expected)
         try:
             tokens = await first_there(counting).tokenize(model, fields)
         finally:
@@ -579,10 +574,8 @@ async def speak(dialect: dialects.Dialect, gateway: Gateway, request: Request) -
     wanted = replace(wanted, fields=fields, **gateway.who(request))
     head = request.head
     editor = f"{request.client} {request.address} {head.headers.get('user-agent', '')}"
-    reader = Subscriber(
-        gateway.broadcasts, wanted, request.notes, editor, dialect.reply.has_comments
-    )
     reply = dialect.reply(wanted, head.request_id, int(time.time()))
+    reader = Subscriber(gateway.broadcasts, wanted, request.notes, editor, reply.has_comments)
     response = Response()
 
     def begin(beginning: Members) -> bytes:
@@ -643,20 +636,21 @@ async def activity(gateway: Gateway, request: Request) -> Response:
     """
     fleet = gateway.fleet
     gateway.sample()
-    loaded = set[str]().union(*(backend.models_loaded for backend in fleet.backends))
-    members: JsonObject = {
-        "timestamp": timestamp(),
-        "notes": [
-            f"{backend.id} is away: {backend.breaker.message}"
-            for backend in fleet.backends
-            if fleet.available and backend.breaker.message
-        ],
-    }
-    members |= (await stats(gateway, request)).body | gateway.counting.history.describe()
+    loaded = set[str]()
+    notes = []
+    for backend in fleet.backends:
+        loaded.update(backend.models_loaded)
+        message = backend.breaker.message
+        if message and fleet.available:  # else `vps_message` has all of them
+            notes.append(f"{backend.id} is away: {message}")
+    members: JsonObject = {"timestamp": timestamp(), "notes": notes}
+    statistics = await stats(gateway, request)
+    members |= statistics.body | gateway.counting.history.describe()
+    has_name = request.client in gateway.config.names
     members |= {
         "vps_message": fleet.message,
         "models_loaded": sorted(loaded),
-        "client": request.client if request.client in gateway.config.names else "",
+        "client": request.client if has_name else "",
         "extension": gateway.extension_sha256,
     }
     return Response(members)
@@ -684,12 +678,12 @@ def describe_backends(gateway: Gateway) -> dict[str, SimpleNamespace]:
     entries = {}
     for backend in gateway.fleet.backends:
         members = {name: attrgetter(path)(backend) for name, path in OF_BACKEND.items()}
-        entries[backend.id] = SimpleNamespace(
-            **members,
-            requests_active=active[backend],
-            models=list(backend.models or ()),
-            breaker=backend.breaker.describe(time.monotonic()),
-        )
+        members |= {
+            "requests_active": active[backend],
+            "models": list(backend.models or ()),
+            "breaker": backend.breaker.describe(time.monotonic()),
+        }
+        entries[backend.id] = SimpleNamespace(**members)
     return entries
 
 
@@ -767,7 +761,8 @@ METRICS = (
 
 def table_of(gateway: Gateway, backends: Mapping[str, SimpleNamespace]) -> Table:
     """The rows of METRICS with their subjects; `backends` as `describe_backends` has them."""
-    subjects = ({"": gateway}, gateway.counting.tallies, gateway.counting.people.total, backends)
+    counting = gateway.counting
+    subjects = ({"": gateway}, counting.tallies, counting.people.total, backends)
     return zip(("", "model", "client", "backend"), subjects, METRICS, strict=True)
 
 
@@ -780,8 +775,8 @@ async def metrics(gateway: Gateway, request: Request) -> Response:
 
 
 # Routes of other APIs.
-foreign = functools.partial(Route, write_error=dialects.write_error)
-ollama = functools.partial(Route, write_error=dialects.write_ollama_error, streams=LINES)
+foreign = partial(Route, write_error=dialects.write_error)
+ollama = partial(Route, write_error=dialects.write_ollama_error, streams=LINES)
 
 
 def dialect_routes(
@@ -789,8 +784,9 @@ def dialect_routes(
 ) -> Iterator[Route]:
     """The routes of completions in these dialects."""
     for dialect in spoken:
+        handler = partial(speak, dialect)
         for path in dialect.paths:
-            yield route("POST", path, functools.partial(speak, dialect), json=True)
+            yield route("POST", path, handler, json=True)
 
 
 ROUTES = (
@@ -824,6 +820,7 @@ async def serve(environ: Environment, config: Config) -> int:
     status.
     """
     gateway = Gateway(config)
+    fleet = gateway.fleet
     server = Server(gateway, ROUTES, config.access)
     known = environ  # as last read
 
@@ -846,13 +843,14 @@ async def serve(environ: Environment, config: Config) -> int:
             unchanged += TLS.split(", ")
         environ.warn_of_changes(known, unchanged)
 
-    service = Service(reload, gateway.fleet.stuck)
+    service = Service(reload, fleet.stuck)
     if not await server.start(config.host, config.port, tls=config.tls):
         return 1  # systemd tries again: an interface may come up late at boot
-    failed = await service.run(asyncio.create_task(gateway.fleet.probe_forever(gateway.probed)))
+    probing = asyncio.create_task(fleet.probe_forever(gateway.probed))
+    failed = await service.run(probing)
     await server.stop(DRAIN_SECONDS)
     gateway.counting.people.save(math.inf)
-    for backend in gateway.fleet.backends:
+    for backend in fleet.backends:
         backend.kind.client.close()
     return int(failed)  # systemd restarts the daemon after a 1
 
@@ -860,7 +858,8 @@ async def serve(environ: Environment, config: Config) -> int:
 def warn_of(config: Config) -> None:
     """Log which backends will refuse us."""
     for backend in config.backends:
-        if not backend.key and (backend.key_env or backend.api == "cerebrum"):
+        needs_key = backend.key_env or backend.api == "cerebrum"
+        if needs_key and not backend.key:
             log.warning(
                 "%s: %s is not set: it will refuse every completion", backend.id, backend.variable
             )
