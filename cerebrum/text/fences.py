@@ -19,7 +19,9 @@ BESIDE = "bash sh shell console json text plaintext output powershell zsh yaml y
 
 
 def is_beside(name: str, language: Language | None) -> bool:
-    """Whether a block in the language of this name is not the code that was asked for."""
+    """Whether a block in the language of this name is not the code that was asked for: never, if
+    that is in any language.
+    """
     name = name.strip().lower()
     known = language_named(name) or LANGUAGES["shell"]  # as console, output and the like are
     return name in BESIDE.split() and language is not None and language is not known
@@ -27,7 +29,7 @@ def is_beside(name: str, language: Language | None) -> bool:
 
 class Fences(Stage):
     """The answer to an instruction: the code in the first fenced block that is not a shell command,
-    an output or the like (`BESIDE`), behind the model's thoughts. Without one, it is the first
+    an output or the like (`is_beside`), behind the model's thoughts. Without one, it is the first
     block; without any block, all of the answer, once it has ended.
 
     `begun` is the start of the answer, which the model was given to continue: often the code's
@@ -35,7 +37,8 @@ class Fences(Stage):
     """
 
     # Where the answer is, and what follows:
-    #   "chatter"   before the block: "beside" or "code" at a fence, "thinking" at <think>
+    #   "chatter"   before the block: "beside" or "code" at a fence, "thinking" at a <think> with
+    #               nothing before it
     #   "thinking"  in the model's thoughts: "chatter" at </think>
     #   "beside"    in a block that is not the code: "chatter" at its fence or at </think>
     #   "code"      in the block: the end at its fence
@@ -47,9 +50,9 @@ class Fences(Stage):
     # may still come in this line.
     margin = margin_left = 0
     nested = 0  # blocks within the code that are open
-    # Markdown, where a bare fence may also open a block within the code, if another bare one
-    # follows: the start of such a fence that none has followed yet. The code ends there if none
-    # does.
+    # In Markdown, the start of a bare fence that may end the code. If another bare fence follows,
+    # the two held a block within the code, and this is None again. If none does, the code ended
+    # here.
     closing: int | None = None
     line_start = 0  # where the line so far begins
     read = 0  # characters that went in, also those that `text` has no more

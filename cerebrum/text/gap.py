@@ -29,7 +29,8 @@ REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cur
 # If the tokens' probabilities are known, each line written meanwhile may cost so many bits of
 # surprise: behind a missed end the model is often unsure. It may cost none where waiting never
 # paid: behind a line that was begun before the gap, behind the rest of the cursor's line that the
-# model wrote itself, and where the block of the cursor was left. Chosen by tests/bench/waste.py.
+# model wrote itself, and behind a line at the margin of what surrounds the cursor. Chosen by
+# tests/bench/waste.py.
 DOUBT = 5.5
 # Limits to what is searched; longer searches end no gap elsewhere.
 # Of the suffix, for closing brackets; without the search, 0.8 % more are sent late.
@@ -105,14 +106,15 @@ class Meeting:
 
         self.indent, self.line = line_of(last_line(prompt))  # of the text so far
         # Where the text ends without this line: behind the line end above it if whole lines are
-        # missing, else before that.
+        # missing, else before the line end that follows the last line that is not blank.
         self.line_at = 0
-        self.search = Search(self.first)  # in the line so far
+        self.search = Search(self.first)  # in what the text has of the line so far
         # Of the line so far, what follows the first line of the goal, which begins at `first_at`;
         # None: that has not come, and `first_at` means nothing.
         self.behind: str | None = None
         self.first_at = 0
-        # Of the line end above, then of each character of the line that is not white space.
+        # Of the line end above, then of each character of the line that is not white space, without
+        # those that the prompt has of it.
         self.chars_at = [-1]
         self.found: Found = {}
 
@@ -231,15 +233,17 @@ class Gap(Stage):
     It is in one of three states, by `inner` and `end_at`:
 
         awaiting   the suffix could follow nowhere yet: `end_at` is NOWHERE
-        may end    it could follow at `end_at`, the first such place
-        inner      the text is in a comment or a block that ends before the suffix; each place
-                   where the suffix could follow becomes `end_at`
+        may end    it could follow at `end_at`: the first such place, or the last one of an inner
+                   block that has ended
+        inner      the text is in a comment or a block that ends before the suffix: it goes on, and
+                   each place where the suffix could follow becomes `end_at` in turn
 
     `left_at` is where the text left the surroundings of the cursor for the first time. What
     happens, and what it does:
 
-        a line begins (`on_start`)          it enters an inner block or returns, by its indentation;
-                                            if it is indented too little, the text leaves above it
+        a line begins (`on_start`)          it enters an inner block or returns, by its indentation
+                                            (Python); if it is indented too little, the text leaves
+                                            above it
         a line ends (`on_line`)             the same by its brackets or the comment at the cursor;
                                             `note_end`, if the suffix could follow
         a bracket of the suffix is closed   the text leaves (`leave`): it is inner no more, and may
@@ -247,9 +251,10 @@ class Gap(Stage):
         the text meets the suffix           the infill ends there
         a fence                             it ends before the fence, or at `left_at`
         `patience` or `doubt` is used up    it ends at `end_at`
-        the model writes no more (`flush`)  it ends where the text meets the suffix; else at
-                                            `end_at` if the model was cut off, at `left_at` if a
-                                            bracket of the suffix is closed, or with the whole text
+        the model writes no more (`flush`)  it ends where the text meets the suffix; else, if the
+                                            model was cut off and it may end, at `end_at`; if the
+                                            model ended and a bracket of the suffix is closed, at
+                                            `left_at`; else with the whole text
 
     Where it may end, text behind `end_at` waits, and costs patience and doubt: many gaps go on
     after a line that could have ended them, so waiting is worth its tokens. In this gap, at ¦,
@@ -360,6 +365,7 @@ class Gap(Stage):
             self.patience -= 1
             self.cost += self.bits
             self.bits = 0.0
+        # In JavaScript the third backtick has just opened a literal.
         is_fence = meeting.line == FENCE and scanner.closer in ("", "`")
         if is_fence and not scanner.language.fences:
             self.end("stop", min(meeting.line_at, self.left_at))
@@ -395,20 +401,23 @@ class GapOfLines(Gap):
     """A gap above whole lines, or at the end of a line that has begun. The suffix could follow the
     first line that leaves open just the brackets and headers that the suffix is in and is not
     indented less than the suffix (`fits`), and the text above a line that is indented less than
-    cursor and suffix.
+    the suffix and the last line above the cursor.
 
-    `inner` is set in three ways, by what the suffix begins with and by the language:
+    What makes a text `inner`, the first of these that applies:
 
-        a closing bracket         while its partner is open: the last line that fits is taken, since
-                                  nothing but that bracket follows it
-        blocks by lines (Python)  in the lines, from the first on, that are indented more than it
-        blocks in braces          below a header of the text, as `if (x) {`, whose block the suffix
-                                  may be
+        it goes on with a comment at the cursor   for as long as it does (`goes_on`)
+        the suffix begins with a closing bracket  while its partner is open (`fills`): the last line
+                                                  that fits is taken, since nothing but that bracket
+                                                  follows it
+        blocks by lines (Python)                  the lines, from the first on, that are indented
+                                                  more than the suffix
+        blocks in braces                          below a header of the text, as `if (x) {`, whose
+                                                  block the suffix may be
 
-    and whatever the suffix, in the comment at the cursor as long as the text goes on with it.
+    `leave` clears it; a later line may set it again.
     """
 
-    mark = 0  # the end of the last line that is not blank; 0: there is none
+    mark = 0  # the end of the last line that is not blank; 0: there is none, or it is empty
     elsewhere = False  # that line is in another kind of bracket than the suffix (`around`)
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
@@ -417,7 +426,7 @@ class GapOfLines(Gap):
             self.doubt = 0.0
         self.above = indent_of(line_of(last_line(prompt.rstrip())))
         self.below = indent_of(self.meeting.goal[0])
-        self.indent = scanner.indent  # of the line
+        self.indent = scanner.indent  # of the line; in Python's brackets, of the statement
         # The suffix begins with a closing bracket.
         self.begins_with_closer = self.meeting.first[0] in OPENING_OF
         # A closing bracket is indented as its partner's line, and closes what is inside, too. A
@@ -425,14 +434,16 @@ class GapOfLines(Gap):
         same = [at for at, one in enumerate(scanner.stack, 1) if one.indent == self.below]
         if self.begins_with_closer and same:
             self.suffix_closes = same[-1]
+        # The text fills a bracket that nothing else is in.
+        self.fills = self.begins_with_closer and len(scanner.stack) > 0
         # The text goes on with the comment at the cursor.
         self.goes_on = scanner.in_comment
-        self.inner = self.goes_on or (self.begins_with_closer and len(scanner.stack) > 0)
+        self.inner = self.goes_on or self.fills
 
     def on_start(self) -> None:
         scanner = self.scanner
         self.indent = scanner.indent
-        if scanner.by_lines:
+        if scanner.by_lines and not (self.goes_on or self.fills):
             self.inner = self.indent > self.below and (self.inner or not self.mark)
         if self.mark and not self.elsewhere and self.indent < min(self.above, self.below):
             self.leave(self.mark)
@@ -445,7 +456,8 @@ class GapOfLines(Gap):
         self.elsewhere = bool(stack) and self.around not in ("", stack[-1].kind)
         fits = not self.elsewhere and self.fits()
         if self.goes_on:
-            self.goes_on = self.inner = self.closer_before != ""
+            self.goes_on = self.closer_before != ""
+            self.inner = self.goes_on or self.fills
         elif not self.scanner.by_lines and not self.begins_with_closer:
             self.inner = fits and len(stack) > self.depth_at_cursor
         if fits:
@@ -462,7 +474,8 @@ class GapOfLines(Gap):
             return scanner.closer == self.closer_at_cursor
         if self.cut(-3).endswith(("\\\n", "\\\r\n")):  # the line goes on
             return False
-        # The line is in a bracket that the suffix is not in, so it has to be closed before that.
+        # The line is in a bracket that the suffix is not in, so it has to be closed before that. If
+        # the suffix begins with a bracket that is indented as this one's line, it closes this one.
         if stack and self.below + self.begins_with_closer <= stack[-1].indent < self.indent:
             return False
         if scanner.opened is not None:  # a header waits for its block

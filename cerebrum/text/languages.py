@@ -78,7 +78,7 @@ class Language:
     types: str = ""  # keywords of definitions whose members are completed one at a time
     function: str = ""  # the keyword that defines functions, if calls may precede the definition
     names: str = ""  # keywords that define other names, not indented
-    also: str = ""  # other starts of lines that define a name: the last group that took part
+    also: str = ""  # other starts of lines that define a name, which is their last group
     # Words at the start of a line that goes on with a block, and of one that closes it, with |
     # between them.
     clauses: str = "else|elif|elseif|except|finally|catch"
@@ -97,7 +97,8 @@ class Language:
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     here_document: str = ""  # a pattern for <<, up to the name of the line that ends the text
-    commands: bool = False  # lines of code begin with verbs, as instructions do
+    # Lines of code begin with verbs, as instructions do; a quote within a word opens a string.
+    commands: bool = False
     fences: bool = False  # a text may have ``` that ends no answer
     # Words, with blanks between them.
     endings: str = ""  # of file names, in lower case
@@ -121,7 +122,7 @@ class Language:
 
     @cached_property
     def comments(self) -> list[Delimiters]:
-        """(opening, closing) of each comment."""
+        """(opening, closing) of each comment, and of a preprocessor's line."""
         start, _, end = self.block_comment.partition(" ")
         directive = "#" * self.directives
         line = self.line_comment
@@ -149,7 +150,7 @@ class Language:
     @property
     def comment_starts(self) -> Words:
         """The possible starts of a comment line, for `str.startswith`."""
-        others = tuple(opening for opening, _ in self.other_comments[:1])
+        others = tuple(opening for opening, _ in self.other_comments)
         return (self.line_comment, *others) if self.line_comment else others
 
     @cached_property
@@ -159,7 +160,7 @@ class Language:
 
     @cached_property
     def defines(self) -> Pattern:
-        """Matches at a line that defines a name: the last group that took part."""
+        """Matches at a line that defines a name, which is the last group that took part."""
         inside = _any(self.types, self.function)
         outside = _any(inside, self.names)
         starts = [rf"[ \t]{{1,200}}+{_MODIFIERS}(?:{inside})"] if inside else []
@@ -312,6 +313,7 @@ LANGUAGES: dict[str, Language] = {
         texts=_THREE_QUOTES, line_ends=True, endings=".r",
         aliases="rscript",
     ),
+    # A line of a Zig string that has several is read as a comment: neither has code.
     "zig": Language(
         types=r"(?:const|var)[ \t]+\w+[ \t]*=[ \t]*(?:(?:extern|packed)[ \t]+)?"
               r"(?:struct|enum|union)", function="fn", names="const|var",

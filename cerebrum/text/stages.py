@@ -37,8 +37,8 @@ def surprise(probability: float) -> float:
 
 
 class Stage:
-    """Text goes in and comes out, until there is a `reason` to end. All positions count characters
-    of `text`.
+    """Text goes in and comes out, until there is a `reason` to end. All positions but `start` count
+    characters of `text`.
     """
 
     start = 0  # where `text` begins in all that went in
@@ -108,7 +108,7 @@ class Search:
 class StopStrings(Stage):
     """Ends the text before the first stop string, and holds back the possible start of one.
 
-    The first complete stop string counts, however tokens split the text; of two at the same place,
+    The first complete stop string counts, however tokens split the text; of two that end together,
     the longer. No stop string may be empty.
     """
 
@@ -145,7 +145,8 @@ class Sure(Trimmed):
 
     A word is a run of letters, digits and underscores, or any other character, with the blanks
     before it. It goes out once it is whole, but signs at the beginning of the text wait for a
-    letter, a digit or their line's end.
+    letter, a digit or their line's end. Cut off by a limit, it ends without the word that has begun
+    (`Trimmed.flush`).
 
     The next stage gets a token's bits with the last of its text. After "a" with 3 bits and "b c"
     with 1 bit, "ab" goes out with 3 bits; the one bit waits for the end of the word "c".
@@ -252,7 +253,7 @@ class Indent(Stage):
     def __init__(self, limit: int, of_lines: bool) -> None:
         super().__init__()
         self.limit = limit
-        self.of_lines = of_lines
+        self.of_lines = of_lines  # whole lines are missing: the line end before the outside stays
 
     def step(self, char: str) -> None:
         if char == "\n":
@@ -307,7 +308,8 @@ class Repeat(Stage):
         """A line that is not blank has ended at this position."""
         lines = self.lines
         sizes = range(1, PERIOD_LINES + 1)
-        # The sizes of the blocks of which two copies stand at the end.
+        # The sizes of the blocks of which two copies stand at the end. While there are any, the
+        # third copy has begun behind the first line with which there were.
         twice = [size for size in sizes if lines[-size:] == lines[-2 * size : -size]]
         third = self.third_at or position
         self.third_at = third if twice else None

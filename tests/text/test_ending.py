@@ -2393,6 +2393,10 @@ DOUBTS = [
     # The suffix has lines that are indented as little.
     ("if a:\n    a = b", " + 1\n    f(a)\nb\n", " * c⁹\n⁹print⁹", " * c", 0),
     ("if a:\n    a = b", " + 1\nf(a)\n", " * c⁹\n⁹print⁹", " * c", 0),
+    # In a list that ends below, after a comment in one, and in a comment of several lines.
+    ("a = [\n", "]\n", '    "b",⁹\n⁹    ⁹"c",⁰\n⁹', '    "b",\n    "c",\n', 0),
+    ("a = [\n    # The", "\n]\n", " first⁹\n⁹    b,⁹\n⁹    ⁹c⁰\n⁹", " first\n    b,\n    c", 0),
+    ("def f():\n    # The", "\n    a()\n", " first⁹\n⁹    ⁹# line⁰\n⁹", " first\n    # line", 0),
 ]
 
 
