@@ -68,14 +68,16 @@ class Scanner:
 
     by_lines = False  # the blocks are lines
 
-    tail = ""  # the last characters of the text
-    # The two ends of the literal or comment that the text is in, or was in last; in code, `closer`
-    # is "".
+    # The last characters of the text, in which the ends of literals are looked for. It is emptied
+    # where no end reaches back: behind `\"` and behind a closing `"""`.
+    tail = ""
+    # The two ends of the literal or comment that the text is in. In code, `closer` is "", and
+    # `opener` is still the last one, because the third quote of `"""` extends it (`_opening`).
     opener = closer = ""
-    since = 0  # characters since it opened
+    since = 0  # characters behind `opener`, also in code
     escaped = False  # after the language's `escape`
-    # The statement so far: its code (of a comment's opening, all but the last character), and its
-    # last character.
+    # The statement so far: its code, without literals and comments (but of an opening of several
+    # characters all except the last one), and its last character, `"` for a literal.
     head = last = ""
     starting = True  # only white space since a line (by lines: a statement) began
     indent = 0  # its columns
@@ -109,6 +111,7 @@ class Scanner:
             self.step(char)
 
     def step(self, char: str) -> None:
+        """Read one character: it opens a literal or a comment, is within one, or is code."""
         language = self.language
         self.tail = (self.tail + char)[-TAIL_CHARS:]
         self.since += 1
@@ -125,6 +128,7 @@ class Scanner:
             self._in_code(char)
 
     def _add(self, code: str) -> None:
+        """Add code to the statement."""
         if len(self.head) >= HEAD_CHARS:
             self.head = self.head[: HEAD_CHARS // 2]
         self.head += code
@@ -139,12 +143,16 @@ class Scanner:
         self.escaped = self.starting = False
 
     def _opening(self) -> tuple[str, str] | None:
-        """(opener, closer) completed by the last character, in code or by extending a shorter
-        opener (" to \"\"\").
+        """(opener, closer) of what the last character opens.
+
+        In code, it completes an opener. It may also extend a shorter one. A `"` opens a string and
+        the next one closes it, but a third makes all of them the opener of a text. In Lua, `--`
+        opens a comment that ends with its line, but two brackets behind it make it `--[[`.
         """
         for opener, closer in self.language.delimiters:
             if not self.tail.endswith(opener):
                 continue
+            # What came behind the shorter opener is the rest of this one.
             extends = self.since < len(opener) and opener[: -self.since].endswith(self.opener)
             if extends or (not self.closer and self._opens(opener)):
                 return opener, closer
@@ -161,6 +169,7 @@ class Scanner:
         return not re.search(ESCAPED if self.language.commands else NO_QUOTE, self.tail)
 
     def _in_literal(self, char: str) -> None:
+        """Read a character of a literal or a comment; it may be the end."""
         if self.opener == "<<":
             if char == "\n" and self.tail.split("\n")[-2].strip() == self.closer:
                 self._leave(char)
@@ -169,6 +178,7 @@ class Scanner:
             self._in_code(char)
         elif self._escape(char):
             return
+        # The closing may not overlap the opening, as in `/*/`.
         elif self.since >= len(self.closer) and self.tail.endswith(self.closer):
             self._leave(char)
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
@@ -178,7 +188,9 @@ class Scanner:
             self._in_code(char)
 
     def _read_branch(self) -> None:
-        """Of the branches of an #if, the brackets that the last one opens count."""
+        """Of the branches of an #if, the brackets that the last one opens count: those of the
+        branch above are forgotten at each #elif or #else.
+        """
         match = self.opener == "#" and BRANCH.search(self.tail)
         word = match[1] if match else ""
         if word == "if":
@@ -248,11 +260,13 @@ class Scanner:
             if self.stack[depth].kind == OPENING_OF[char]:
                 del self.stack[depth:]
                 return True
-        self.unmatched.append(Bracket(OPENING_OF[char], self.indent, ""))
+        self.unmatched.append(Bracket(OPENING_OF[char], self.indent))
         return False
 
     def _end_line(self) -> None:
-        """A header may take several lines; a label is none."""
+        """The statement goes on in the next line, as a header may. A label, such as `case 1:`, is
+        no statement.
+        """
         self.starting = True
         self.indent = 0
         if self.last == ":":
@@ -311,7 +325,9 @@ class StatementScanner(Scanner):
             super()._in_code(char)
 
     def _read_token(self, token: str) -> None:
-        """The token behind BEGIN or END shows what that means."""
+        """BEGIN and CASE open a block, which END closes. The next token shows what BEGIN and END
+        mean: `BEGIN;` begins a transaction, and `END IF` belongs to an IF, which opened none.
+        """
         before = self.token
         self.token = token
         if before == "begin" and not NO_BEGIN.match(token):
