@@ -140,11 +140,18 @@ class Helpers:
 class Block(Stage):
     """Lines up to the end of a block and of its `Helpers`.
 
-    A subclass says to which side of the block's end a line belongs (`side_of`), and whether the
-    block ends with a line (`read_line`).
+    A subclass is asked about each line, in this order:
+
+        `begin_line`   it begins; not for a blank line
+        `side_of`      does it belong to the block? Asked with each character until the answer is no
+                       longer UNDECIDED; till then, the line waits. A blank line belongs to it.
+        `read_line`    it has ended: does the block end with it?
+
+    A line that begins within a literal (by lines: or within brackets) is part of the line above;
+    `read_line` gets the last of these. If the block has ended, the completion ends at `mark`.
     """
 
-    mark = 0  # the end of the last line that is not blank, where the completion ends
+    mark = 0  # the end of the last line that belongs to the block and is not blank
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
@@ -160,7 +167,9 @@ class Block(Stage):
         """A line begins: its first character that is not white space has come."""
 
     def side_of(self, word: str) -> str:
-        """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`."""
+        """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`. A line end behind the
+        last word says that it is whole: `el` may become `else`, but `el\\n` may not.
+        """
         return INSIDE
 
     def read_line(self, line: str) -> bool:
@@ -172,7 +181,8 @@ class Block(Stage):
         scanner.step(char)
         if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
-        if self._end_line() if char == "\n" else self._extend_line(char):
+        has_ended = self._end_line() if char == "\n" else self._extend_line(char)
+        if has_ended:
             self.end("stop" if self.line == FENCE else "block", self.mark)
         elif not self.waits:
             self.safe = len(self.text)
@@ -198,7 +208,7 @@ class Block(Stage):
             if self.waits and len(self.line) == 1:
                 self.begin_line()
         word = self.line.rstrip()
-        if not self.waits or not word or (FENCE.startswith(word) and word != FENCE):
+        if not self.waits or FENCE[:-1].startswith(word):  # blank, or perhaps a fence
             return False
         if word == FENCE and not self.language.fences:
             return True
@@ -403,12 +413,19 @@ class BracketBlock(Block):
 
 class StatementBlock(Block):
     """SQL: ends with the line in which the statement at the cursor ends, or the next one if the
-    cursor is in none.
+    cursor is in none. A statement ends with its semicolon, but not within a block or a literal.
+
+    To MySQL's client, other signs may end statements, so that a procedure may contain semicolons:
+
+        DELIMITER $$
+        CREATE PROCEDURE p() BEGIN SELECT 1; SELECT 2; END $$
+
+    The scanner takes all from the first `$$` up to the next one as a literal, as in PostgreSQL. The
+    code before it, which no semicolon ends, is `DELIMITER $`.
     """
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        # MySQL's DELIMITER is followed by the sign that ends the statement.
         is_open = scanner.stack or scanner.head.strip().lower() not in ("", "delimiter $")
         return scanner.last != "" and not is_open
 
@@ -523,6 +540,8 @@ class Ending:
             stage.bits = bits
             text, why = stage.feed(text)
             bits = stage.bits
+            # No more text comes from the stage above, so this one sends what it still holds back,
+            # unless it has ended itself: then that text is behind the completion's end.
             if reason and not why:
                 text += stage.flush(whole=reason != "unsure")
             reason = why or reason
@@ -530,7 +549,7 @@ class Ending:
 
     def flush(self, whole: bool = True) -> str:
         """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens
-        did not cut it.
+        did not cut it. Not to be called after `feed` has given a reason.
         """
         text = ""
         for stage in self.stages:
