@@ -227,37 +227,46 @@ def side_of_words(words: str, word: str) -> str:
 
 
 class LineBlock(Block):
-    """Blocks by indentation: ends before the first line outside the requested block.
+    """Blocks by indentation: ends before the first line outside what is asked for.
 
-    The first line that is written shows which blocks are open at the cursor. The first of these is
-    completed:
+    What is asked for (`asked`) is chosen once: when the text's first line begins, or before that if
+    the cursor is in a statement of Python or Scala. It is the first of these that exists:
 
-    - the outermost block that is no container, as a class is;
-    - below a comment or a decorator: the next member;
-    - the rest of the innermost container;
-    - where the cursor is indented, so that the prompt lacks a header: the lines indented as much;
-    - the statement in which the cursor is, up to a blank line; where the cursor's line is empty, in
-      Python, lines through the first definition; in a script, all that follows.
+        block        the outermost open block that is no container, as a class is
+        member       what a comment or a decorator right above announces, such as a method
+        block        the rest of the innermost container
+        definition   below #! in Python: lines through the first definition
+        script       below #! in other languages: all that follows
+        block        if the line is indented, so that its header is above the prompt: all lines that
+                     are indented as much
+        statement    lines at the margin, up to a blank one
 
-    A line at the block's own indentation that goes on with it or closes it belongs to it.
+    Whether a line is inside (`side_of`) follows from its indentation, compared with `base`:
+
+                     `base` is that of    deeper    as deep as `base`        less deep
+        block        the block's header   inside    inside if it goes on     outside
+        member       its first line       inside    inside; below a blank    outside
+                                                    line, if it goes on
+        statement    the margin, 0        inside    the same
+        definition   none, -1             inside
+        script       none, -1             inside
+
+    A line that goes on begins with a closing bracket, with a word such as `else` or `end`, or with
+    the header of a helper. A comment right below another line is inside, too.
+
+    The end of a line (`read_line`) changes two things. If the line is as deep as `base` and begins
+    with a word such as `end`, the block or the member ends with it. If it is the header of the
+    first definition, "definition" becomes "block", with 0 as its `base`.
     """
 
-    # What is asked for:
-    #   ""           not known before the first line, which chooses one of the others
-    #   "block"      which a clause or `Helpers` may follow
-    #   "member"     the next one of a class
-    #   "statement"  outside all blocks
-    #   "script"     lines outside all blocks; in Python, the first definition makes it a "block"
-    asked = ""
-    # Lines that are indented deeper belong to it; -1 outside all blocks, where every line is
-    # deeper.
-    base = -1
+    scanner: LineScanner
+    asked = ""  # not chosen yet
+    base = -1  # in columns
     level = 0  # indentation of the line that begins
     blank = False  # the last line was blank
 
     def __init__(self, scanner: LineScanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        self.scanner: LineScanner = scanner
         self.prompt = prompt
         head = scanner.head.strip()
         language = self.language
@@ -265,64 +274,60 @@ class LineBlock(Block):
             blocks = scanner.enclosing(scanner.indent)
             if not language.indented or COMPOUND.match(head):
                 blocks.append((scanner.indent, head))
-            self._choose(blocks)
+            self.asked, self.base = self._choice(blocks)
 
-    def _choose(self, blocks: list[tuple[int, str]]) -> None:
-        """Choose what is asked for among the open blocks."""
+    def _choice(self, blocks: list[tuple[int, str]]) -> tuple[str, int]:
+        """`asked` and `base`, by the open blocks: (indentation, header), the outermost first."""
         language = self.language
         prompt = self.prompt
-        chosen = [block for block in blocks if not language.containers.match(block[1])]
+        indent = self.scanner.indent
         is_script = last_line(prompt.rstrip()).startswith("#!")
-        if not chosen and is_announced(language, prompt):
-            self.asked = "member"
-            self.base = self.scanner.indent
-        elif blocks:
-            self.asked = "block"
-            self.base = (chosen or blocks[-1:])[0][0]
-        elif self.scanner.indent and not is_script:  # the block's header is above the prompt
-            self.asked = "block"
-            self.base = self.scanner.indent - 1
-        elif is_script or (language.indented and self.scanner.starting):
-            self.asked = "script"
-        else:
-            self.asked = "statement"
+        chosen = [column for column, header in blocks if not language.containers.match(header)]
+        if chosen:
+            return "block", chosen[0]
+        if is_announced(language, prompt):
+            return "member", indent
+        if blocks:
+            return "block", blocks[-1][0]
+        if is_script:
+            return "definition" if language.indented else "script", -1
+        return ("block", indent - 1) if indent else ("statement", 0)
 
     def begin_line(self) -> None:
         self.level = self.scanner.indent
         if not self.asked:
-            self._choose(self.scanner.enclosing(self.level))
+            self.asked, self.base = self._choice(self.scanner.enclosing(self.level))
+
+    def side_of(self, word: str) -> str:
+        language = self.language
+        parted = self.blank and self.mark  # a blank line is between this one and what is written
+        if self.level > self.base:
+            return INSIDE
+        if self.asked == "statement" and not parted:
+            return INSIDE
+        if not self.blank:  # right below code, a comment belongs to it
+            if self.scanner.in_comment:
+                return INSIDE
+            if any(opener.startswith(word) for opener, _ in language.comments):
+                return UNDECIDED
+        if self.level < self.base:
+            return OUTSIDE
+        in_member = self.asked == "member" and not parted
+        if in_member or word[0] in OPENING_OF:
+            return INSIDE
+        side = side_of_words(f"{language.clauses}|{language.closers}", word)
+        return side if side != OUTSIDE else self.helpers.side_of(word)
 
     def read_line(self, line: str) -> bool:
         language = self.language
         blocks = self.scanner.blocks
         self.blank = not line
-        in_python = self.asked == "script" and language.indented
-        if in_python and blocks and language.defines.match(blocks[0][1]):
-            self.asked = "block"  # the model's first definition
+        if self.asked == "definition" and blocks and language.defines.match(blocks[0][1]):
+            self.asked = "block"
             self.base = 0
-        if self.level != self.base:
+        if self.asked == "statement" or self.level != self.base:
             return False
         return side_of_words(language.closers, f"{line}\n") == INSIDE
-
-    def side_of(self, word: str) -> str:
-        """By the indentation, and at the block's own by the word."""
-        language = self.language
-        # Outside all blocks, every line is deeper, also one in column 0.
-        over = self.asked == "statement" and self.level == 0 and self.blank and self.mark
-        if self.level > self.base and not over:
-            return INSIDE
-        if not self.blank and self.scanner.in_comment:
-            return INSIDE  # right below code, a comment belongs to it
-        if not self.blank and any(opener.startswith(word) for opener, _ in language.comments):
-            return UNDECIDED
-        if self.level < self.base:
-            return OUTSIDE
-        if self.asked == "member" and not (self.blank and self.mark):
-            return INSIDE
-        if word[0] in OPENING_OF:
-            return INSIDE
-        side = side_of_words(f"{language.clauses}|{language.closers}", word)
-        return side if side != OUTSIDE else self.helpers.side_of(word)
 
 
 class BracketBlock(Block):
