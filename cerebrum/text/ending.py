@@ -333,39 +333,58 @@ class LineBlock(Block):
 class BracketBlock(Block):
     """Blocks in braces: ends after the line that completes what is asked for.
 
-    That is the outermost open block that is not a container: a function with everything in it.
-    Without one, it is the statement or signature in progress, or what a comment or decorator above
-    the cursor announces; then the innermost class, impl or namespace; then the first function or
-    class that the model writes. Closing brackets on their own lines after the block belong to it.
+    What is asked for (`asked`) is chosen at the cursor. It is the first of these that exists:
+
+        block       in JSON: the innermost object or array
+        block       the outermost open block that is no container, as a class is; so a function with
+                    everything in it
+        directive   the cursor's line, if it is one of the preprocessor
+        statement   the one in progress, which may be a signature, or what a comment or a decorator
+                    right above announces
+        block       the rest of the innermost container
+        ""          none of these: the first function or class that the model writes; its brace
+                    makes it a block
+
+    If the block is an argument of a call, the whole call is asked for. Where a line ends
+    (`read_line`), it is complete
+
+        block       if no more than `depth` brackets are open
+        statement   the same, and if the last sign is `;` or `}` or, in a language without
+                    semicolons, any but those that go on, such as `+`
+        directive   always
+        ""          never
+
+    The completion then ends, unless something may follow: a closing bracket, a `{` below the
+    signature, a clause such as `else`, a helper or, where no semicolon ends a statement, a line
+    that begins like `.then()`. In that case, the next line's first word decides (`side_of`). A
+    blank line ends a statement that is not complete but has no open brackets.
     """
 
-    # What is asked for:
-    #   ""           not begun; the first brace that the model opens outside all makes it a "block"
-    #   "block"      perhaps with the call that has it as an argument
-    #   "statement"  in progress, or announced
-    #   "directive"  a line of the preprocessor
     asked = ""
-    depth = 0  # it is complete when no more brackets are open
-    clauses = False  # an `else` or the like may go on with it
-    complete = False  # the next line may still belong to it
+    depth = 0  # of the brackets around it
+    clauses = False  # one may follow
+    complete = False  # since the end of the last line
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         language = self.language
         stack = scanner.stack
-        braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
-        things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         head = scanner.head.strip()
-        is_over = braces and scanner.is_over
+        braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
+        containers = language.containers
+        not_containers = [depth for depth in braces if not containers.search(stack[depth].header)]
         in_parens = stack and stack[-1].kind in "(["
-        begun = head and not is_over and (in_parens or not language.imports.match(last_line(head)))
+        # An import ends with its line, also without a semicolon; but Go's `import (` goes on.
+        is_import = not in_parens and language.imports.match(last_line(head))
+        # Outside all blocks, a header may go on in the next line.
+        has_ended = braces and scanner.is_over
         if language.blocks == "brackets" and stack:
             self._choose(len(stack) - 1)
-        elif things:
-            self._choose(things[0])
+        elif not_containers:
+            self._choose(not_containers[0])
         elif language.directives and scanner.closer and scanner.opener == "#":
             self.asked = "directive"
-        elif begun or is_announced(language, prompt):
+        elif (head and not is_import and not has_ended) or is_announced(language, prompt):
             self.asked = "statement"
             self.depth = braces[-1] + 1 if braces else 0
             self.clauses = CONTROL.search(head) is not None
@@ -399,9 +418,9 @@ class BracketBlock(Block):
             return True
         if not self.asked or len(scanner.stack) > self.depth:
             return False
-        ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
-        if self.asked == "statement" and not ended:
-            return not line and self.mark > 0
+        has_ended = scanner.last in ("}", ";") or scanner.is_over
+        if self.asked == "statement" and not has_ended:
+            return not line and self.mark > 0  # the blank line ends it
         self.complete = True
         if scanner.stack or self.clauses or self.helpers.called:
             return False

@@ -23,8 +23,9 @@ HEAD_CHARS = 1000
 STRAY_BRACKETS = 20
 TAIL_CHARS = 80  # kept of the text: enough for the end of a literal or of a line with <<
 LINE_CHARS = 500  # the part of a line that comparisons use
-# A line that ends so goes on in the next one, in languages without semicolons.
-UNFINISHED = tuple(",=(&|+?.:<*/-")
+# A line that ends so goes on in the next one, in languages without semicolons; so does the empty
+# one, since "" is in each string.
+UNFINISHED = ",=(&|+?.:<*/-"
 REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
 # The rest of a line below which a here-document follows; group 1 is the line that ends it.
@@ -95,7 +96,7 @@ class Scanner:
 
     @property
     def is_over(self) -> bool:
-        """Whether the statement has ended with its line, in a language without semicolons."""
+        """Whether a statement has ended with its line, in a language without semicolons."""
         return self.language.line_ends and self.starting and self.last not in UNFINISHED
 
     @property
