@@ -202,7 +202,9 @@ class Scanner:
             del self.stack[self.branches[-1] :]
 
     def _is_lifetime(self, char: str) -> bool:
-        """Whether the second character behind a quote shows that it opens none of Rust's."""
+        """Whether the second character behind a quote shows that it begins one of Rust's lifetimes,
+        as in `'a,`, and not a character, as in `'a'`.
+        """
         may_be = self.opener == "'" and self.language.lifetimes
         return may_be and char != "'" and self.tail[-2] != "\\"
 
@@ -256,7 +258,9 @@ class Scanner:
             self._add(char)
 
     def _close(self, char: str) -> bool:
-        """Whether the text has the bracket that `char` closes. A stray ) closes no block."""
+        """Whether the text has the bracket that `char` closes. Others that were opened in it are
+        closed, too; but a stray ) closes no block.
+        """
         for depth in reversed(range(len(self.stack))[-STRAY_BRACKETS:]):
             if self.stack[depth].kind == OPENING_OF[char]:
                 del self.stack[depth:]
@@ -285,7 +289,8 @@ class LineScanner(Scanner):
     def __init__(self, language: Language) -> None:
         super().__init__(language)
         # (indentation, code) of the last whole statement and of the less indented lines around it.
-        # In Python, only those that open a block.
+        # In Python only those that open a block: [(0, "class A:"), (4, "def f(self):")] in a
+        # method, whatever its last statement is.
         self.blocks = list[tuple[int, str]]()
 
     @property
@@ -312,7 +317,9 @@ class LineScanner(Scanner):
 
 
 class StatementScanner(Scanner):
-    """Follows SQL, with blocks from BEGIN or CASE to END."""
+    """Follows SQL, with blocks from BEGIN or CASE to END. Between `$$` and the next one, or `$tag$`
+    and the next one, it is a string, also if that is the body of a function.
+    """
 
     token = ""  # the last word, in lower case, or sign
 
