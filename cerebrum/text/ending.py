@@ -120,6 +120,7 @@ class Helpers:
         self.defined = set(self.header.findall(prompt))
 
     def end_line(self) -> None:
+        """The line has ended: read its code."""
         code = "".join(self.code)
         self.code.clear()
         self.defined.update(self.header.findall(code))
@@ -160,7 +161,7 @@ class Block(Stage):
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = last_line(prompt).lstrip()[:LINE_CHARS]
         self.waits = scanner.starting  # the line may turn out to be outside
-        # Without a keyword, nothing is read for them, so none are called.
+        # Without a keyword, no code is read for them, so none are called; (?!) matches nowhere.
         self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
     def begin_line(self) -> None:
@@ -218,7 +219,9 @@ class Block(Stage):
 
 
 def side_of_words(words: str, word: str) -> str:
-    """`side_of` for a line that may begin with one of the words, which have | between them."""
+    """`side_of` for a line that may begin with one of the words, which have | between them. A word
+    is a name, one sign, or HTML's `</`.
+    """
     names = words.split("|")
     if any(name.startswith(word) for name in names):
         return UNDECIDED
