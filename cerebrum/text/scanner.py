@@ -43,7 +43,7 @@ TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
 TOKENS_CHARS = 40  # of the statement's end, searched for TOKENS and DOLLARS
 # BEGIN and END open and close no block if one of these follows.
 NO_BEGIN = re.compile(r"(?:[.,;:=<>)]|and|asc?|between|desc|from|i[ns]|or|tran(?:saction)?|work)\Z")
-NO_END = re.compile(r"(?:if|loop|while|repeat|for|case)\Z")
+NO_END = re.compile(r"(?:if|loop|while|repeat|for)\Z")
 # The $$ or $tag$ that opens a literal: not at the start of a statement.
 DOLLARS = re.compile(r"\S\s*(?<![\w$])(\$(?:[A-Za-z_]\w*)?\$)\Z")
 
