@@ -154,7 +154,7 @@ class Scanner:
             if not self.tail.endswith(opener):
                 continue
             # What came behind the shorter opener is the rest of this one.
-            extends = self.since < len(opener) and opener[: -self.since].endswith(self.opener)
+            extends = self.since < len(opener) and opener[: -self.since] == self.opener
             if extends or (not self.closer and self._opens(opener)):
                 return opener, closer
         return None
