@@ -232,8 +232,9 @@ def side_of_words(words: str, word: str) -> str:
 class LineBlock(Block):
     """Blocks by indentation: ends before the first line outside what is asked for.
 
-    What is asked for (`asked`) is chosen once: when the text's first line begins, or before that if
-    the cursor is in a statement of Python or Scala. It is the first of these that exists:
+    A block is open below a line that is indented less: in Python a header, elsewhere any line. What
+    is asked for (`asked`) is chosen once: when the text's first line begins, or before that if the
+    cursor is in a statement of Python or Scala. It is the first of these that exists:
 
         block        the outermost open block that is no container, as a class is
         member       what a comment or a decorator right above announces, such as a method
@@ -453,6 +454,7 @@ class StatementBlock(Block):
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
+        # `last` is "" until something of the statement has come.
         is_open = scanner.stack or scanner.head.strip().lower() not in ("", "delimiter $")
         return scanner.last != "" and not is_open
 
