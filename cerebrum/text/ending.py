@@ -120,6 +120,7 @@ class Helpers:
         self.defined = set(self.header.findall(prompt))
 
     def end_line(self) -> None:
+        """The line has ended: read its code."""
         code = "".join(self.code)
         self.code.clear()
         self.defined.update(self.header.findall(code))
@@ -140,11 +141,18 @@ class Helpers:
 class Block(Stage):
     """Lines up to the end of a block and of its `Helpers`.
 
-    A subclass says to which side of the block's end a line belongs (`side_of`), and whether the
-    block ends with a line (`read_line`).
+    A subclass is asked about each line, in this order:
+
+        `begin_line`   it begins; not for a blank line
+        `side_of`      does it belong to the block? Asked with each character until the answer is no
+                       longer UNDECIDED; till then, the line waits. A blank line belongs to it.
+        `read_line`    it has ended: does the block end with it?
+
+    A line that begins within a literal (by lines: or within brackets) is part of the line above;
+    `read_line` gets the last of these. If the block has ended, the completion ends at `mark`.
     """
 
-    mark = 0  # the end of the last line that is not blank, where the completion ends
+    mark = 0  # the end of the last line that belongs to the block and is not blank
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__()
@@ -153,14 +161,16 @@ class Block(Stage):
         # The line so far, including the prompt's part of it, without its indentation.
         self.line = last_line(prompt).lstrip()[:LINE_CHARS]
         self.waits = scanner.starting  # the line may turn out to be outside
-        # Without a keyword, nothing is read for them, so none are called.
+        # Without a keyword, no code is read for them, so none are called; (?!) matches nowhere.
         self.helpers = Helpers(self.language.function or "(?!)", prompt)
 
     def begin_line(self) -> None:
         """A line begins: its first character that is not white space has come."""
 
     def side_of(self, word: str) -> str:
-        """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`."""
+        """INSIDE, OUTSIDE or UNDECIDED, for the line that begins with `word`. A line end behind the
+        last word says that it is whole: `el` may become `else`, but `el\\n` may not.
+        """
         return INSIDE
 
     def read_line(self, line: str) -> bool:
@@ -172,7 +182,8 @@ class Block(Stage):
         scanner.step(char)
         if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
-        if self._end_line() if char == "\n" else self._extend_line(char):
+        has_ended = self._end_line() if char == "\n" else self._extend_line(char)
+        if has_ended:
             self.end("stop" if self.line == FENCE else "block", self.mark)
         elif not self.waits:
             self.safe = len(self.text)
@@ -198,7 +209,7 @@ class Block(Stage):
             if self.waits and len(self.line) == 1:
                 self.begin_line()
         word = self.line.rstrip()
-        if not self.waits or not word or (FENCE.startswith(word) and word != FENCE):
+        if not self.waits or FENCE[:-1].startswith(word):  # blank, or perhaps a fence
             return False
         if word == FENCE and not self.language.fences:
             return True
@@ -208,7 +219,9 @@ class Block(Stage):
 
 
 def side_of_words(words: str, word: str) -> str:
-    """`side_of` for a line that may begin with one of the words, which have | between them."""
+    """`side_of` for a line that may begin with one of the words, which have | between them. A word
+    is a name, one sign, or HTML's `</`.
+    """
     names = words.split("|")
     if any(name.startswith(word) for name in names):
         return UNDECIDED
@@ -217,37 +230,47 @@ def side_of_words(words: str, word: str) -> str:
 
 
 class LineBlock(Block):
-    """Blocks by indentation: ends before the first line outside the requested block.
+    """Blocks by indentation: ends before the first line outside what is asked for.
 
-    The first line that is written shows which blocks are open at the cursor. The first of these is
-    completed:
+    A block is open below a line that is indented less: in Python a header, elsewhere any line. What
+    is asked for (`asked`) is chosen once: when the text's first line begins, or before that if the
+    cursor is in a statement of Python or Scala. It is the first of these that exists:
 
-    - the outermost block that is no container, as a class is;
-    - below a comment or a decorator: the next member;
-    - the rest of the innermost container;
-    - where the cursor is indented, so that the prompt lacks a header: the lines indented as much;
-    - the statement in which the cursor is, up to a blank line; where the cursor's line is empty, in
-      Python, lines through the first definition; in a script, all that follows.
+        block        the outermost open block that is no container, as a class is
+        member       what a comment or a decorator right above announces, such as a method
+        block        the rest of the innermost container
+        definition   below #! in Python: lines through the first definition
+        script       below #! in other languages: all that follows
+        block        if the line is indented, so that its header is above the prompt: all lines that
+                     are indented as much
+        statement    lines at the margin, up to a blank one
 
-    A line at the block's own indentation that goes on with it or closes it belongs to it.
+    Whether a line is inside (`side_of`) follows from its indentation, compared with `base`:
+
+                     `base` is that of    deeper    as deep as `base`        less deep
+        block        the block's header   inside    inside if it goes on     outside
+        member       its first line       inside    inside; below a blank    outside
+                                                    line, if it goes on
+        statement    the margin, 0        inside    the same
+        definition   none, -1             inside
+        script       none, -1             inside
+
+    A line that goes on begins with a closing bracket, with a word such as `else` or `end`, or with
+    the header of a helper. A comment right below another line is inside, too.
+
+    The end of a line (`read_line`) changes two things. If the line is as deep as `base` and begins
+    with a word such as `end`, the block or the member ends with it. If it is the header of the
+    first definition, "definition" becomes "block", with 0 as its `base`.
     """
 
-    # What is asked for:
-    #   ""           not known before the first line, which chooses one of the others
-    #   "block"      which a clause or `Helpers` may follow
-    #   "member"     the next one of a class
-    #   "statement"  outside all blocks
-    #   "script"     lines outside all blocks; in Python, the first definition makes it a "block"
-    asked = ""
-    # Lines that are indented deeper belong to it; -1 outside all blocks, where every line is
-    # deeper.
-    base = -1
+    scanner: LineScanner
+    asked = ""  # not chosen yet
+    base = -1  # in columns
     level = 0  # indentation of the line that begins
     blank = False  # the last line was blank
 
     def __init__(self, scanner: LineScanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
-        self.scanner: LineScanner = scanner
         self.prompt = prompt
         head = scanner.head.strip()
         language = self.language
@@ -255,102 +278,117 @@ class LineBlock(Block):
             blocks = scanner.enclosing(scanner.indent)
             if not language.indented or COMPOUND.match(head):
                 blocks.append((scanner.indent, head))
-            self._choose(blocks)
+            self.asked, self.base = self._choice(blocks)
 
-    def _choose(self, blocks: list[tuple[int, str]]) -> None:
-        """Choose what is asked for among the open blocks."""
+    def _choice(self, blocks: list[tuple[int, str]]) -> tuple[str, int]:
+        """`asked` and `base`, by the open blocks: (indentation, header), the outermost first."""
         language = self.language
         prompt = self.prompt
-        chosen = [block for block in blocks if not language.containers.match(block[1])]
+        indent = self.scanner.indent
         is_script = last_line(prompt.rstrip()).startswith("#!")
-        if not chosen and is_announced(language, prompt):
-            self.asked = "member"
-            self.base = self.scanner.indent
-        elif blocks:
-            self.asked = "block"
-            self.base = (chosen or blocks[-1:])[0][0]
-        elif self.scanner.indent and not is_script:  # the block's header is above the prompt
-            self.asked = "block"
-            self.base = self.scanner.indent - 1
-        elif is_script or (language.indented and self.scanner.starting):
-            self.asked = "script"
-        else:
-            self.asked = "statement"
+        chosen = [column for column, header in blocks if not language.containers.match(header)]
+        if chosen:
+            return "block", chosen[0]
+        if is_announced(language, prompt):
+            return "member", indent
+        if blocks:
+            return "block", blocks[-1][0]
+        if is_script:
+            return "definition" if language.indented else "script", -1
+        return ("block", indent - 1) if indent else ("statement", 0)
 
     def begin_line(self) -> None:
         self.level = self.scanner.indent
         if not self.asked:
-            self._choose(self.scanner.enclosing(self.level))
+            self.asked, self.base = self._choice(self.scanner.enclosing(self.level))
+
+    def side_of(self, word: str) -> str:
+        language = self.language
+        parted = self.blank and self.mark  # a blank line is between this one and what is written
+        if self.level > self.base:
+            return INSIDE
+        if self.asked == "statement" and not parted:
+            return INSIDE
+        if not self.blank:  # right below code, a comment belongs to it
+            if self.scanner.in_comment:
+                return INSIDE
+            if any(opener.startswith(word) for opener, _ in language.comments):
+                return UNDECIDED
+        if self.level < self.base:
+            return OUTSIDE
+        in_member = self.asked == "member" and not parted
+        if in_member or word[0] in OPENING_OF:
+            return INSIDE
+        side = side_of_words(f"{language.clauses}|{language.closers}", word)
+        return side if side != OUTSIDE else self.helpers.side_of(word)
 
     def read_line(self, line: str) -> bool:
         language = self.language
         blocks = self.scanner.blocks
         self.blank = not line
-        in_python = self.asked == "script" and language.indented
-        if in_python and blocks and language.defines.match(blocks[0][1]):
-            self.asked = "block"  # the model's first definition
+        if self.asked == "definition" and blocks and language.defines.match(blocks[0][1]):
+            self.asked = "block"
             self.base = 0
-        if self.level != self.base:
+        if self.asked == "statement" or self.level != self.base:
             return False
         return side_of_words(language.closers, f"{line}\n") == INSIDE
-
-    def side_of(self, word: str) -> str:
-        """By the indentation, and at the block's own by the word."""
-        language = self.language
-        # Outside all blocks, every line is deeper, also one in column 0.
-        over = self.asked == "statement" and self.level == 0 and self.blank and self.mark
-        if self.level > self.base and not over:
-            return INSIDE
-        if not self.blank and self.scanner.in_comment:
-            return INSIDE  # right below code, a comment belongs to it
-        if not self.blank and any(opener.startswith(word) for opener, _ in language.comments):
-            return UNDECIDED
-        if self.level < self.base:
-            return OUTSIDE
-        if self.asked == "member" and not (self.blank and self.mark):
-            return INSIDE
-        if word[0] in OPENING_OF:
-            return INSIDE
-        side = side_of_words(f"{language.clauses}|{language.closers}", word)
-        return side if side != OUTSIDE else self.helpers.side_of(word)
 
 
 class BracketBlock(Block):
     """Blocks in braces: ends after the line that completes what is asked for.
 
-    That is the outermost open block that is not a container: a function with everything in it.
-    Without one, it is the statement or signature in progress, or what a comment or decorator above
-    the cursor announces; then the innermost class, impl or namespace; then the first function or
-    class that the model writes. Closing brackets on their own lines after the block belong to it.
+    What is asked for (`asked`) is chosen at the cursor. It is the first of these that exists:
+
+        block       in JSON: the innermost object or array
+        block       the outermost open block that is no container, as a class is; so a function with
+                    everything in it
+        directive   the cursor's line, if it is one of the preprocessor
+        statement   the one in progress, which may be a signature, or what a comment or a decorator
+                    right above announces
+        block       the rest of the innermost container
+        ""          none of these: the first function or class that the model writes; its brace
+                    makes it a block
+
+    If the block is an argument of a call, the whole call is asked for. Where a line ends
+    (`read_line`), it is complete
+
+        block       if no more than `depth` brackets are open
+        statement   the same, and if the last sign is `;` or `}` or, in a language without
+                    semicolons, any but those that go on, such as `+`
+        directive   always
+        ""          never
+
+    The completion then ends, unless something may follow: a closing bracket, a `{` below the
+    signature, a clause such as `else`, a helper or, where no semicolon ends a statement, a line
+    that begins like `.then()`. In that case, the next line's first word decides (`side_of`). A
+    blank line ends a statement that is not complete but has no open brackets.
     """
 
-    # What is asked for:
-    #   ""           not begun; the first brace that the model opens outside all makes it a "block"
-    #   "block"      perhaps with the call that has it as an argument
-    #   "statement"  in progress, or announced
-    #   "directive"  a line of the preprocessor
     asked = ""
-    depth = 0  # it is complete when no more brackets are open
-    clauses = False  # an `else` or the like may go on with it
-    complete = False  # the next line may still belong to it
+    depth = 0  # of the brackets around it
+    clauses = False  # one may follow
+    complete = False  # since the end of the last line
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
         super().__init__(scanner, prompt)
         language = self.language
         stack = scanner.stack
-        braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
-        things = [depth for depth in braces if not language.containers.search(stack[depth].header)]
         head = scanner.head.strip()
-        is_over = braces and scanner.is_over
+        braces = [depth for depth, bracket in enumerate(stack) if bracket.kind == "{"]
+        containers = language.containers
+        not_containers = [depth for depth in braces if not containers.search(stack[depth].header)]
         in_parens = stack and stack[-1].kind in "(["
-        begun = head and not is_over and (in_parens or not language.imports.match(last_line(head)))
+        # An import ends with its line, also without a semicolon; but Go's `import (` goes on.
+        is_import = not in_parens and language.imports.match(last_line(head))
+        # Outside all blocks, a header may go on in the next line.
+        has_ended = braces and scanner.is_over
         if language.blocks == "brackets" and stack:
             self._choose(len(stack) - 1)
-        elif things:
-            self._choose(things[0])
+        elif not_containers:
+            self._choose(not_containers[0])
         elif language.directives and scanner.closer and scanner.opener == "#":
             self.asked = "directive"
-        elif begun or is_announced(language, prompt):
+        elif (head and not is_import and not has_ended) or is_announced(language, prompt):
             self.asked = "statement"
             self.depth = braces[-1] + 1 if braces else 0
             self.clauses = CONTROL.search(head) is not None
@@ -384,9 +422,9 @@ class BracketBlock(Block):
             return True
         if not self.asked or len(scanner.stack) > self.depth:
             return False
-        ended = scanner.last in ("}", ";") or (scanner.last and scanner.is_over)
-        if self.asked == "statement" and not ended:
-            return not line and self.mark > 0
+        has_ended = scanner.last in ("}", ";") or scanner.is_over
+        if self.asked == "statement" and not has_ended:
+            return not line and self.mark > 0  # the blank line ends it
         self.complete = True
         if scanner.stack or self.clauses or self.helpers.called:
             return False
@@ -403,12 +441,20 @@ class BracketBlock(Block):
 
 class StatementBlock(Block):
     """SQL: ends with the line in which the statement at the cursor ends, or the next one if the
-    cursor is in none.
+    cursor is in none. A statement ends with its semicolon, but not within a block or a literal.
+
+    To MySQL's client, other signs may end statements, so that a procedure may contain semicolons:
+
+        DELIMITER $$
+        CREATE PROCEDURE p() BEGIN SELECT 1; SELECT 2; END $$
+
+    The scanner takes all from the first `$$` up to the next one as a literal, as in PostgreSQL. The
+    code before it, which no semicolon ends, is `DELIMITER $`.
     """
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        # MySQL's DELIMITER is followed by the sign that ends the statement.
+        # `last` is "" until something of the statement has come.
         is_open = scanner.stack or scanner.head.strip().lower() not in ("", "delimiter $")
         return scanner.last != "" and not is_open
 
@@ -523,6 +569,8 @@ class Ending:
             stage.bits = bits
             text, why = stage.feed(text)
             bits = stage.bits
+            # No more text comes from the stage above, so this one sends what it still holds back,
+            # unless it has ended itself: then that text is behind the completion's end.
             if reason and not why:
                 text += stage.flush(whole=reason != "unsure")
             reason = why or reason
@@ -530,7 +578,7 @@ class Ending:
 
     def flush(self, whole: bool = True) -> str:
         """The text left to send when no more tokens come. `whole`: the model has ended, max_tokens
-        did not cut it.
+        did not cut it. Not to be called after `feed` has given a reason.
         """
         text = ""
         for stage in self.stages:

@@ -23,8 +23,9 @@ HEAD_CHARS = 1000
 STRAY_BRACKETS = 20
 TAIL_CHARS = 80  # kept of the text: enough for the end of a literal or of a line with <<
 LINE_CHARS = 500  # the part of a line that comparisons use
-# A line that ends so goes on in the next one, in languages without semicolons.
-UNFINISHED = tuple(",=(&|+?.:<*/-")
+# A line that ends so goes on in the next one, in languages without semicolons; so does the empty
+# one, since "" is in each string.
+UNFINISHED = ",=(&|+?.:<*/-"
 REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
 OPENING_OF = {")": "(", "]": "[", "}": "{"}
 # The rest of a line below which a here-document follows; group 1 is the line that ends it.
@@ -42,7 +43,7 @@ TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
 TOKENS_CHARS = 40  # of the statement's end, searched for TOKENS and DOLLARS
 # BEGIN and END open and close no block if one of these follows.
 NO_BEGIN = re.compile(r"(?:[.,;:=<>)]|and|asc?|between|desc|from|i[ns]|or|tran(?:saction)?|work)\Z")
-NO_END = re.compile(r"(?:if|loop|while|repeat|for|case)\Z")
+NO_END = re.compile(r"(?:if|loop|while|repeat|for)\Z")
 # The $$ or $tag$ that opens a literal: not at the start of a statement.
 DOLLARS = re.compile(r"\S\s*(?<![\w$])(\$(?:[A-Za-z_]\w*)?\$)\Z")
 
@@ -68,14 +69,16 @@ class Scanner:
 
     by_lines = False  # the blocks are lines
 
-    tail = ""  # the last characters of the text
-    # The two ends of the literal or comment that the text is in, or was in last; in code, `closer`
-    # is "".
+    # The last characters of the text, in which the ends of literals are looked for. It is emptied
+    # where no end reaches back: behind `\"` and behind a closing `"""`.
+    tail = ""
+    # The two ends of the literal or comment that the text is in. In code, `closer` is "", and
+    # `opener` is still the last one, because the third quote of `"""` extends it (`_opening`).
     opener = closer = ""
-    since = 0  # characters since it opened
+    since = 0  # characters behind `opener`, also in code
     escaped = False  # after the language's `escape`
-    # The statement so far: its code (of a comment's opening, all but the last character), and its
-    # last character.
+    # The statement so far: its code, without literals and comments (but of an opening of several
+    # characters all except the last one), and its last character, `"` for a literal.
     head = last = ""
     starting = True  # only white space since a line (by lines: a statement) began
     indent = 0  # its columns
@@ -93,7 +96,7 @@ class Scanner:
 
     @property
     def is_over(self) -> bool:
-        """Whether the statement has ended with its line, in a language without semicolons."""
+        """Whether a statement has ended with its line, in a language without semicolons."""
         return self.language.line_ends and self.starting and self.last not in UNFINISHED
 
     @property
@@ -109,6 +112,7 @@ class Scanner:
             self.step(char)
 
     def step(self, char: str) -> None:
+        """Read one character: it opens a literal or a comment, is within one, or is code."""
         language = self.language
         self.tail = (self.tail + char)[-TAIL_CHARS:]
         self.since += 1
@@ -125,6 +129,7 @@ class Scanner:
             self._in_code(char)
 
     def _add(self, code: str) -> None:
+        """Add code to the statement."""
         if len(self.head) >= HEAD_CHARS:
             self.head = self.head[: HEAD_CHARS // 2]
         self.head += code
@@ -139,13 +144,17 @@ class Scanner:
         self.escaped = self.starting = False
 
     def _opening(self) -> tuple[str, str] | None:
-        """(opener, closer) completed by the last character, in code or by extending a shorter
-        opener (" to \"\"\").
+        """(opener, closer) of what the last character opens.
+
+        In code, it completes an opener. It may also extend a shorter one. A `"` opens a string and
+        the next one closes it, but a third makes all of them the opener of a text. In Lua, `--`
+        opens a comment that ends with its line, but two brackets behind it make it `--[[`.
         """
         for opener, closer in self.language.delimiters:
             if not self.tail.endswith(opener):
                 continue
-            extends = self.since < len(opener) and opener[: -self.since].endswith(self.opener)
+            # What came behind the shorter opener is the rest of this one.
+            extends = self.since < len(opener) and opener[: -self.since] == self.opener
             if extends or (not self.closer and self._opens(opener)):
                 return opener, closer
         return None
@@ -161,6 +170,7 @@ class Scanner:
         return not re.search(ESCAPED if self.language.commands else NO_QUOTE, self.tail)
 
     def _in_literal(self, char: str) -> None:
+        """Read a character of a literal or a comment; it may be the end."""
         if self.opener == "<<":
             if char == "\n" and self.tail.split("\n")[-2].strip() == self.closer:
                 self._leave(char)
@@ -169,6 +179,7 @@ class Scanner:
             self._in_code(char)
         elif self._escape(char):
             return
+        # The closing may not overlap the opening, as in `/*/`.
         elif self.since >= len(self.closer) and self.tail.endswith(self.closer):
             self._leave(char)
         elif self.opener == 'R"' and char == "(" and self.closer == '"':
@@ -178,7 +189,9 @@ class Scanner:
             self._in_code(char)
 
     def _read_branch(self) -> None:
-        """Of the branches of an #if, the brackets that the last one opens count."""
+        """Of the branches of an #if, the brackets that the last one opens count: those of the
+        branch above are forgotten at each #elif or #else.
+        """
         match = self.opener == "#" and BRANCH.search(self.tail)
         word = match[1] if match else ""
         if word == "if":
@@ -189,7 +202,9 @@ class Scanner:
             del self.stack[self.branches[-1] :]
 
     def _is_lifetime(self, char: str) -> bool:
-        """Whether the second character behind a quote shows that it opens none of Rust's."""
+        """Whether the second character behind a quote shows that it begins one of Rust's lifetimes,
+        as in `'a,`, and not a character, as in `'a'`.
+        """
         may_be = self.opener == "'" and self.language.lifetimes
         return may_be and char != "'" and self.tail[-2] != "\\"
 
@@ -243,16 +258,20 @@ class Scanner:
             self._add(char)
 
     def _close(self, char: str) -> bool:
-        """Whether the text has the bracket that `char` closes. A stray ) closes no block."""
+        """Whether the text has the bracket that `char` closes. Others that were opened in it are
+        closed, too; but a stray ) closes no block.
+        """
         for depth in reversed(range(len(self.stack))[-STRAY_BRACKETS:]):
             if self.stack[depth].kind == OPENING_OF[char]:
                 del self.stack[depth:]
                 return True
-        self.unmatched.append(Bracket(OPENING_OF[char], self.indent, ""))
+        self.unmatched.append(Bracket(OPENING_OF[char], self.indent))
         return False
 
     def _end_line(self) -> None:
-        """A header may take several lines; a label is none."""
+        """The statement goes on in the next line, as a header may. A label, such as `case 1:`, is
+        no statement.
+        """
         self.starting = True
         self.indent = 0
         if self.last == ":":
@@ -270,7 +289,8 @@ class LineScanner(Scanner):
     def __init__(self, language: Language) -> None:
         super().__init__(language)
         # (indentation, code) of the last whole statement and of the less indented lines around it.
-        # In Python, only those that open a block.
+        # In Python only those that open a block: [(0, "class A:"), (4, "def f(self):")] in a
+        # method, whatever its last statement is.
         self.blocks = list[tuple[int, str]]()
 
     @property
@@ -297,7 +317,9 @@ class LineScanner(Scanner):
 
 
 class StatementScanner(Scanner):
-    """Follows SQL, with blocks from BEGIN or CASE to END."""
+    """Follows SQL, with blocks from BEGIN or CASE to END. Between `$$` and the next one, or `$tag$`
+    and the next one, it is a string, also if that is the body of a function.
+    """
 
     token = ""  # the last word, in lower case, or sign
 
@@ -311,7 +333,9 @@ class StatementScanner(Scanner):
             super()._in_code(char)
 
     def _read_token(self, token: str) -> None:
-        """The token behind BEGIN or END shows what that means."""
+        """BEGIN and CASE open a block, which END closes. The next token shows what BEGIN and END
+        mean: `BEGIN;` begins a transaction, and `END IF` belongs to an IF, which opened none.
+        """
         before = self.token
         self.token = token
         if before == "begin" and not NO_BEGIN.match(token):

@@ -1492,7 +1492,7 @@ class A
 {
     string F()
     {
-        var p = $@"{d}\";
+        var p = $@"{d}\" + @"say ""hi""";
 «        return p;
     }
 »

@@ -759,7 +759,7 @@ select 1;
 === sql block: a procedure of Oracle
 CREATE OR REPLACE PROCEDURE p IS
 BEGIN
-«  NULL;
+«  CASE a WHEN 1 THEN q; END CASE;
 END p;
 »/
 === sql block: a transaction is no block
