@@ -499,7 +499,7 @@ def code_stages(syntax: Language | None, prompt: str, suffix: str) -> list[Stage
     if scanner.closer.startswith("$"):  # SQL: `code` is the body of a function
         code = scanner_of(known, prompt.rpartition(scanner.closer)[2])
     if isinstance(code, StatementScanner) and not code.head.strip():
-        code.last = ""  # nothing of the next statement has come
+        code.signs = ""  # nothing of the next statement has come
     typed = last_line(prompt)
     begun: list[Stage] = [Typed(typed)] if typed and code.starting else []
     if suffix:

@@ -77,9 +77,9 @@ class Scanner:
     opener = closer = ""
     since = 0  # characters behind `opener`, also in code
     escaped = False  # after the language's `escape`
-    # The statement so far: its code, without literals and comments (but of an opening of several
-    # characters all except the last one), and its last character, `"` for a literal.
-    head = last = ""
+    head = ""  # the code of the statement so far, without literals and comments
+    # The last characters of the code that are no white space, with `"` for each literal.
+    signs = ""
     starting = True  # only white space since a line (by lines: a statement) began
     indent = 0  # its columns
 
@@ -89,6 +89,13 @@ class Scanner:
         # The partners, not in the text, of closing brackets; with the indentation of these.
         self.unmatched = list[Bracket]()
         self.branches = list[int]()  # brackets open above each #if without its #endif
+
+    @property
+    def last(self) -> str:
+        """The last one of `signs`, "" if there is none; of the statement before, where none has
+        begun.
+        """
+        return self.signs[-1:]
 
     @property
     def in_comment(self) -> bool:
@@ -138,6 +145,9 @@ class Scanner:
 
     def _enter(self, opener: str, closer: str) -> None:
         """Enter a literal or a comment after the last character."""
+        # The beginning of an opener, as the first / of //, has been taken for code.
+        self.head = self.head.removesuffix(opener[:-1])
+        self.signs = self.signs.removesuffix(opener[:-1])
         self.opener = opener
         self.closer = closer
         self.since = 0
@@ -222,7 +232,7 @@ class Scanner:
     def _leave(self, char: str) -> None:
         """The literal or comment ends with this character."""
         if not self.in_comment:
-            self.last = '"'
+            self.signs += '"'
         if len(self.closer) > 2:
             self.tail = ""  # the quote behind """ opens no other """
         self.closer = ""
@@ -245,7 +255,7 @@ class Scanner:
             self.head = ""
         else:
             self._add(char)
-        self.last = char.strip() or self.last
+        self.signs = (self.signs + char.strip())[-TAIL_CHARS:]
 
     def _bracket(self, char: str) -> None:
         if char not in OPENING_OF:
@@ -313,7 +323,7 @@ class LineScanner(Scanner):
                 self.blocks.append((self.indent, head))
         self.starting = True
         self.indent = 0
-        self.head = self.last = ""
+        self.head = self.signs = ""
 
 
 class StatementScanner(Scanner):

@@ -403,6 +403,17 @@ func main() {
 }
 »
 func f() {
+=== go block: a remark behind a variable
+package m
+
+var x =« 1 // one
+»var y = 2
+=== c block: a remark behind a declaration
+static int x =« 1; /* one */
+»static int y = 2;
+=== sql block: a remark behind a statement
+SELECT a FROM« b; -- all
+»SELECT c;
 === go block: a variable
 var x =« f(1)
 »var y = 2
