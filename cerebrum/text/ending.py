@@ -133,7 +133,8 @@ class Helpers:
             return INSIDE if match[1] in self.called else OUTSIDE
         if not re.fullmatch(r"[\w ]{1,200}", word):
             return OUTSIDE
-        name = word.partition(f"{self.keyword} ")[2].lstrip()  # as much of it as has come
+        # As much of the name as has come; all names begin with "".
+        name = word.partition(f"{self.keyword} ")[2].lstrip()
         fits = any(called.startswith(name) for called in self.called)
         return UNDECIDED if fits else OUTSIDE
 
@@ -183,7 +184,7 @@ class Block(Stage):
         if self.language.function and not scanner.closer:
             self.helpers.code.append(char)
         has_ended = self._end_line() if char == "\n" else self._extend_line(char)
-        if has_ended:
+        if has_ended:  # with a line, `line` is empty; before it, it may be a fence
             self.end("stop" if self.line == FENCE else "block", self.mark)
         elif not self.waits:
             self.safe = len(self.text)
@@ -248,7 +249,9 @@ class LineBlock(Block):
     Whether a line is inside (`side_of`) follows from its indentation, compared with `base`:
 
                      `base` is that of    deeper    as deep as `base`        less deep
-        block        the block's header   inside    inside if it goes on     outside
+        block        the block's header,  inside    inside if it goes on     outside
+                     or one column less
+                     than its lines
         member       its first line       inside    inside; below a blank    outside
                                                     line, if it goes on
         statement    the margin, 0        inside    the same
@@ -256,7 +259,7 @@ class LineBlock(Block):
         script       none, -1             inside
 
     A line that goes on begins with a closing bracket, with a word such as `else` or `end`, or with
-    the header of a helper. A comment right below another line is inside, too.
+    the header of a helper. A comment right below another line is inside, wherever it begins.
 
     The end of a line (`read_line`) changes two things. If the line is as deep as `base` and begins
     with a word such as `end`, the block or the member ends with it. If it is the header of the
@@ -349,8 +352,8 @@ class BracketBlock(Block):
         ""          none of these: the first function or class that the model writes; its brace
                     makes it a block
 
-    If the block is an argument of a call, the whole call is asked for. Where a line ends
-    (`read_line`), it is complete
+    If the block is an argument of a call or an element of an array, all of that is asked for. Where
+    a line ends (`read_line`), it is complete
 
         block       if no more than `depth` brackets are open
         statement   the same, and if the last sign is `;` or `}` or, in a language without
@@ -366,7 +369,7 @@ class BracketBlock(Block):
 
     asked = ""
     depth = 0  # of the brackets around it
-    clauses = False  # one may follow
+    clause_may_follow = False  # of `Language.clauses`
     complete = False  # since the end of the last line
 
     def __init__(self, scanner: Scanner, prompt: str) -> None:
@@ -391,14 +394,14 @@ class BracketBlock(Block):
         elif (head and not is_import and not has_ended) or is_announced(language, prompt):
             self.asked = "statement"
             self.depth = braces[-1] + 1 if braces else 0
-            self.clauses = CONTROL.search(head) is not None
+            self.clause_may_follow = CONTROL.search(head) is not None
         elif braces:
             self._choose(braces[-1])
 
     def _choose(self, depth: int) -> None:
         """Choose the block at `stack[depth]`; if it is an argument of a call, choose the call."""
         stack = self.scanner.stack
-        self.clauses = CONTROL.search(stack[depth].header) is not None
+        self.clause_may_follow = CONTROL.search(stack[depth].header) is not None
         while depth and stack[depth - 1].kind in "([":
             depth -= 1
         self.asked = "block"
@@ -426,7 +429,7 @@ class BracketBlock(Block):
         if self.asked == "statement" and not has_ended:
             return not line and self.mark > 0  # the blank line ends it
         self.complete = True
-        if scanner.stack or self.clauses or self.helpers.called:
+        if scanner.stack or self.clause_may_follow or self.helpers.called:
             return False
         return not self.may_go_on or scanner.last == ";"
 
@@ -434,7 +437,7 @@ class BracketBlock(Block):
         goes_on = word[0] in GOES_ON and self.may_go_on
         if not self.complete or goes_on or word[0] in ("{", *OPENING_OF):
             return INSIDE
-        if self.clauses:
+        if self.clause_may_follow:
             return side_of_words(self.language.clauses, word)
         return self.helpers.side_of(word)
 
@@ -454,7 +457,7 @@ class StatementBlock(Block):
 
     def read_line(self, line: str) -> bool:
         scanner = self.scanner
-        # `last` is "" until something of the statement has come.
+        # `code_stages` has emptied `last` if the cursor is in no statement: something must come.
         is_open = scanner.stack or scanner.head.strip().lower() not in ("", "delimiter $")
         return scanner.last != "" and not is_open
 
@@ -514,11 +517,12 @@ class Ending:
     is split.
 
     The reasons: "block", the requested block is complete; "repeat", the model is starting over;
-    "stop", the suffix, a fence or one of the strings `stops` follows. `mode` is "complete",
+    "stop", the suffix, a fence or one of the strings `stops` follows; "unsure", the chance of a
+    line has fallen below `least` (see `Sure`). `mode` is "complete",
     "infill" or "instruct". `prompt` is the text before the completion; in the answer to an
-    instruction, the start that the model was given. `stop_at` "none" turns off all but the stop
-    strings and the removal of the fences around such an answer's code. An `indent` above 0 ends the
-    completion before a line that is indented less. An unknown language is guessed: an infill ends
+    instruction, the start that the model was given. `stop_at` "none" turns off all but `least`, the
+    stop strings and the removal of the fences around such an answer's code. An `indent` above 0
+    ends the completion before a line that is indented less. An unknown language is guessed: an infill ends
     by the suffix in any case, a completion before two blank lines if its prompt defines nothing.
     """
 

@@ -39,9 +39,10 @@ class Fences(Stage):
     # Where the answer is, and what follows:
     #   "chatter"   before the block: "beside" or "code" at a fence, "thinking" at a <think> with
     #               nothing before it
-    #   "thinking"  in the model's thoughts: "chatter" at </think>
-    #   "beside"    in a block that is not the code: "chatter" at its fence or at </think>
+    #   "thinking"  in the model's thoughts
+    #   "beside"    in a block that is not the code: "chatter" at its fence
     #   "code"      in the block: the end at its fence
+    # Outside of the code, what precedes </think> were thoughts: "chatter" follows.
     # Each change, but for "thinking", forgets the text before it (`_restart`).
     state = "chatter"
     fallback: tuple[str, int] | None = None  # the first block beside the code, and its `start`

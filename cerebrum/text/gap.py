@@ -15,7 +15,7 @@ from cerebrum.text.stages import FENCE, Search, Stage, columns_of, last_line
 # What each is worth, by tests/bench/ending.py in Python, JavaScript, TypeScript, Rust, C, C++ and
 # Go: the percentage of the gaps of two to six lines, or the ones named, that end elsewhere with
 # another value. A gap that is cut ends too early. No gap of that benchmark ends within a line, so
-# the three numbers for such gaps rest on the cases in tests/text/test_ending.py.
+# REST_AHEAD_CHARS and what is said of such gaps rests on the cases in tests/text/test_ending.py.
 MEET_LINES = 6  # compared at most of the suffix; with 3, 2.4 % more are cut of a model that runs on
 # The compared lines have at least this many, unless the suffix has fewer; without, 0.5 % more are
 # cut.
@@ -29,8 +29,8 @@ REST_AHEAD_CHARS = 80  # the same, if the suffix begins with the rest of the cur
 # If the tokens' probabilities are known, each line written meanwhile may cost so many bits of
 # surprise: behind a missed end the model is often unsure. It may cost none where waiting never
 # paid: behind a line that was begun before the gap, behind the rest of the cursor's line that the
-# model wrote itself, and behind a line at the margin of what surrounds the cursor. Chosen by
-# tests/bench/waste.py.
+# model wrote itself, and where a line is indented less than all that surrounds the cursor. Chosen
+# by tests/bench/waste.py.
 DOUBT = 5.5
 # Limits to what is searched; longer searches end no gap elsewhere.
 # Of the suffix, for closing brackets; without the search, 0.8 % more are sent late.
@@ -99,9 +99,10 @@ class Meeting:
         self.needed = next((size for size in sizes if self._is_unique(lines, size, around)), 0)
         self.goal = lines[: self.needed or MEET_LINES]
         self.first = lines[0][1]
-        # The first line may begin in the middle of a line of the text.
+        # The first line of the goal may begin in the middle of a line of the text: what is missing
+        # may end there, and another line of the goal, or the cursor's own, tells the place.
         self.within = in_line or (self.of_lines and len(self.goal) > 1)
-        # Before the rest of the line.
+        # Blanks before the rest of the line.
         self.blanks = len(rest) - len(rest.lstrip()) if in_line else 0
 
         self.indent, self.line = line_of(last_line(prompt))  # of the text so far
@@ -113,8 +114,8 @@ class Meeting:
         # None: that has not come, and `first_at` means nothing.
         self.behind: str | None = None
         self.first_at = 0
-        # Of the line end above, then of each character of the line that is not white space, without
-        # those that the prompt has of it.
+        # The places of the line end above, then of each character of the line that is not white
+        # space, without those that the prompt has of it.
         self.chars_at = [-1]
         self.found: Found = {}
 
@@ -134,7 +135,7 @@ class Meeting:
         ends = self.behind is not None and self._is_more(self.behind)
         if self.in_line:
             return ends
-        # A whole line must also have the indentation.
+        # A whole line must also have the indentation; behind other code of its line, it has none.
         return self.is_line(0) or (ends and self.line != self.first)
 
     def start(self) -> Place:
@@ -219,8 +220,8 @@ class Meeting:
         return min([self.start(), *self._matches(self.may_be).values()])
 
     def at_end(self) -> tuple[int, Place]:
-        """(lines of the goal that the text ends with, where they begin); the last line may be cut
-        off.
+        """(lines of the goal that the text ends with, where they begin); the last line, if it is
+        not the first of the goal, may be cut off.
         """
         found = self._matches(self.may_be) if self.line else self.found
         return max(found.items(), default=(0, 0))
@@ -241,11 +242,11 @@ class Gap(Stage):
     `left_at` is where the text left the surroundings of the cursor for the first time. What
     happens, and what it does:
 
-        a line begins (`on_start`)          it enters an inner block or returns, by its indentation
-                                            (Python); if it is indented too little, the text leaves
+        a line begins (`on_start`)          where blocks are lines, it enters an inner one or
+                                            returns; if it is indented too little, the text leaves
                                             above it
-        a line ends (`on_line`)             the same by its brackets or the comment at the cursor;
-                                            `note_end`, if the suffix could follow
+        a line ends (`on_line`)             it enters or returns, by its brackets or the comment at
+                                            the cursor; `note_end`, if the suffix could follow
         a bracket of the suffix is closed   the text leaves (`leave`): it is inner no more, and may
                                             end, there or at an earlier place
         the text meets the suffix           the infill ends there
@@ -285,7 +286,7 @@ class Gap(Stage):
         )
         self.depth_at_cursor = len(scanner.stack)
         # Of the literal at the cursor, if the suffix closes it. Quotes before a word open one.
-        # Without a literal there is none: nothing is closed by a zero.
+        # Without a literal there is none: no suffix has a NUL.
         _, closer, behind = suffix.partition(scanner.closer or "\0")
         self.closer_at_cursor = "" if behind[:1].isalnum() else closer
         # Which brackets the suffix is in. In `f([¦ 1]);` the prompt opens ( and [, and the suffix
@@ -417,7 +418,9 @@ class GapOfLines(Gap):
     `leave` clears it; a later line may set it again.
     """
 
-    mark = 0  # the end of the last line that is not blank; 0: there is none, or it is empty
+    # The end of the last line that is not blank; 0: there is none, or the text began with the end
+    # of the cursor's line.
+    mark = 0
     elsewhere = False  # that line is in another kind of bracket than the suffix (`around`)
 
     def __init__(self, scanner: Scanner, prompt: str, suffix: str) -> None:
@@ -474,8 +477,8 @@ class GapOfLines(Gap):
             return scanner.closer == self.closer_at_cursor
         if self.cut(-3).endswith(("\\\n", "\\\r\n")):  # the line goes on
             return False
-        # The line is in a bracket that the suffix is not in, so it has to be closed before that. If
-        # the suffix begins with a bracket that is indented as this one's line, it closes this one.
+        # The line is in a bracket that the suffix is not in, so it has to be closed before that.
+        # But a suffix that begins with a closing bracket closes one of the same indentation.
         if stack and self.below + self.begins_with_closer <= stack[-1].indent < self.indent:
             return False
         if scanner.opened is not None:  # a header waits for its block
@@ -500,7 +503,8 @@ class GapInLine(Gap):
 
     With the prompt `total = ` and the suffix ` + tax`, the text `price` lacks the rest and may end
     with its line. With the prompt `add(` and the suffix `)`, only the last bracket of the text
-    `1, g(2))` is the rest: by `level`, the first one closes a bracket of the text.
+    `1, g(2))` is the rest: by `level`, the first one closes a bracket of the text. It is never
+    `inner`.
     """
 
     in_line = True

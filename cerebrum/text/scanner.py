@@ -3,7 +3,8 @@
 A `Scanner` tracks the end of the text fed so far: inside a literal or a comment, at which depth of
 brackets, below which less indented lines. There is one for each kind of block: braces (`Scanner`),
 lines (`LineScanner`) and the statements of SQL (`StatementScanner`). It knows a language by the
-language's row in languages.py, but for raw strings of C++, lifetimes of Rust and SQL. No text is
+language's row in languages.py, but for raw strings of C++, branches of the preprocessor, regular
+expressions, here-documents and SQL. No text is
 refused, however odd, and the cost of a text is at most its length times a constant. Pure; standard
 library only.
 """
@@ -27,7 +28,7 @@ LINE_CHARS = 500  # the part of a line that comparisons use
 # one, since "" is in each string.
 UNFINISHED = ",=(&|+?.:<*/-"
 REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
-OPENING_OF = {")": "(", "]": "[", "}": "{"}
+OPENING_OF = {")": "(", "]": "[", "}": "{"}  # by the closing bracket
 # The rest of a line below which a here-document follows; group 1 is the line that ends it.
 # A name with )) behind it is a number to shift by, as in $((1<<n)).
 HERE = r"\\?['\"]?([A-Za-z_]\w*+)(?!\)\))[^\n<]*+\n\Z"
@@ -38,7 +39,7 @@ NO_QUOTE = rf"{ESCAPED}|\w(?<!\b[bBeEfFLnNrRtuUxX])(?<!\b[bBfFrRu][bBfFrR8])'\Z"
 NO_OPERATOR = re.compile(r"[\w$@%&>{-]")  # before one of Perl's QUOTES
 BRANCH = re.compile(r"#[ \t]*(if|el|en)\Z")  # of the preprocessor
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
-# unless it is blank.
+# unless it is a space or a tab.
 TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
 TOKENS_CHARS = 40  # of the statement's end, searched for TOKENS and DOLLARS
 # BEGIN and END open and close no block if one of these follows.
@@ -52,7 +53,7 @@ class Bracket(NamedTuple):
     """An open bracket."""
 
     kind: str  # "{" for a block of SQL, too
-    indent: int  # of its line
+    indent: int  # of its line; in a LineScanner, of its statement
     header: str = ""  # the statement before it
 
 
@@ -315,7 +316,7 @@ class LineScanner(Scanner):
         if self.stack:
             return
         head = self.head.strip()
-        # Not a comment or a docstring, which may have the prefix r.
+        # Not a comment or a docstring.
         if head:
             self.fresh = re.search(self.language.openers, head) is not None
             self.blocks = self.enclosing(self.indent)

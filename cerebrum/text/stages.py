@@ -42,8 +42,8 @@ class Stage:
     """
 
     start = 0  # where `text` begins in all that went in
-    # For `Sure` and `Gap`: the surprise of the tokens that have this text. `Ending.feed` sets it,
-    # and gives to the next stage what this one has not counted.
+    # For `Sure` and `Gap`: the surprise of the tokens that have the text which goes in.
+    # `Ending.feed` sets it; what it is after that belongs to the text that goes out.
     bits = 0.0
     safe = 0  # text before this position may be sent
     sent = 0  # text before this position has been sent
@@ -152,7 +152,7 @@ class Sure(Trimmed):
     with 1 bit, "ab" goes out with 3 bits; the one bit waits for the end of the word "c".
     """
 
-    begun = False  # a letter, a digit or the end of a line has come
+    lettered = False  # a letter, a digit or the end of a line has come
     size = 0  # characters of the run that has not ended; 0: there is none
     waiting = 0.0  # bits that have come and that the next stage has not got yet
     is_blank = True  # the line so far
@@ -166,7 +166,8 @@ class Sure(Trimmed):
         self.left -= self.bits
         self.waiting += self.bits
         out, reason = super().feed(piece)
-        # Text that still waits ends with this token's, so this token's bits wait, too.
+        # If text still waits, its end is this token's, so this token's bits wait; those of tokens
+        # before it go out with their text.
         of_rest = self.bits if self.sent < len(self.text) else 0.0
         self.bits = self.waiting - of_rest if out else 0.0
         self.waiting -= self.bits
@@ -179,7 +180,7 @@ class Sure(Trimmed):
             self._end_word(place - 1)
         if char == "\n" and not self.is_blank:
             self.left = self.doubt
-            self.begun = self.is_blank = True
+            self.lettered = self.is_blank = True
             self._end_word(place)
         elif char.isspace():
             pass  # it goes out with the next word
@@ -187,7 +188,7 @@ class Sure(Trimmed):
             self.end("unsure", self.safe)
         else:
             self.is_blank = False
-            self.begun |= char.isalnum()
+            self.lettered |= char.isalnum()
             if in_word:
                 self.size += 1
             else:
@@ -196,7 +197,7 @@ class Sure(Trimmed):
     def _end_word(self, place: int) -> None:
         """A word has ended before this position."""
         self.size = 0
-        if self.begun:
+        if self.lettered:
             self.safe = place
 
 
@@ -205,7 +206,8 @@ class Typed(Stage):
 
     def __init__(self, typed: str) -> None:
         super().__init__()
-        self.typed = typed  # "": the text has begun
+        # "": the text has begun. `start` stays where it is, since only white space is removed.
+        self.typed = typed
 
     def step(self, char: str) -> None:
         if self.typed and char not in " \t":
@@ -293,7 +295,7 @@ class Repeat(Stage):
             if size >= PERIOD_CHARS and size % PERIOD_STEP == 0:
                 tail = self.cut(-PERIOD_CHARS)
                 # A text with a period agrees with itself when it is shifted by it.
-                periods = range(1, PERIOD_CHARS // REPEATED_COPIES)
+                periods = range(1, PERIOD_CHARS // REPEATED_COPIES + 1)
                 if any(tail.startswith(tail[period:]) for period in periods):
                     self.end("repeat", position)
         else:
