@@ -522,8 +522,9 @@ class Ending:
     "infill" or "instruct". `prompt` is the text before the completion; in the answer to an
     instruction, the start that the model was given. `stop_at` "none" turns off all but `least`, the
     stop strings and the removal of the fences around such an answer's code. An `indent` above 0
-    ends the completion before a line that is indented less. An unknown language is guessed: an infill ends
-    by the suffix in any case, a completion before two blank lines if its prompt defines nothing.
+    ends the completion before a line that is indented less. An unknown language is guessed: an
+    infill ends by the suffix in any case, a completion before two blank lines if its prompt defines
+    nothing.
     """
 
     def __init__(
