@@ -79,7 +79,7 @@ from cerebrum.vps.encoding import (
     tune,
 )
 from cerebrum.vps.fetch import Bar, FetchError, digest_with_bar, fetch, is_whole
-from cerebrum.vps.job import Event, Job
+from cerebrum.vps.job import Event, Events, Job
 from cerebrum.vps.llama import KV_TYPES, MB, ModelError, Settings, start_library, usable_cores
 from cerebrum.vps.memory import (
     available_mb,
@@ -195,7 +195,9 @@ def default_models_dir(env: Environment) -> str:
     """
     beside = HERE / "models"
     has_home = os.path.expanduser("~") != "~" and not env.text("STATE_DIRECTORY")
-    return "~/.cache/cerebrum/models" if has_home and not beside.is_dir() else str(beside)
+    if has_home and not beside.is_dir():
+        return "~/.cache/cerebrum/models"
+    return str(beside)
 
 
 READ_ONCE = (
@@ -247,7 +249,8 @@ def parse_inference(members: Members) -> GenerationRequest:
         )
     extra = read_objects(members.get("extra", []), "extra", 0, MAX_EXTRAS, EXTRA)
     fields["extra"] = [tuple(entry.values()) for entry in extra]
-    return GenerationRequest(**fields | {"mode": fields["mode"] or mode})
+    fields["mode"] = fields["mode"] or mode
+    return GenerationRequest(**fields)
 
 
 # -------------------------------------------------------------------------------- policy: admission
@@ -303,7 +306,8 @@ def listed_model(model_id: str | None, config: Config) -> Model:
 
 
 def fetch_command(options: argparse.Namespace, config: Config) -> None:
-    fetch_model(listed_model(options.model, config), config, options.again, options.tune)
+    model = listed_model(options.model, config)
+    fetch_model(model, config, options.again, options.tune)
 
 
 KEYS = ("CEREBRUM_API_KEY", "CEREBRUM_CM4_API_KEY")
@@ -400,7 +404,9 @@ def reason_of(error: Exception) -> str:
     """An error in words, for messages of the commands."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return error.strerror
 
 
 def wait_for_quiet() -> None:
@@ -427,7 +433,8 @@ def tune_model(model: Model, config: Config, output: TextIO, *, dry_run: bool = 
     wait_for_quiet()
     check_digest(path, model.sha256, config.engine.state_dir, lambda: False)
     source = model.sha256 or digest_with_bar(path)
-    room = round((available_mb() - config.min_free_mb) * MB)
+    room_mb = available_mb() - config.min_free_mb
+    room = round(room_mb * MB)
     settings, _ = fit_context(path, config.engine, room, needed)
     return tune(path, source, settings, room, Bar(model.id).report, output, dry_run)
 
@@ -453,15 +460,15 @@ class Admission:
         self.model = request.model
         self.notes = notes  # for the request's line in the log
         notes["model"] = self.model
-        self.events = asyncio.Queue[list[Event | HttpError]]()
+        self.events = asyncio.Queue[Events]()
         self.worker: Worker | None = None  # once the job is handed over
 
-        def deliver(events: list[Event | HttpError]) -> None:  # called by the worker's thread
+        def deliver(events: Events) -> None:  # called by the worker's thread
             loop.call_soon_threadsafe(self.events.put_nowait, events)
 
         self.job = Job(request, deliver)
 
-    async def next_events(self, seconds: float) -> list[Event | HttpError]:
+    async def next_events(self, seconds: float) -> Events:
         """The next events; an empty list if none came within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
@@ -573,9 +580,8 @@ class Engine:
         self.pool.check(model)
         try:
             instance = await self.pool.acquire(user, model, lambda _percent: None)
-            return await asyncio.wrap_future(
-                self.tokenizer.submit(instance.worker.tokenize, **arguments)
-            )
+            tokens = self.tokenizer.submit(instance.worker.tokenize, **arguments)
+            return await asyncio.wrap_future(tokens)
         finally:
             self.pool.release(user, model)
 
@@ -622,9 +628,8 @@ async def inference(engine: Engine, request: Request) -> Response:
         for event in batch:
             text += event.get("token", "")
     if "done" not in event:
-        raise HttpError(
-            "INTERNAL_ERROR", engine.stuck(time.monotonic()) or "the worker made no progress"
-        )
+        reason = engine.stuck(time.monotonic()) or "the worker made no progress"
+        raise HttpError("INTERNAL_ERROR", reason)
     del event["done"], event["language"]
     return Response({"completion": text, **event})
 
@@ -717,7 +722,8 @@ async def describe_model(pool: Pool, model: Model) -> dict[str, object]:
     }
     if instance:
         worker = instance.worker
-        entry["memory_mb"] = round((worker.memory_bytes + worker.stored_bytes) / MB, 1)
+        used = worker.memory_bytes + worker.stored_bytes
+        entry["memory_mb"] = round(used / MB, 1)
         entry["last_used"] = timestamp(time.monotonic() - instance.last_used)
     return entry
 

@@ -112,16 +112,19 @@ def is_instruction(prompt: str, language: Language) -> bool:
     text = prompt.strip()
     first = text.partition("\n")[0].rstrip()
     # Prose of several lines may begin with such a line.
-    return asks(first, language) and (first == text or language is not LANGUAGES["markdown"])
+    may_be_prose = language is LANGUAGES["markdown"] and first != text
+    return not may_be_prose and asks(first, language)
 
 
 def asks(line: str, language: Language) -> bool:
     """Whether a line is plainly an instruction, not code."""
-    if len(line) > LINE_CHARACTERS or line.endswith((";", "{", "(", "=")):
+    is_code = line.endswith((";", "{", "(", "="))
+    if is_code or len(line) > LINE_CHARACTERS:
         return False
+    is_request = bool(ASKS.match(line))
     if language.commands:
-        return bool(ASKS.match(line)) and not COMMAND.match(line)
-    return bool(ASKS.match(line) or ASKS_PLAINLY.match(line))
+        return is_request and not COMMAND.match(line)
+    return is_request or bool(ASKS_PLAINLY.match(line))
 
 
 # --------------------------------------------------------------------------------- weight of a text
@@ -147,7 +150,7 @@ def weigh(text: str) -> int:
     """The size of a text in characters of average code. Divided by a ratio, it gives the text's
     tokens.
     """
-    rest = text.encode("utf-8", "replace")
+    rest = text.encode(errors="replace")
     fifths = DOUBLE_SPACE * rest.count(b"  ")
     for kind, weight in FIFTHS.items():
         before = len(rest)
@@ -204,7 +207,8 @@ class Prepared(NamedTuple):
 
 
 def fits(text: str, room: int) -> bool:
-    return len(text) <= MAX_CHARS_PER_WEIGHT * room and weigh(text) <= room
+    can_fit = len(text) <= MAX_CHARS_PER_WEIGHT * room
+    return can_fit and weigh(text) <= room
 
 
 def fit(text: str, language: Language, room: int) -> str:
@@ -229,7 +233,8 @@ def window_start(text: str, step: int, room: int) -> int | None:
     """The first multiple of `step` from which on the text fits into the room; None if not even the
     last one does.
     """
-    first = max(0, len(text) - MAX_CHARS_PER_WEIGHT * room) // step * step
+    earliest = max(0, len(text) - MAX_CHARS_PER_WEIGHT * room)
+    first = earliest // step * step
     starts = range(first, len(text), step)
     found = bisect_left(starts, -room, key=lambda start: -weigh(text[start:]))
     return starts[found] if found < len(starts) else None
@@ -241,7 +246,9 @@ def find_statement(text: str, start: int, stop: int) -> int:
     """
     statements = LINE_START.finditer(text, start, stop)
     least = min(statements, key=lambda match: len(match[0]), default=None)
-    return least.start() if least else text.find("\n", start, stop) + 1 or start
+    if least:
+        return least.start()
+    return text.find("\n", start, stop) + 1 or start
 
 
 def fit_start(text: str, room: int) -> str:
@@ -256,7 +263,8 @@ def fit_start(text: str, room: int) -> str:
 
 def fit_end(text: str, room: int) -> str:
     """The end of `text` that weighs at most `room`, cut like `fit_start`. `room` is at least 0."""
-    end = text[max(0, len(text) - MAX_CHARS_PER_WEIGHT * room) :]
+    earliest = max(0, len(text) - MAX_CHARS_PER_WEIGHT * room)
+    end = text[earliest:]
     return fit_start(end[::-1], room)[::-1]
 
 
@@ -279,7 +287,8 @@ def prepare(
     the cursor even at the end of a file, where there is no gap. `around` is the most that a window
     weighs.
     """
-    room = max(int((budget - TEMPLATE_TOKENS[mode]) * RATIO), 0)
+    text_tokens = budget - TEMPLATE_TOKENS[mode]
+    room = max(int(text_tokens * RATIO), 0)
     if mode == "chat":
         return prepare_chat(fields["messages"], room)
     if mode == "instruct":
@@ -297,7 +306,8 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     language = syntax(fields)
     prompt = fields.get("prompt") or ""
     given = fields.get("instruction")
-    given, code = (given, prompt) if given else (prompt, "")
+    code = prompt if given else ""
+    given = given or prompt
     instruction = given.strip()
     instructed = fit_start(instruction, room // 2 if code else room)
     room -= weigh(instructed)
@@ -309,7 +319,9 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     ticks = max(["``", *re.findall("``+", sent)], key=len) + "`"
     fence = f"{ticks}{fields['language']}\n"
     end = "" if sent.endswith("\n") else "\n"
-    paragraphs = [instructed, f"{fence}{sent}{end}{ticks}"] if code else [instructed]
+    paragraphs = [instructed]
+    if code:
+        paragraphs.append(f"{fence}{sent}{end}{ticks}")
     if weigh(sent) > CODE_FIRST:
         paragraphs.reverse()
     text = "\n\n".join(filter(None, paragraphs))
@@ -317,8 +329,9 @@ def prepare_instruction(fields: Fields, room: int) -> Prepared:
     # alone" would do so too, but then a small model leaves out the comments and steps that get the
     # code right.
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": fence}]
-    sizes = len(sent) + len(instructed), len(code) + len(given)
-    kept = kept_of(*sizes, instruction=instructed != instruction, window=sent != code)
+    characters = len(sent) + len(instructed)
+    of = len(code) + len(given)
+    kept = kept_of(characters, of, instruction=instructed != instruction, window=sent != code)
     return Prepared({"mode": "instruct", "messages": messages}, kept, weigh(text))
 
 
@@ -362,15 +375,17 @@ def prepare_text(fields: Fields, mode: str, room: int, most: int, layout: str) -
     extra = fit_extra(fields.get("extra") or (), room // EXTRA_SHARE)
     files = render_extra(extra)
     share = LAST_SHARE if layout == "psm" else SUFFIX_SHARE
-    before, after = window(prompt, suffix, language, min(room - weigh(files), most), share)
+    around = min(room - weigh(files), most)
+    before, after = window(prompt, suffix, language, around, share)
     # "heal": vpsd may rewrite the prompt's last token.
     body: dict[str, Any] = {"mode": mode, "prompt": before, "heal": True}
     if mode == "infill":
         body["suffix"] = after
     if extra:
         body["extra"] = extra
-    sizes = len(before) + len(after), len(prompt) + len(suffix)
-    kept = kept_of(*sizes, window=before != prompt, suffix=after != suffix)
+    characters = len(before) + len(after)
+    of = len(prompt) + len(suffix)
+    kept = kept_of(characters, of, window=before != prompt, suffix=after != suffix)
     return Prepared(body, kept, weigh(files + before + after))
 
 
@@ -382,7 +397,8 @@ def window(prompt: str, suffix: str, language: Language, room: int, share: int) 
     spare = room - weigh(prompt[: MAX_CHARS_PER_WEIGHT * room])
     if not fits(suffix, spare):
         step = max(1, room // SPARE_STEPS)
-        suffix = fit_start(suffix, max(room // share, spare // step * step))
+        steady = spare // step * step
+        suffix = fit_start(suffix, max(room // share, steady))
     return fit(prompt, language, room - weigh(suffix)), suffix
 
 
@@ -502,5 +518,6 @@ def fit_ends(text: str, room: int) -> str:
     """
     if fits(text, room):
         return text
-    half = max(0, (room - weigh(LEFT_OUT) - 2) // 2)
+    left = room - weigh(LEFT_OUT) - 2
+    half = max(0, left // 2)
     return f"{fit_start(text, half)}\n{LEFT_OUT}\n{fit_end(text, half)}"

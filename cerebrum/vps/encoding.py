@@ -253,7 +253,7 @@ def compare(variants: Sequence[tuple[Path, Settings]], report: Progress) -> list
     alike.
     """
     order = [*variants, *reversed(variants)]
-    timings = list[Timing]()
+    timings = []
     for done, variant in enumerate(order, 1):
         with opened(*variant) as model:
             timings.append(measure(model, READ_TOKENS))

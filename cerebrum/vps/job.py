@@ -26,7 +26,8 @@ DOUBT_TEMPERATURE = 0.5
 MIN_TEMPERATURE = 1e-6  # below it the likeliest is taken: as floats, the logits would be infinite
 # {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
 Event = dict[str, Any]
-Deliver = Callable[[list[Event | HttpError]], object]
+Events = list[Event | HttpError]
+Deliver = Callable[[Events], object]
 
 
 class Job:
@@ -121,7 +122,7 @@ class Run:
         # Its reading was aborted for another request, so it is read in short chunks.
         self.was_aborted = False
         self.makes_way_for_hurried = False  # see `way_offered`
-        self.outbox = list[Event | HttpError]()
+        self.outbox = Events()
 
     @property
     def prefilling(self) -> bool:
@@ -160,7 +161,8 @@ class Run:
         """Whether the request's tokens or its time are used up. The time counts only once a line is
         whole: half of a line is no use to anybody.
         """
-        is_late = 1000 * (self.last_token - self.first_token) > self.job.request.predict_ms > 0
+        seconds = self.last_token - self.first_token
+        is_late = 1000 * seconds > self.job.request.predict_ms > 0
         is_cut = is_late and any("\n" in text for text, _ in self.written)
         return self.generated >= self.job.max_tokens or is_cut
 

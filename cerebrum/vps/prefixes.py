@@ -70,7 +70,8 @@ class PrefixStore:
 
     def _replaces(self, new: list[int], old: list[int]) -> bool:
         """Whether a sequence of the tokens `new` serves every prompt that `old` serves."""
-        return (new if self.recurrent else new[: len(old)]) == old
+        kept = new if self.recurrent else new[: len(old)]
+        return kept == old
 
     def renew(self, tokens: list[int], low: bool) -> bool:
         """Count an entry that can stand for a sequence of `tokens` as just used. False if there is
@@ -87,7 +88,8 @@ class PrefixStore:
         """Drop the entries that `tokens` extend, and others until `size` bytes more are within the
         budget. False, with nothing dropped, if that is impossible.
         """
-        if size + sum(len(old.state) for old in self.entries if low > old.low) > self.budget:
+        protected_bytes = sum(len(old.state) for old in self.entries if low > old.low)
+        if protected_bytes + size > self.budget:
             return False
         self.entries = [
             old for old in self.entries if low > old.low or not self._replaces(tokens, old.tokens)
@@ -98,7 +100,8 @@ class PrefixStore:
     def shrink(self, size: int) -> None:
         """Drop entries down to `size` bytes."""
         while self.entries and self.size > size:
-            self.entries.remove(max(self.entries, key=lambda entry: entry.low))
+            least_useful = max(self.entries, key=lambda entry: entry.low)
+            self.entries.remove(least_useful)
 
     def add(self, entry: Parked) -> None:
         """Add `entry`, if it can be within the budget."""
@@ -110,7 +113,8 @@ class PrefixStore:
         token is computed in any case, for the logits after it.
         """
         common = min(common_prefix(tokens, prompt), len(prompt) - 1)
-        return common if not self.recurrent or common == len(tokens) else 0
+        must_be_cut = common < len(tokens)
+        return 0 if self.recurrent and must_be_cut else common
 
     def best(self, prompt: list[int]) -> tuple[Parked | None, int]:
         """The entry with the longest useful prefix of `prompt`, and the length of that prefix."""
@@ -137,7 +141,8 @@ class Sequences:
     def known(self, prompt: list[int]) -> int:
         """How many first tokens of a prompt need not be read."""
         _, stored = self.store.best(prompt)
-        return max(stored, *(self.store.reusable(slot.tokens, prompt) for slot in self.slots))
+        live = [self.store.reusable(slot.tokens, prompt) for slot in self.slots]
+        return max(stored, *live)
 
     def take_slot(self, prompt: list[int], free: list[Slot], low: bool) -> tuple[Slot, list[int]]:
         """Prepare one of the free slots for the prompt, so that it holds the longest known prefix.
@@ -145,23 +150,30 @@ class Sequences:
 
         The prefix stays where it is, or comes from the store, or from another slot.
         """
+
+        def reusable(slot: Slot) -> int:
+            return self.store.reusable(slot.tokens, prompt)
+
         # 1. Which sequence has the longest prefix? A running recurrent state goes on and cannot be
         # shared.
         entry, stored = self.store.best(prompt)
         candidates = free if self.model.recurrent else self.slots
-        nearest = max(candidates, key=lambda slot: self.store.reusable(slot.tokens, prompt))
-        live = self.store.reusable(nearest.tokens, prompt)
+        nearest = max(candidates, key=reusable)
+        live = reusable(nearest)
         if stored <= live or stored < MIN_PREFIX:
             entry = None  # not worth restoring
-        source = entry or nearest
-        guide = source.tokens[:] if max(stored, live) >= MIN_PREFIX else []
+        guide = []
+        if max(stored, live) >= MIN_PREFIX:
+            source = entry or nearest
+            guide = source.tokens[:]
         if entry:
             self.store.touch(entry)
         # 2. Which slot? The nearest; but if what is trimmed is not stored, and trimming would lose
         # more tokens than it keeps, another gets a copy.
         loses = len(nearest.tokens) > 2 * live
         can_stay = nearest in free and not entry and (self.parks or not loses)
-        slot = nearest if can_stay else min(free, key=lambda slot: slot.used)
+        oldest = min(free, key=lambda slot: slot.used)
+        slot = nearest if can_stay else oldest
         # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
         for other in free if self.parks else [slot]:
             if other is not nearest or entry:
@@ -170,7 +182,7 @@ class Sequences:
                 self.back_up(other)
         # 4. Bring the prefix to the slot.
         self._bring(slot, entry, nearest, live)
-        self.model.cut(slot, self.store.reusable(slot.tokens, prompt))
+        self.model.cut(slot, reusable(slot))
         slot.low = low
         return slot, guide
 
@@ -193,10 +205,12 @@ class Sequences:
         """Copy the slot's sequence to the store, if it can be within the budget. Others are dropped
         first: all together would take too much memory.
         """
-        if len(slot.tokens) < MIN_PREFIX or self.store.renew(slot.tokens, slot.low):
+        tokens = slot.tokens
+        if len(tokens) < MIN_PREFIX or self.store.renew(tokens, slot.low):
             return
-        if self.store.drop_for(slot.tokens, self.model.state_size(slot), slot.low):
-            self.store.add(Parked(slot.tokens[:], self.model.save(slot), slot.low))
+        size = self.model.state_size(slot)
+        if self.store.drop_for(tokens, size, slot.low):
+            self.store.add(Parked(tokens[:], self.model.save(slot), slot.low))
 
     def park(self, slot: Slot) -> None:
         """Move an idle slot's sequence to the store."""
@@ -219,8 +233,10 @@ def decode_parked(data: bytes, key: str) -> Parked:
     rest = memoryview(data)[DIGEST_BYTES:]
     if data[:DIGEST_BYTES] != _digest(key, rest):
         raise ValueError("damaged, or made for another model, context or library")
-    end = TOKEN_BYTES * (1 + int.from_bytes(rest[:TOKEN_BYTES], sys.byteorder))
-    return Parked(rest[TOKEN_BYTES:end].cast("i").tolist(), rest[end:])
+    count = int.from_bytes(rest[:TOKEN_BYTES], sys.byteorder)
+    end = TOKEN_BYTES * (1 + count)
+    tokens = rest[TOKEN_BYTES:end].cast("i").tolist()
+    return Parked(tokens, rest[end:])
 
 
 def _digest(key: str, *parts: bytes | memoryview) -> bytes:

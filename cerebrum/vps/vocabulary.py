@@ -23,10 +23,11 @@ from cerebrum.text.prompt import arrange_gap, steady_suffix
 from cerebrum_common import HttpError
 
 api: Any = _llama  # ctypes: its signatures are C's, and its type stubs do not pass strict checking
+Messages = Sequence[tuple[str, str]]  # of a chat: the role and the text of each
 # ------------------------------------------------------------------------------------------- policy
 
 
-def begun_answer(messages: Sequence[tuple[str, str]]) -> str:
+def begun_answer(messages: Messages) -> str:
     """The text of the last message if it is the assistant's, else empty. The model continues this
     text.
     """
@@ -83,7 +84,7 @@ def cut_runs(text: str) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise([0, *sorted(ends)])]
 
 
-def merge_turns(messages: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def merge_turns(messages: Messages) -> Messages:
     """The messages of users and assistant in turn: neighbours are one message, and the system is
     the user.
     """
@@ -131,10 +132,8 @@ class Vocabulary:
         self.closed = False
         self._use = threading.Lock()
         self.kind = api.llama_vocab_type(self.vocab)
-        self.dummy_space = (
-            self.kind == api.LLAMA_VOCAB_TYPE_SPM
-            and metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
-        )
+        adds_space = metadata(model, "tokenizer.ggml.add_space_prefix") != "false"
+        self.dummy_space = adds_space and self.kind == api.LLAMA_VOCAB_TYPE_SPM
         # The tokens before the prefix, before the suffix and before the middle; -1 for none.
         readers = (api.llama_vocab_fim_pre, api.llama_vocab_fim_suf, api.llama_vocab_fim_mid)
         self.fim = [read(self.vocab) for read in readers]
@@ -173,7 +172,7 @@ class Vocabulary:
         if api.llama_vocab_is_eog(vocab, token) or api.llama_vocab_is_control(vocab, token):
             return True
         text = api.llama_vocab_get_text(vocab, token) or b""
-        return END_TOKEN.fullmatch(text.decode("utf-8", "replace")) is not None
+        return END_TOKEN.fullmatch(text.decode(errors="replace")) is not None
 
     def tokenize(self, text: str, first: bool, special: bool = False) -> list[int]:
         """Text to tokens. `first` adds the tokens that the model expects at the beginning of a
@@ -200,7 +199,8 @@ class Vocabulary:
         if not self.dummy_space:
             return self.tokenize(text, False, special)
         apart = self.tokenize(APART, False)
-        return self.tokenize(APART + text, False, special)[len(apart) :]
+        tokens = self.tokenize(APART + text, False, special)
+        return tokens[len(apart) :]
 
     def token_of(self, name: str) -> int:
         """The control token of this name, -1 if there is none."""
@@ -244,7 +244,9 @@ class Vocabulary:
                 "suffix: expected a model with fill-in-the-middle tokens, got one without",
             )
         fim = [before], [after], [middle] * (middle >= 0)
-        suffix = steady_suffix(request.suffix) if self.layout == "spmv2" else request.suffix
+        suffix = request.suffix
+        if self.layout == "spmv2":
+            suffix = steady_suffix(suffix)
         cursor = 0
         for part in arrange_gap(self.layout, fim, text, self.tokenize_part(suffix)):
             tokens += part
@@ -262,12 +264,12 @@ class Vocabulary:
         files = [f"{name}\n{text}" if before else text for name, text in request.extra]
         if before and request.filename and (files or request.suffix is not None):
             files.append(request.filename)
-        tokens = list[int]()
+        tokens = []
         for file in files:
             tokens += before + self.tokenize_part(file.rstrip("\n") + "\n")
         return tokens
 
-    def _encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def _encode_chat(self, messages: Messages) -> list[int]:
         """Apply the chat template to placeholders, then replace these by the messages: the
         template's own text may contain control tokens, the messages may not. If the last message is
         the assistant's, the answer begins with that message. A base model, which has no template,
@@ -284,7 +286,7 @@ class Vocabulary:
         if any(PLACEHOLDER % number not in rest for number in range(len(messages))):
             messages = merge_turns(messages)  # since the template drops a role
             rest = self._apply(template, messages)
-        tokens = list[int]()
+        tokens = []
         for number, (_, text) in enumerate(messages):
             before, found, rest = rest.partition(PLACEHOLDER % number)
             if number:
@@ -294,7 +296,8 @@ class Vocabulary:
             if found:
                 tokens += self.tokenize_part(text)
         rest += self._no_thoughts(template, begun)
-        return tokens + self.tokenize_part(rest, special=True) + self.tokenize_part(begun)
+        tokens += self.tokenize_part(rest, special=True)
+        return tokens + self.tokenize_part(begun)
 
     def _no_thoughts(self, template: bytes, begun: str) -> str:
         """What makes a model answer at once instead of thinking first."""
@@ -302,9 +305,11 @@ class Vocabulary:
             return "<|channel|>final<|message|>"
         if b"</think>" not in template or self.token_of("<think>") < 0:
             return ""
-        return "" if begun.lstrip().startswith("<think>") else "<think>\n\n</think>\n\n"
+        if begun.lstrip().startswith("<think>"):
+            return ""
+        return "<think>\n\n</think>\n\n"
 
-    def _apply(self, template: bytes, messages: Sequence[tuple[str, str]]) -> str:
+    def _apply(self, template: bytes, messages: Messages) -> str:
         """The chat template's text for messages of these roles, with numbered placeholders as
         contents.
         """
