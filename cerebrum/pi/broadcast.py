@@ -47,19 +47,19 @@ FIRST_MS = 250  # llama.vim's time limit for all infills but the speculative one
 EQUAL_FIELDS = ("mode", "suffix", "model", "language", "filename", "min_confidence", *SAMPLED_BY)
 
 
-def is_typed_on(older: GenerationRequest, newer: GenerationRequest) -> bool:
+def is_typed_on(one: GenerationRequest, other: GenerationRequest) -> bool:
     """Whether a user has typed between two infills: the text before one cursor nearly continues the
     text before the other, and the lines below are the same. Two gaps of one file do not match, nor
     do two texts of a program.
     """
-    if older.filename != newer.filename:
+    if one.filename != other.filename:
         return False
-    above = older.prompt
-    above_newer = newer.prompt
-    below, longer_below = sorted(map(text_below, (older, newer)), key=len)
+    below, longer_below = sorted(map(text_below, (one, other)), key=len)
     if bool(below) != bool(longer_below) or not longer_below.startswith(below):
         return False
-    return nearly_continues(above, above_newer) or nearly_continues(above_newer, above)
+    above = one.prompt
+    above_other = other.prompt
+    return nearly_continues(above, above_other) or nearly_continues(above_other, above)
 
 
 def text_below(fields: GenerationRequest) -> str:
@@ -92,8 +92,8 @@ def nearly_continues(text: str, longer: str) -> bool:
 def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in
     another prompt; 0 if the two cursors are in different gaps. The ends of the prompts decide,
-    since an editor's window moves: `earlier` needs no more than CURSOR_CHARS, after `omitted`
-    characters. In a text that repeats itself, the lengths decide.
+    since an editor's window moves, so `earlier` may be the end of a prompt alone, CURSOR_CHARS
+    long; `omitted` counts what precedes it. In a text that repeats itself, the lengths decide.
 
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
@@ -105,7 +105,7 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
         return typed
     if len(tail) < CURSOR_CHARS:  # a whole prompt, which must agree from its first character
         return 0
-    start = max(0, len(before) + 1 - CURSOR_CHARS)
+    start = max(0, len(before) + 1 - CURSOR_CHARS)  # so that at least one character is typed
     found = (before + text).find(tail, start)
     return found + CURSOR_CHARS - len(before) if found >= 0 else 0
 
@@ -123,7 +123,8 @@ class Remembered:
     text: str
     pairs: list[Pair]
     prompt_cut: bool  # the model that was asked for has not read all of the prompt
-    # A digest of all fields of an infill: an equal one gets this text, whenever it comes.
+    # A digest of all fields of an infill: an equal one gets this text, whenever it comes. Empty for
+    # a text that no request gets so.
     exact: bytes = b""
     clients: set[str] = field(default_factory=set)  # who got the whole text
 
@@ -155,7 +156,8 @@ class Broadcast:
     def typed_so_far(self, request: CompletionRequest, may_type: bool) -> int | None:
         """How many characters of the text precede the cursor of a newer request, because the user
         has typed them as they came; 0 if the two requests are equal; None if the text is no answer
-        to it, as for another gap. `may_type`: this is the same editor's request.
+        to it, as for another gap. `may_type`: it is of the same editor and differs in the prompt
+        alone, and its client takes the rest of a text as its answer.
         """
         older = self.completion.request
         if may_share(request, older):
@@ -197,7 +199,7 @@ def may_share(request: CompletionRequest, running: CompletionRequest) -> bool:
 
 def follows_one(request: CompletionRequest, got: Iterable[Remembered]) -> bool:
     """Whether this is certainly llama.vim's request for what follows a text that it shows: one of
-    those that it `got`.
+    those that it `got`. That editor alone names the members of the answer that it wants.
     """
     if not request.only or request.fields.predict_ms == FIRST_MS:
         return False
@@ -250,11 +252,11 @@ class Subscriber:
     notes: JsonObject  # for the request's line in the log
     editor: str  # client, address and user agent: one editor's requests have the same
     has_comments: bool  # the client's dialect: "waiting" and "idle" can be sent
-    broadcast: Broadcast | None = None  # that it reads; None: the text is finished
+    broadcast: Broadcast | None = None  # that it reads; None: it reads a finished text, or none
     at: int = 0  # pairs read
     typed: int = 0  # characters of the text that the client typed before
     skip: int = 0  # those of them that are not yet read
-    replaced: bool = False  # the user has typed on, and the editor has asked again
+    replaced: bool = False  # it `gives_way` to a newer one
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -324,17 +326,17 @@ class Subscriber:
 
 def gives_way(older: Subscriber, newer: Subscriber) -> bool:
     """Whether an infill ends for a newer one: a speculative one for the next of its client; others
-    once the user of their editor has typed on, unless both are equal. If the newer one's text is
-    finished, infills that continue its prompt go on: an editor asks ahead for the text after a
-    completion that it shows.
+    once the user of their editor has typed on, unless both are equal. If the newer one has its
+    answer already, infills that continue its prompt go on: an editor asks ahead for the text after
+    a completion that it shows.
     """
     if not newer.waits:
         return not older.waits and older.request.client == newer.request.client
     fields = older.request.fields
-    typed = newer.request.fields
-    is_later = fields.prompt.startswith(typed.prompt)
-    goes_on = fields == typed or (is_later and not newer.broadcast)
-    return older.editor == newer.editor and not goes_on and is_typed_on(fields, typed)
+    newest = newer.request.fields
+    is_later = fields.prompt.startswith(newest.prompt)
+    goes_on = fields == newest or (is_later and not newer.broadcast)
+    return older.editor == newer.editor and not goes_on and is_typed_on(fields, newest)
 
 
 @dataclass(slots=True, eq=False)
@@ -346,7 +348,8 @@ class Broadcasts:
     """
 
     runner: Runner
-    # Requests that ended this way.
+    # Requests that got the rest of a text that they type, or a text that another asked for too; and
+    # times that one ended for a newer one that waits.
     type_through: int = 0
     shared: int = 0
     replaced: int = 0
@@ -473,8 +476,9 @@ class Broadcasts:
                     other.broadcast.wake()
 
     def leave(self, subscriber: Subscriber) -> None:
-        """Remove a subscriber that has ended or is replaced, or whose client has left. While others
-        wait for the completion, its place counts as one of theirs; otherwise it may end.
+        """Remove a subscriber that has ended or is replaced, or whose client has left. If others
+        read its completion, that goes on; its place is then charged to one of those who wait for
+        it. If nobody reads it, or only speculative readers keep a place, it ends.
         """
         if subscriber not in self.subscribers:
             return
@@ -488,8 +492,7 @@ class Broadcasts:
         if waiting := [other for other in others if other.waits]:
             completion.client = waiting[0].request.client
             self.runner.dispatcher.changed()  # the client who has left may get another place now
-        # A completion that somebody has waited for holds a place: it does not go on for speculative
-        # readers alone.
+        # One that somebody has waited for holds a place: not for speculative readers alone.
         elif not others or (completion.clients and not broadcast.task.done()):
             broadcast.end(HttpError(SUPERSEDED, "nobody waits for it any more"))
 

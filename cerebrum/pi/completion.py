@@ -52,7 +52,7 @@ class CompletionRequest:
     only: tuple[str, ...] | None = None
     client: str = ""  # the name of the client's key, or else its address
     guest: int = 0  # the most places of a client that gets only what the others leave; 0: no guest
-    session: str = ""  # unique across clients; "" without one
+    session: str = ""  # of our own API, unique across clients; "" without one
     # Nobody waits: a backend reads the prompt into its cache when it has nothing else to do.
     ahead: bool = False
     # Nobody waits yet: it is for the text behind one that the client shows, and may be accepted.
@@ -106,10 +106,10 @@ def digest_of(fields: GenerationRequest, names: Iterable[str]) -> bytes:
 # on the client's API nor on the backend's.
 #
 #     ("waiting", int)    the place in the line; from then on an error is no HTTP status
-#     ("begun", id)       a backend responds (id: None), or says which model answers instead of the
-#                         one that was asked for. `Runner` replaces it by "started"
-#     ("started", dict)   {"model", "n_ctx", "kept"}. An error before this pair can still be an HTTP
-#                         status. The pair comes again if another backend or model takes over
+#     ("begun", id)       a backend responds: None, or the model that answers instead of the one
+#                         that was asked for. `Runner` replaces it by "started"
+#     ("started", dict)   {"model", "n_ctx", "kept"}. An error before the first pair can still be an
+#                         HTTP status. This one comes again if another backend or model takes over
 #     ("idle", None)      nothing new, but the backend is alive
 #     ("progress", dict)  {"stage": str, "done": int, "total": int}, if the request asks for it
 #     ("text", bytes)     whole native token events, relayed without being parsed; `read_text`
@@ -168,7 +168,8 @@ class Evicted(NamedTuple):
 class Attempt:
     """One try at one backend, which holds a place there. Its `Backend` writes what was sent, what
     came, that it was answered, and how to `cut` it; `Dispatcher` that it was evicted, and when it
-    released its place; `Runner` its failure, after which it drops the prompt that was sent.
+    released its place; `Runner` its failure, after which it drops the prompt that was sent. The
+    failure of reading ahead is only logged.
     """
 
     completion: Completion
@@ -181,8 +182,8 @@ class Attempt:
     first_heard: float = 0.0  # when the first token came
     last_heard: float = 0.0  # when the last token came, or the end of a whole answer
     prompt_cut: bool = False  # the model that was asked for has not read all of the prompt
-    # What became of it, see `settle`. HttpError: it failed; None: it is on its way, or its client
-    # has left.
+    # What became of it, see `settle`. HttpError: it failed; None: it is on its way, its client has
+    # left, or it has read ahead in vain.
     outcome: Answered | Evicted | HttpError | None = None
     begun: float = field(default_factory=time.monotonic)  # when it got its place
     released: float = 0.0  # when it gave its place back
@@ -224,8 +225,8 @@ class Attempt:
 class Completion:
     """A request on its way, through one attempt or several. Times are monotonic seconds.
 
-    `Dispatcher` adds the attempts. `Broadcasts` writes which clients share it, and when the last of
-    them asked; `Counting` adds notes.
+    `Dispatcher` adds the attempts. `Broadcasts` writes which clients share it, when the last of
+    them asked, and whose it is then; so does `Dispatcher.promote`. `Counting` adds notes.
     """
 
     # As soon as somebody waits for a speculative one, `Dispatcher.promote` replaces it by the same
@@ -238,7 +239,7 @@ class Completion:
     # - what the dispatcher reads ahead: ends the reading, and nobody gets the error.
     end: Callable[[HttpError], object] = lambda _: None
     notes: JsonObject = field(default_factory=dict)  # for the request's line in the log
-    # Whose share of the places it takes: who asked first, or else one who still waits for it.
+    # Whose share of the places it takes: the first who waited for it, or else one who still does.
     client: str = ""
     # Of all requests that have waited for it; empty while it is speculative.
     clients: list[str] = field(default_factory=list)

@@ -50,7 +50,8 @@ class State:
     """
 
     fleet: Fleet
-    # The attempts that hold a place, maybe at a backend that has left models.toml.
+    # All attempts until they leave, maybe at a backend that has left models.toml. Spare ones are
+    # here, too, but take no place from anybody.
     places: dict[Attempt, Backend] = field(default_factory=dict)
     # The completions that wait for a place, in order of arrival.
     line: dict[Completion, asyncio.Future[Attempt]] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class State:
 
     @property
     def answering(self) -> dict[Attempt, Backend]:
-        """The attempts that hold a place for a client: not those for which nobody waits."""
+        """The attempts that take a place: not the spare ones, for which nobody waits."""
         return {
             attempt: backend
             for attempt, backend in self.places.items()
@@ -71,8 +72,8 @@ class State:
         }
 
     def running(self, backends: Sequence[Backend], session: str = "") -> list[Attempt]:
-        """The attempts that take a place at these backends: not those that are being ended, or that
-        a new request of this session ends, or for which nobody waits.
+        """Those at these backends, but for the ones that are being ended, or that a new request of
+        this session ends.
         """
         here = [attempt for attempt, where in self.answering.items() if where in backends]
         return [
@@ -192,7 +193,7 @@ def untried(completion: Completion, options: Iterable[Option]) -> list[Option]:
 
     def may_try(option: Option) -> bool:
         backend = option.backend
-        most = REPLICAS if backend.config.affinity_header else 1
+        most = REPLICAS if backend.config.affinity_header else 1  # it is behind a balancer
         return failed[backend.id, option.model] + failed[backend.id, ""] < most
 
     return list(filter(may_try, options))
@@ -236,9 +237,9 @@ def best_place(
 
 
 def who_makes_room(claim: Claim) -> Attempt | None:
-    """A guest's attempt to end for this completion, perhaps the first of several; None if it would
-    get no place without them either. Those that are no infill come first, and of them the newest,
-    which loses least.
+    """A guest's attempt to end, so that this completion gets a place; None if no end of guests'
+    attempts would give it one. They are tried in turn, first those that are no infill, and of these
+    the newest, which loses least, until there is a place; the last one tried is the one.
     """
     state = claim.state
 
@@ -253,7 +254,7 @@ def who_makes_room(claim: Claim) -> Attempt | None:
     for guest in sorted(guests, key=order, reverse=True):
         del places[guest]
         if place_for(left):
-            return guest  # not the first one, which may not be needed then
+            return guest  # those before it may not be needed then
     return None
 
 
@@ -267,6 +268,8 @@ def spares_editors(claim: Claim) -> bool:
     A guest's place is as good as a free one for all others. Requests of our own API take any place.
     """
     kind = claim.completion.request.kind
+    if not kind:
+        return True
     client = claim.completion.client
     since = claim.now - EDITOR_SECONDS
     editors = {name for name, seen in claim.state.editors.items() if seen > since}
@@ -277,7 +280,8 @@ def spares_editors(claim: Claim) -> bool:
         alike = [attempt for attempt in alike if attempt.completion.client == client]
     elif not claim.completion.request.guest:
         alike = [attempt for attempt in alike if not attempt.request.guest]
-    return not (kind and editors) or len(alike) < max(1, limit_of(claim.usable) - 1)
+    most = max(1, limit_of(claim.usable) - 1)
+    return not editors or len(alike) < most
 
 
 def guest_may_start(claim: Claim) -> bool:
@@ -290,6 +294,7 @@ def guest_may_start(claim: Claim) -> bool:
         return True
     if not all(other.request.guest for other in state.line):
         return False
+    # Also at backends that cannot be asked now: what these break off comes back.
     running = state.running(state.fleet.backends, request.session)
     guests = [attempt for attempt in running if attempt.request.guest]
     own = [guest for guest in guests if guest.completion.client == claim.completion.client]
@@ -350,7 +355,7 @@ class Dispatcher:
 
     @property
     def active(self) -> int:
-        """Completions that hold a place."""
+        """Attempts that take a place."""
         return len(self.state.answering)
 
     # Whatever may give somebody a place calls `_advance`: a request comes, or its time has passed
@@ -360,8 +365,9 @@ class Dispatcher:
     @contextlib.asynccontextmanager
     async def place(self, completion: Completion) -> AsyncIterator[tuple[Attempt, Backend]]:
         """Wait for a place and hold it for as long as the context lasts: the attempt, and where it
-        is to be made. HttpError if there is no place for the completion. A backend never works on
-        more requests than its limit: an older request, which this one replaces, leaves first.
+        is to be made. HttpError if there is no place for the completion. So that a backend does not
+        work on more requests than its limit, those that are being ended there leave first; but none
+        is waited for longer than ENDING_SECONDS.
         """
         attempt = await self._enter(completion)
         places = self.state.places
@@ -490,8 +496,8 @@ class Dispatcher:
         attempt.ended.set()
         asked = self.ahead.get(request.client)
         if attempt.prompt_cut and (not asked or asked.started <= attempt.begun):
-            # So that the next prompt of its file need not be cut; unless the client has asked for
-            # another place meanwhile.
+            # So that the next prompt of its file need not be cut; unless the client has asked at
+            # another cursor meanwhile.
             self.read_all(request)
         self._advance()
 
@@ -499,15 +505,16 @@ class Dispatcher:
 
     def read_ahead(self, request: CompletionRequest) -> None:
         """Queue a prompt to be read into a backend's cache. Only the newest of each client is kept,
-        which ends the reading of its older one unless it begins with that. Reading stops when the
-        backend gets a request, and begins again later: the backend keeps the part that it has read.
+        which ends the reading of its older one unless it begins with that; and if the client is no
+        guest, the reading of guests. Reading stops when the backend gets a request, and begins
+        again later: the backend keeps the part that it has read.
         """
         ahead = replace(request, session="", ahead=True, speculative=False)
         set_newest(self.ahead, ahead.client, Completion(ahead), MAX_AHEAD)
         for attempt in self.state.places:
             older = attempt.request
             is_own = older.client == ahead.client
-            # A jump to another place has another suffix.
+            # A jump to another cursor has another suffix.
             same_gap = is_own and ahead.fields.suffix == older.fields.suffix
             goes_on = same_gap and ahead.fields.prompt.startswith(older.fields.prompt)
             if older.ahead and not goes_on and (is_own or older.guest > ahead.guest == 0):

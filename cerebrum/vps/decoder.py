@@ -53,7 +53,7 @@ class ModelTally(Tally):
     """
 
     drafts: int = 0  # decodes that checked a draft
-    # The tokens of the model for which the draft model was asked before, and those it expected.
+    # Tokens that were written where the draft model had a guess; those that it had guessed right.
     foreseeable_tokens: int = 0
     foreseen_tokens: int = 0
     ahead_steps: int = 0  # decodes before which the draft model was asked
@@ -75,7 +75,7 @@ class Decoded(Enum):
     DONE = auto()
     ABORTED = auto()  # while it was computed; for whom, see `Way` in worker.py
     FAILED = auto()  # llama.cpp could not do it
-    LEFT_OUT = auto()  # before it began: nobody waits for the result any more
+    LEFT_OUT = auto()  # before it began: nobody waits for the result any more, or the worker stops
 
 
 class Current(NamedTuple):
@@ -155,8 +155,8 @@ class Decoder:
     1. `choose` and `start` give a job a slot: it becomes a `Run`, which has the completion's state.
     2. Each `turn` finds the `Work` of every run, decodes all of it at once, and handles the result:
        a prompt goes on, or a text does, of which `_emit` accounts for each token.
-    3. `release` makes the slot idle: after a text's end (`_finish`), an error (`fail`), or because
-       the job makes way (`put_back`).
+    3. `release` makes the slot idle: after a text's end (`_finish`), an error (`fail`), because the
+       job makes way (`put_back`), or because the worker finds it cancelled.
 
     From the times of its decodes it learns costs and gains.
     """
@@ -272,7 +272,7 @@ class Decoder:
         limits = [
             self.model.max_draft,
             run.job.max_tokens - run.generated - 1,
-            self.model.n_ctx - len(run.slot.tokens) - 2,
+            self.model.n_ctx - len(run.slot.tokens) - 2,  # the first token, and the one to come
             MAX_CHUNK // len(runs) - 1,
             longest - 1,
         ]
@@ -304,9 +304,9 @@ class Decoder:
 
     def _pause_left(self) -> float:
         """Seconds for which probably no key comes: a pause is likely to last half as long again as
-        it has lasted since the latest answer; infinity before the first one. Where there is a draft
-        model, it writes the answers that keys wait for, and what ends in this model is mostly
-        reading ahead.
+        it has lasted since a run last ended; infinity before the first end. (That of reading ahead
+        counts, too.) Where there is a draft model, it writes the answers that keys wait for, and
+        what ends in this model is mostly reading ahead.
         """
         answers = self.draft_model or self
         return (time.monotonic() - answers.last_end) / 2
@@ -459,7 +459,7 @@ class Decoder:
     def fail(self, run: Run, error: HttpError) -> None:
         """End a run with an error. Where a draft model has not begun, its large model answers."""
         if run.slot.run is not run:
-            return  # it has had its last event
+            return  # it has no slot any more: it has ended, or begins again
         if self.writer and not run.first_token:
             run.job.may_be_early = False
             self.put_back(run)
@@ -525,8 +525,9 @@ class DraftModel(Decoder):
         return decoded
 
     def write_ahead(self, large: Decoder, work: Work, streams: int, most: int) -> None:
-        """Read a piece of what is lacking of one of the large model's `streams`, or write a draft
-        of at most `most` tokens, if that should save more time than it takes.
+        """Read a piece of what is lacking of one of the large model's streams, of which there are
+        so many, or write a draft of at most `most` tokens, if that should save more time than it
+        takes.
         """
         run = work.run
         case = streams, MODEL
@@ -565,7 +566,8 @@ class DraftModel(Decoder):
 
         1. if this model cannot read on, or the decode is aborted,
         2. before a token that is none to check, or not worth the time to check it,
-        3. behind a token after which no other is worth the time to write and check it,
+        3. behind a token after which no other is worth the time to write and check it, or could be
+           written before the deadline (`time.perf_counter`),
         4. at its greatest length.
         """
         run = work.run

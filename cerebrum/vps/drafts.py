@@ -53,7 +53,7 @@ MOST_SAVED = 0.5
 
 def catch_up_seconds(missing: int, piece: int, costs: DecodeSeconds) -> float:
     """How long a draft model takes to read `missing` tokens in pieces. One token is read for each
-    draft in any case, and does not count.
+    draft in any case: it does not count, nor does the start of the decode that reads it.
 
     >>> catch_up_seconds(1, 50, lambda tokens: 1 + tokens / 10)
     0.0
@@ -92,7 +92,7 @@ def is_worth_checking(saved: float, size: int, costs: DecodeSeconds, writing: fl
 
 # ------------------------------------------------------------------------- policy: what they gain
 
-# The number of streams, and the length of a draft of the text or MODEL for any of a draft model.
+# (streams, length) for a draft from the text, (streams, MODEL) for any of a draft model.
 Case = tuple[int, int]
 MODEL = 0
 
@@ -107,7 +107,8 @@ class Gain:
     """
 
     def __init__(self) -> None:
-        # By the number of streams: moving average of the seconds per token without drafts.
+        # By the number of streams: moving average of the seconds per token of all streams together,
+        # without drafts.
         self.plain = dict[int, float]()
         self.drafts = Counter[int]()  # by the number of streams: since the last decode without one
         self.credits = dict[Case, float]()

@@ -24,7 +24,8 @@ from cerebrum_common import HttpError, timestamp
 # threshold holds at every temperature.
 DOUBT_TEMPERATURE = 0.5
 MIN_TEMPERATURE = 1e-6  # below it the likeliest is taken: as floats, the logits would be infinite
-# {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}} or {"done": True, …}
+# {"model"}, {"token", "total_tokens"}, {"progress": {"stage", "done", "total"}}
+# or {"done": True, …}
 Event = dict[str, Any]
 Events = list[Event | HttpError]
 Deliver = Callable[[Events], object]

@@ -17,8 +17,9 @@ from cerebrum.vps.memory import Need, Parts, fit_context, needed
 from cerebrum.vps.schedule import MUCH_LATER, Costs
 from cerebrum_common import Model
 
-MIN_PAIR_GAIN = 1.05  # of a plan's worth; for less, a second model is not worth its memory
-MIN_EARLY_GAIN = 0.8  # if the second model can answer while the first one reads
+# A plan with a second model must be worth so many times the plan without it.
+MIN_PAIR_GAIN = 1.05  # for less, it is not worth its memory
+MIN_EARLY_GAIN = 0.8  # if it can answer while the first one reads: that is worth a loss
 
 
 class LoadPlan(NamedTuple):
@@ -33,7 +34,7 @@ class LoadPlan(NamedTuple):
     tuned: TunedFile | None = None
     reason: str = ""  # why the model runs untuned, "" if it does not
     parts: Parts = Parts()  # the memory that the model takes
-    # Of the decodes of DECODES, by the file that is loaded; empty: unknown.
+    # Of a decode of each size in DECODES, by the file that is loaded; empty: unknown.
     seconds: Sequence[float] = ()
     draft: LoadPlan | None = None  # of the draft model
     note: str = ""  # what was decided about the draft model, "" if there was nothing to decide
@@ -122,7 +123,8 @@ def plan_pair(
         return alone._replace(note=f"{draft.id} has no room to write drafts")
     if not alone.seconds:
         return pair._replace(note=f"{draft.id} writes drafts")
-    # Reading takes about as long as the weights are large.
+    # Reading takes about as long as the weights are large. Where the model has little time and
+    # reads the least part of a prompt, its draft model reads twice as much (`Decoder.choose`).
     is_much_sooner = 2 * MUCH_LATER * pair.draft_share <= 1
     min_gain = MIN_EARLY_GAIN if model.early and is_much_sooner else MIN_PAIR_GAIN
     if pair.worth > min_gain * alone.worth:
@@ -141,8 +143,10 @@ def plan_both(
     tuned, _ = find_tuned(published, plain, draft.sha256)
     path, own = (tuned.path, tuned.settings) if tuned else (published, plain)
 
+    # `own`: the draft model's settings by itself. Beside the model, it has that one's context.
+
     def beside(large: Settings) -> Settings:
-        """The draft model's settings."""
+        """The draft model's settings. It answers in as many more sequences, if it may be early."""
         early = model.early * large.sequences
         return replace(own, n_ctx=large.n_ctx, sequences=large.sequences, early=early)
 

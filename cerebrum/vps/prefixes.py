@@ -47,8 +47,8 @@ class Parked:
 
 class PrefixStore:
     """Recent sequences whose states are within a budget of bytes. Those of low priority are dropped
-    first, and only for their own kind; of each kind, the least recently used one is. Owned by one
-    worker.
+    first, and displace only each other; of each kind, the least recently used one goes. Owned by
+    one worker.
 
     The sequences of a recurrent model cannot be cut: each serves only prompts that go on with it,
     and its beginnings are entries of their own.
@@ -174,11 +174,12 @@ class Sequences:
         can_stay = nearest in free and not entry and (self.parks or not loses)
         oldest = min(free, key=lambda slot: slot.used)
         slot = nearest if can_stay else oldest
-        # 3. Park the idle sequences. Apart from the others, a slot's idle cells slow none of them.
+        # 3. Park the idle sequences, or in separate caches only the slot's own: there, idle cells
+        # slow nobody else.
         for other in free if self.parks else [slot]:
             if other is not nearest or entry:
                 self.park(other)
-            elif loses or low:  # what will be cut is stored first
+            elif loses or low:  # what will be cut, or marked low, is stored first
                 self.back_up(other)
         # 4. Bring the prefix to the slot.
         self._bring(slot, entry, nearest, live)
@@ -199,7 +200,7 @@ class Sequences:
         elif slot is not nearest and length >= MIN_PREFIX:
             fits = self.model.unified or self.model.state_size(nearest) <= self.store.budget
             if fits and self.model.copy_prefix(nearest, slot, length):
-                slot.tokens = nearest.tokens[:]
+                slot.tokens = nearest.tokens[:length]
 
     def back_up(self, slot: Slot) -> None:
         """Copy the slot's sequence to the store, if it can be within the budget. Others are dropped

@@ -85,13 +85,15 @@ class Way(IntEnum):
     STAYS = 0  # for nobody
     FOR_OTHERS = 1  # for a job that does not go on with what the run reads
     FOR_HURRIED = 2  # also for a job that does, but has little time
-    WITH_SLOT = 3  # for any job of normal priority, which gets the run's slot if it needs one
-    AT_ONCE = 4  # even without a job, since nobody needs the result
+    # For any job, which gets the run's slot if it needs one. `Engine` asks for jobs of normal
+    # priority alone.
+    WITH_SLOT = 3
+    AT_ONCE = 4  # also because its own job is cancelled: nobody needs the result
 
 
 def way_needed(run: Run, job: Job | None) -> Way:
-    """The least that a run must offer for `job` to abort its decode; without a job, for one of
-    another model. A job that is over aborts only what nobody waits for.
+    """The least that a run must offer for `job` to abort its decode; None: for any job of another
+    model. A job that is cancelled aborts only what nobody waits for.
     """
     if job and job.cancelled:
         return Way.AT_ONCE
@@ -169,7 +171,7 @@ def load(plan: LoadPlan, beat: Callable[..., bool], abort_flag: Any = None) -> L
     """
 
     def read(path: Path, settings: Settings, sha256: str, encoding: str) -> Loaded:
-        # The published file is checked, also if its tuned copy is loaded.
+        # The published file is checked, also if its tuned copy is loaded, which knows its digest.
         check_digest(plan.path, sha256, settings.state_dir, beat)
         model = Llama(path, settings, beat, plan.fim, plan.layout, abort_flag)
         made = model.n_ctx, model.unified
@@ -207,6 +209,7 @@ class Worker(threading.Thread):
         self.baton = baton
         self.ready = Future[None]()
         self.ended = Future[None]()
+        self.memory_bytes = 0  # that the load took
         self.stopping = False  # or it has failed
         self.share_read = 0.0  # of the file that is loaded, from 0 to 1
         self.loaded: Loaded | None = None  # the model
@@ -258,7 +261,7 @@ class Worker(threading.Thread):
         return self.loaded.model
 
     def submit(self, job: Job) -> None:
-        """Hand over a prepared job; its events begin to arrive."""
+        """Hand over a prepared job; its events begin to arrive. `Engine` calls `give_way` next."""
         job.progress("queued", 0, 1)
         job.submitted = time.monotonic()
         with self._door:
@@ -360,8 +363,8 @@ class Worker(threading.Thread):
                 # More jobs may have come while a sequence was parked, which takes milliseconds.
                 continue
             for each in self.decoders:
-                is_low = all(run.low for run in each.runs)
-                self.baton.note(each, None if is_low else each.costs(1))
+                some_wait = any(not run.low for run in each.runs)
+                self.baton.note(each, each.costs(1) if some_wait else None)
             if not any(each.runs for each in self.decoders):
                 self._idle(decoder)
                 continue
