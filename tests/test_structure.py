@@ -106,10 +106,10 @@ SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, token
 F_STRING = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
 DISPLAYS = (ast.Dict, ast.List, ast.Set, ast.Tuple)
 DATA = {"cerebrum/text/languages.py"}  # a table, as are displays that get a name in capitals
-MOST_TOKENS = 103_390  # of the product
+MOST_TOKENS = 103_440  # of the product
 LIMITS = {  # (mean tokens of a statement, 90th percentile, percent above 24, longest)
-    "product": (FILES, (10.4, 19, 4.5, 60)),
-    "tests": (TESTS, (13.0, 25, 8.0, 160)),
+    "product": (FILES, (9.6, 18, 3.0, 60)),
+    "tests": (TESTS, (11.3, 22, 5.0, 110)),
 }
 
 
