@@ -8,6 +8,7 @@ import pytest
 from test_ending import cases
 
 from cerebrum.text.languages import LANGUAGES, guess_language
+from cerebrum.text.scanner import scanner_of
 
 # A language's lines, with the name that they define between « and »; the others define nothing. ⇥
 # stands for a tab, ⏎ for a line end.
@@ -444,6 +445,16 @@ def test_imports(name, table):
 
 
 ENDS = {"[=[": "]=]", '##"': '"##', 'r#"': '"#', '$@"': '"', "$'": "'", '"""': '"""'}
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_a_comment_behind_code_changes_nothing(name):
+    language = LANGUAGES[name]
+    for code in ("x = 1", "x = 1;", "f() {"):
+        alone = scanner_of(language, f"{code} \n")
+        for opening, closing in language.comments:
+            scanner = scanner_of(language, f"{code} {opening} why{closing.strip()}\n")
+            assert (scanner.head.split(), scanner.last) == (alone.head.split(), alone.last), opening
 
 
 def test_the_ends_of_strings():
