@@ -53,8 +53,8 @@ COMPOUND = re.compile(  # Python
 )
 CONTROL = re.compile(r"\b(?:if|else|try|do)\b[^\n]*$")  # the header of a block that goes on
 CODE = re.compile(
-    r"\n *(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*"
-    r"|[\w.]+ = .*|[\w.]+\(.*\))\n"
+    r"\n[ \t]*(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*"
+    r"|[\w.]+ = .*|[\w.]+\(.*\))\r?\n"
 )
 OPENS = re.compile(r"(?:^|[:=(\[{,+])\s*\w?\Z")  # above the quotes that open a text
 CALL = re.compile(rf"(?<![\w.])(\w{{1,{NAME_CHARS}}})\(")

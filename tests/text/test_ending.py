@@ -50,6 +50,15 @@ ROWS = [
         "python block: CRLF, a line that goes on",
         "def f():\r\n«    x = 1 + \\\r\n        2\r\n»" + VALUES + "‖    return x\r\n",
     ),
+    (
+        "python block: CRLF, a window that starts in a docstring",
+        '    x.\r\n    """\r\n\r\n    def g(x):\r\n«        """Doc."""\r\n        return x\r\n»'
+        '\r\n    def h(x):\r\n        """Doc."""\r\n        return x\r\n',
+    ),
+    (
+        "python block: tabs, a window that starts in a docstring",
+        '\tx.\n\t"""\n\n\tdef g(x):\n«\t\t"""Doc."""\n\t\treturn x\n»\n\tdef h(x):\n\t\treturn x\n',
+    ),
     ("none block: blank lines with spaces", "a\n«b\n»  \n\t\nc"),
 ]
 TEXTS = r'''
