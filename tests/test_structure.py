@@ -106,7 +106,7 @@ SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, token
 F_STRING = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
 DISPLAYS = (ast.Dict, ast.List, ast.Set, ast.Tuple)
 DATA = {"cerebrum/text/languages.py"}  # a table, as are displays that get a name in capitals
-MOST_TOKENS = 103_440  # of the product
+MOST_TOKENS = 103_500  # of the product
 LIMITS = {  # (mean tokens of a statement, 90th percentile, percent above 24, longest)
     "product": (FILES, (9.6, 18, 3.0, 60)),
     "tests": (TESTS, (11.3, 22, 5.0, 110)),

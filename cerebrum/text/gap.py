@@ -297,8 +297,17 @@ class Gap(Stage):
         # of a statement; "" if it has neither.
         self.around = ""
         ahead = scanner_of(scanner.language)
+        # What the suffix closes in its first line is as deep as the cursor's line, of which this
+        # may be the rest.
+        ahead.indent = scanner.indent
+        ahead.starting = scanner.starting
+        if not self.in_line:  # whole lines may begin within a literal
+            ahead.opener = scanner.opener
+            ahead.closer = scanner.closer
         for char in suffix[:CLOSERS_CHARS]:
             ahead.step(char)
+            # By the first closing bracket without a partner, or `;`, outside of brackets that the
+            # suffix opens.
             is_known = ahead.unmatched or ahead.last == ";"
             if is_known and not (self.around or ahead.stack):
                 self.around = OPENING_OF.get(char, "{")
@@ -553,7 +562,7 @@ class GapInLine(Gap):
         rest = self.meeting.first
         written = self.meeting.found.get(1)
         if written is not None and self.is_suffix(1):
-            self.end_at = written  # surer than any place before
+            self.end_at = self.left_at = written  # surer than any place before
             self.doubt = 0.0
         elif self.level == self.to_open and not self.scanner.closer and rest[0] not in OPENING_OF:
             # A rest that closes a bracket of the prompt may as well follow any later line in it.
