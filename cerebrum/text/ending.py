@@ -51,7 +51,8 @@ NAME_CHARS = 100  # a function with a longer name is not recognized as a helper
 COMPOUND = re.compile(  # Python
     r"(?:async\s+)?(?:def|class|if|elif|else|for|while|with|try|except|finally|match|case)\b"
 )
-CONTROL = re.compile(r"\b(?:if|else|try|do)\b[^\n]*$")  # the header of a block that goes on
+# The header of a block behind which a clause may follow.
+CONTROL = re.compile(r"\b(?:if|elsif|elseif|unless|else|try|catch|do)\b[^\n]*$")
 CODE = re.compile(
     r"\n[ \t]*(?:(?:def|class|if|for|while|with|elif|except) .*:|return .*|from \S+ import .*"
     r"|[\w.]+ = .*|[\w.]+\(.*\))\r?\n"
@@ -113,7 +114,7 @@ class Helpers:
         self.keyword = keyword
         self.header = re.compile(
             rf"\b(?:(?:async|export|local|pub|static|suspend)\s+){{0,4}}{keyword}\s+"
-            rf"(\w{{1,{NAME_CHARS}}})\s*[(<]"
+            rf"(\w{{1,{NAME_CHARS}}})\s*[({{<]"
         )
         self.code = list[str]()  # the characters of the line's code
         self.called = set[str]()

@@ -81,7 +81,7 @@ class Language:
     also: str = ""  # other starts of lines that define a name, which is their last group
     # Words at the start of a line that goes on with a block, and of one that closes it, with |
     # between them.
-    clauses: str = "else|elif|elseif|except|finally|catch"
+    clauses: str = "else|elif|elseif|elsif|except|finally|catch"
     closers: str = ""
     openers: str = "(?!)"  # ends of lines that open a block by indentation
     line_comment: str = "//"  # "" if there is none
@@ -342,7 +342,8 @@ LANGUAGES: dict[str, Language] = {
         _PLAIN, function="def",
         types=r"class|module|(?:\w{1,80}\.)?(?:describe|context|feature|namespace)",
         also=r"([A-Z]\w*)[ \t]*=(?![=~])",
-        clauses="rescue|ensure|else|elsif|when|in", closers="end", here_document="<<[~-]?",
+        clauses="rescue|ensure|else|elsif|when|in", closers="end",
+        here_document="(?<!class )<<[~-]?",
         block_comment="=begin =end", strings=_THREE_QUOTES,
         endings=".rb .rake .gemspec .ru",
         filenames="rakefile gemfile vagrantfile podfile brewfile fastfile",
@@ -351,14 +352,14 @@ LANGUAGES: dict[str, Language] = {
     "lua": Language(
         function="function", names="local",
         also=r"(?:\w{1,80}\.){0,3}(\w{1,80})[ \t]*=[ \t]*function\b",
-        clauses="else|elseif", closers="end|until",
+        closers="end|until",
         line_comment="--", block_comment="--[[ ]]", other_comments=(("--[==[", "]==]"),),
         texts=_LUA_RAW, raw=_LUA_RAW,
         blocks="lines", endings=".lua", aliases="luajit",
     ),
     "julia": Language(
         types="module|baremodule", function="function",
-        names="struct|type|macro|const", clauses="else|elseif|catch|finally", closers="end",
+        names="struct|type|macro|const", closers="end",
         line_comment="#", block_comment="#= =#", texts=('"""',), blocks="lines",
         endings=".jl", aliases="jl",
     ),
@@ -399,7 +400,7 @@ LANGUAGES: dict[str, Language] = {
                           endings=".dockerfile", filenames="dockerfile containerfile",
                           aliases="docker"),
     "makefile": replace(_PLAIN, also=r"([\w.%/-]{1,80})[ \t]*(?::|[?+]?=)",
-                        clauses="else", closers="endif|endef", commands=True,
+                        closers="endif|endef", commands=True,
                         endings=".mk .mak", filenames="makefile gnumakefile",
                         aliases="make makefile-gmake"),
 }  # fmt: skip

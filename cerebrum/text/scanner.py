@@ -27,23 +27,29 @@ LINE_CHARS = 500  # the part of a line that comparisons use
 # A line that ends so goes on in the next one, in languages without semicolons; so does the empty
 # one, since "" is in each string.
 UNFINISHED = ",=(&|+?.:<*/-"
-REGEX_BEFORE = tuple("(,=:[!&|?{;")  # code before the / of a regex; others divide
+# Code before the / of a regex; behind other code it divides.
+REGEX_BEFORE = (*"(,=:[!&|?{;", "=>")
 OPENING_OF = {")": "(", "]": "[", "}": "{"}  # by the closing bracket
 # The rest of a line below which a here-document follows; group 1 is the line that ends it.
 # A name with )) behind it is a number to shift by, as in $((1<<n)).
-HERE = r"\\?['\"]?([A-Za-z_]\w*+)(?!\)\))[^\n<]*+\n\Z"
+HERE = r"\\?['\"]?([A-Za-z_][\w-]*+)(?!\)\))[^\n<]*+\n\Z"
 # A quote that opens nothing: behind the escape character, or within a word, as in `it's` and 1'000.
 # Behind the prefix of a string, as in b'', it opens one.
 ESCAPED = r"\\[\"']\Z"
 NO_QUOTE = rf"{ESCAPED}|\w(?<!\b[bBeEfFLnNrRtuUxX])(?<!\b[bBfFrRu][bBfFrR8])'\Z"
 NO_OPERATOR = re.compile(r"[\w$@%&>{-]")  # before one of Perl's QUOTES
-BRANCH = re.compile(r"#[ \t]*(if|el|en)\Z")  # of the preprocessor
+# The line of a directive so far, at the second letter of its name. In `#define NAME(iffy) #iffy`
+# the second # begins none.
+BRANCH = re.compile(r"^[ \t]*#[ \t]*(if|el|en)\Z", re.M)
 # SQL. The word that ends before the last character, unless it is part of a name, and that character
 # unless it is a space or a tab.
 TOKENS = re.compile(r"(?<![\w.@])\w+(?=\W\Z)|[^\w \t\r]\Z")
 TOKENS_CHARS = 40  # of the statement's end, searched for TOKENS and DOLLARS
 # BEGIN and END open and close no block if one of these follows.
-NO_BEGIN = re.compile(r"(?:[.,;:=<>)]|and|asc?|between|desc|from|i[ns]|or|tran(?:saction)?|work)\Z")
+NO_BEGIN = re.compile(
+    r"(?:[.,;:=<>)]|and|asc?|between|concurrent|deferred|desc|distributed|exclusive|from|i[ns]"
+    r"|immediate|isolation|or|read|tran(?:saction)?|work)\Z"
+)
 NO_END = re.compile(r"(?:if|loop|while|repeat|for)\Z")
 # The $$ or $tag$ that opens a literal: not at the start of a statement.
 DOLLARS = re.compile(r"\S\s*(?<![\w$])(\$(?:[A-Za-z_]\w*)?\$)\Z")
@@ -175,7 +181,7 @@ class Scanner:
         a name instead.
         """
         if opener == "/":
-            return self.last in REGEX_BEFORE or self.head.endswith("return ")
+            return self.signs.endswith(REGEX_BEFORE) or self.head.endswith("return ")
         if opener in QUOTES:
             return not NO_OPERATOR.match(self.tail[-len(opener) - 1 :])
         return not re.search(ESCAPED if self.language.commands else NO_QUOTE, self.tail)
@@ -201,7 +207,8 @@ class Scanner:
 
     def _read_branch(self) -> None:
         """Of the branches of an #if, the brackets that the last one opens count: those of the
-        branch above are forgotten at each #elif or #else.
+        branch above are forgotten at each #elif or #else. Called with each character of a literal
+        or a directive; BRANCH matches once in a directive, at the second letter of its name.
         """
         match = self.opener == "#" and BRANCH.search(self.tail)
         word = match[1] if match else ""

@@ -260,9 +260,9 @@ class Indent(Stage):
     def step(self, char: str) -> None:
         if char == "\n":
             if self.indent is None:
-                self.mark = len(self.text) - (not self.of_lines)
+                self.mark = len(self.text) if self.of_lines else self.safe
             self.indent = 0
-        elif self.indent is None:
+        elif self.indent is None and char != "\r":  # perhaps of the line end
             self.safe = len(self.text)
         elif char in " \t":
             self.indent += 1
