@@ -252,20 +252,20 @@ def find_statement(text: str, start: int, stop: int) -> int:
 
 
 def fit_start(text: str, room: int) -> str:
-    """The start of `text` that weighs at most `room`: whole lines, unless the first is too long."""
+    """The start of `text` that weighs at most `room`: whole lines, unless the first is too long.
+    `room` is at least 0.
+    """
     if fits(text, room):
         return text
-    text = text[: MAX_CHARS_PER_WEIGHT * max(room, 0)]
+    text = text[: MAX_CHARS_PER_WEIGHT * room]
     while (weight := weigh(text)) > room:
         text = text[: len(text) * room // weight]
     return text[: text.rfind("\n") + 1] or text
 
 
 def fit_end(text: str, room: int) -> str:
-    """The end of `text` that weighs at most `room`, cut like `fit_start`. `room` is at least 0."""
-    earliest = max(0, len(text) - MAX_CHARS_PER_WEIGHT * room)
-    end = text[earliest:]
-    return fit_start(end[::-1], room)[::-1]
+    """The end of `text` that weighs at most `room`, cut like `fit_start`."""
+    return fit_start(text[::-1], room)[::-1]
 
 
 def prepare(
@@ -342,8 +342,9 @@ def kept_of(characters: int, of: int, **is_cut: bool) -> Kept:
 
 
 def end_of_named(code: str, language: Language, instruction: str, room: int) -> int:
-    """Where the text to fit into `room` ends: half of it below the first definition of the longest
-    name that the instruction has; if it names none, at the end of the code.
+    """Where the window of the code that an instruction gets ends. By the first definition of the
+    longest name that the instruction has, half of the window is below its start; but a window at
+    the code's beginning is filled. If it names none, at the end of the code.
     """
     words = set(NAME.findall(instruction))
     named = dict[str, int]()
@@ -353,9 +354,9 @@ def end_of_named(code: str, language: Language, instruction: str, room: int) -> 
             named.setdefault(name, match.start())
     if not named:
         return len(code)
-    longest = max(named, key=len)
-    near = max(room, named[longest] + room // 2)
-    return code.find("\n", near) + 1 or len(code)
+    start = named[max(named, key=len)]
+    below = fit_start(code[start:], room // 2)
+    return max(start + len(below), len(fit_start(code, room)))
 
 
 # ------------------------------------------------------------------------- the text around a cursor
