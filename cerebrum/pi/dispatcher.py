@@ -20,6 +20,7 @@ from cerebrum.fields import describe
 from cerebrum.pi.backend import Backend
 from cerebrum.pi.breaker import BREAKER_OPEN, NEVER_ASKED
 from cerebrum.pi.completion import (
+    NOTHING_SENT,
     PREEMPTED,
     SUPERSEDED,
     WITHOUT_MODEL,
@@ -352,15 +353,17 @@ class Dispatcher:
         # Prompts that are read ahead, now or later, by client.
         self.ahead: dict[str, Completion] = {}
         self._counting = counting
+        # Calls `_advance` for those that wait.
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def active(self) -> int:
         """Attempts that take a place."""
         return len(self.state.answering)
 
-    # Whatever may give somebody a place calls `_advance`: a request comes, or its time has passed
-    # (`_enter`); a place is left (`_leave`); a prompt is to be read ahead (`read_ahead`); something
-    # else has `changed`.
+    # Whatever may give somebody a place calls `_advance`: a request comes or leaves the line
+    # (`_enter`); the time of one that waits has come (`_timer`); a place is left (`_leave`); a
+    # prompt is to be read ahead (`read_ahead`); something else has `changed`.
 
     @contextlib.asynccontextmanager
     async def place(self, completion: Completion) -> AsyncIterator[tuple[Attempt, Backend]]:
@@ -397,27 +400,26 @@ class Dispatcher:
             raise HttpError(SUPERSEDED, "expected an idle backend, got none")
         called = state.line[completion] = asyncio.Future[Attempt]()
         try:
-            # Each round decides for all that wait, since this one's arrival may matter to others,
-            # and returns until when each is to wait: for the end of a backend's pause, or for its
-            # own deadline. It returns nothing for one that it has called.
-            while not called.done() and (until := self._advance().get(completion)):
-                await asyncio.wait([called], timeout=until - time.monotonic())
+            self._advance()
+            await asyncio.wait([called])
             return called.result()
         except asyncio.CancelledError:  # the client has left, perhaps just as it got its place
             if called.done() and not called.exception():
                 self._leave(called.result())
             raise
         finally:
-            state.line.pop(completion, None)  # whoever was called has been taken out already
+            if state.line.pop(completion, None):  # it has not been called: its client has left
+                self._advance()
 
     def changed(self) -> None:
         """A backend, its breaker, the settings or who waits for a completion has changed."""
         self._advance()
 
-    def _advance(self) -> dict[Completion, float]:
+    def _advance(self) -> None:
         """Call those that wait, in turns: with a place for each that gets one, with an error if it
-        need not wait longer. Return until when each of the others waits. If there are none, idle
-        backends read ahead.
+        need not wait longer. The others are asked about again when the first of their times has
+        come: the end of a backend's pause, or a deadline. If nobody waits, idle backends read
+        ahead.
         """
         state = self.state
         waits = dict[Completion, float]()
@@ -433,8 +435,12 @@ class Dispatcher:
                     waits[completion] = until
                 case HttpError() as error:
                     state.line.pop(completion).set_exception(error)
+        if self._timer:
+            self._timer.cancel()
+        if waits:
+            seconds = min(waits.values()) - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._advance)
         self._advance_reading()
-        return waits
 
     def _assign(self, completion: Completion, place: Option) -> Attempt:
         """Begin an attempt: take the place, and end the requests that it replaces, those of its
@@ -561,6 +567,7 @@ class Dispatcher:
 
     def _has_read(self, attempt: Attempt, task: asyncio.Task[None]) -> None:
         client = attempt.request.client
+        attempt.sent = NOTHING_SENT  # the completion may stay in `ahead`
         if not attempt.evicted:
             if self.ahead.get(client) is attempt.completion:
                 del self.ahead[client]

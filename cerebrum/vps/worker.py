@@ -427,16 +427,15 @@ class Worker(threading.Thread):
             return None
         try:
             self.draft_loaded = loaded = load(plan, self._loading, large.abort_flag)
+            model = loaded.model
+            costs = measure_costs(model, self.baton, self._beat)
         except (ModelError, OSError) as error:
             if self._beat():
                 raise
             log.warning("model %s: %s writes no drafts: %s", self.model_id, plan.model_id, error)
             return None
-        model = loaded.model
         settings = loaded.settings
-        costs = measure_costs(model, self.baton, self._beat)
-        answers = settings.early * model.unified
-        sequences = Sequences(model, settings.sequences + answers, 0)
+        sequences = Sequences(model, settings.sequences + settings.early * model.unified, 0)
         # Those before follow the large model's.
         answer_slots = sequences.slots[settings.sequences :]
         parts = model, sequences, answer_slots, costs, compute, self.tally, self.waiting
@@ -499,6 +498,7 @@ class Worker(threading.Thread):
         try:
             if run := slots[0].run:
                 decoder.put_back(run)
+                self.wake()  # its job waits again
             decoder.start(job, slots)
         except Exception as error:
             for slot in slots:  # any of them may be half prepared
