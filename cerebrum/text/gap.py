@@ -301,9 +301,9 @@ class Gap(Stage):
         # may be the rest.
         ahead.indent = scanner.indent
         ahead.starting = scanner.starting
-        if not self.in_line:  # whole lines may begin within a literal
+        if not self.in_line:  # whole lines may begin within a literal, which they end
             ahead.opener = scanner.opener
-            ahead.closer = scanner.closer
+            ahead.closer = self.closer_at_cursor
         for char in suffix[:CLOSERS_CHARS]:
             ahead.step(char)
             # By the first closing bracket without a partner, or `;`, outside of brackets that the

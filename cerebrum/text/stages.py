@@ -262,8 +262,9 @@ class Indent(Stage):
             if self.indent is None:
                 self.mark = len(self.text) if self.of_lines else self.safe
             self.indent = 0
-        elif self.indent is None and char != "\r":  # perhaps of the line end
-            self.safe = len(self.text)
+        elif self.indent is None:
+            if char != "\r":  # perhaps of the line end
+                self.safe = len(self.text)
         elif char in " \t":
             self.indent += 1
         elif not char.isspace() and self.indent < self.limit:
