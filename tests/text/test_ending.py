@@ -60,6 +60,7 @@ ROWS = [
         '\tx.\n\t"""\n\n\tdef g(x):\n«\t\t"""Doc."""\n\t\treturn x\n»\n\tdef h(x):\n\t\treturn x\n',
     ),
     ("none block: blank lines with spaces", "a\n«b\n»  \n\t\nc"),
+    ("none block 2: CRLF, a line that is indented less", "  a\r\n  «b\r\n  c»\r\nd"),
 ]
 TEXTS = r'''
 === python block: docstring first
@@ -1943,6 +1944,42 @@ int f(int x) {
 int g() {
     return 1;
 }
+=== c block: a macro whose parameter reads as a branch
+void f(void) {
+#if A
+  if (a) {
+#define TEXT(elem) #elem
+«    g();
+  }
+#endif
+}
+»
+void h(void) {
+=== javascript block: a regex behind an arrow
+const f = () => {
+«  const isBrace = (x) => /\{/.test(x);
+  return isBrace;
+};
+»
+const g = () => {
+=== javascript block: finally on a line of its own
+f(1);
+try {
+  f(2);
+} catch (e) {
+«  f(3);
+}
+finally {
+  f(4);
+}
+»
+f(5);
+=== python block: the suffix closes the cursor's bracket first
+def f():
+    x = get(a, «b»)
+⟨values⟩
+‖ * c)
+    return x
 '''
 
 # Answers of a chat, the code between « and ».

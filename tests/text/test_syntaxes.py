@@ -779,6 +779,53 @@ FROM b
 SELECT c
 FROM d;
 »SELECT 3;
+=== shell block: a here-document whose name has a dash
+f() {
+  cat <<END-OF
+}
+END-OF
+«  return 1
+}
+»
+g() {
+=== ruby block: a class << self without a space
+class A
+  class <<self
+    def f
+«      1
+    end
+»
+    def g
+=== sql block: a transaction of a kind opens no block
+BEGIN IMMEDIATE;
+UPDATE a SET b = 1
+«WHERE c = 2;
+»
+SELECT 1;
+=== perl block: elsif on a line of its own
+sub f {
+  return 1;
+}
+
+if ($a) {
+«  f(1);
+}
+elsif ($b) {
+  f(2);
+}
+»
+f(3);
+=== powershell block: a function without parentheses that it calls
+function Get-All {
+«  foo(1)
+}
+
+function foo {
+  param($x)
+  $x
+}
+»
+function bar {
 '''.replace(
     "INSERTS",
     "".join(f"  INSERT INTO log VALUES ({n}, 'the note with number {n}');\n" for n in range(12)),
