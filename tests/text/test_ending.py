@@ -60,7 +60,7 @@ ROWS = [
         '\tx.\n\t"""\n\n\tdef g(x):\n«\t\t"""Doc."""\n\t\treturn x\n»\n\tdef h(x):\n\t\treturn x\n',
     ),
     ("none block: blank lines with spaces", "a\n«b\n»  \n\t\nc"),
-    ("none block 2: CRLF, a line that is indented less", "  a\r\n  «b\r\n  c»\r\nd"),
+    ("none end 2: CRLF, a line that is indented less", "  a\r\n  «b\r\n  c»\r\nd‖\r\ne\r\n"),
 ]
 TEXTS = r'''
 === python block: docstring first
