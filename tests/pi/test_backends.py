@@ -33,6 +33,7 @@ from scripted import (
     config_of,
     head,
     pi_for,
+    statuses,
 )
 
 from cerebrum import pi as pi_package
@@ -640,6 +641,23 @@ async def test_a_later_refusal_shortens_no_pause():
         gate.set()
         assert (await first).status == 429
         assert pi.gateway.fleet.first.rests_until == before
+
+
+async def test_after_a_pause_those_that_wait_are_served():
+    """The first request has ended with it, and no probe tells that it is over."""
+    gate = asyncio.Event()
+    refused = head(429, "Content-Length: 0", "Retry-After: 1")
+    async with (
+        Backend([[gate.wait, refused], VLLM], models=LISTED) as backend,
+        pi_for(engine(backend.port, max_concurrent=1), probing=False) as pi,
+    ):
+        first = asyncio.create_task(pi.complete())
+        await backend.begun.wait()
+        waiting = asyncio.create_task(pi.post("/v1/chat/completions", {"messages": SAID}))
+        await until(lambda: pi.line)
+        gate.set()
+        async with asyncio.timeout(10):
+            assert await statuses(first, waiting) == [429, 200]
 
 
 @pytest.mark.parametrize("after", ["0", "-1", "soon", "Wed, 02 Dec 2026 00:00:00 GMT"])

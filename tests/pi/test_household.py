@@ -185,9 +185,13 @@ async def test_a_request_whose_body_comes_while_its_key_is_revoked_ends():
         assert (await read_reply(reader)).status == 401
 
 
-async def read_ahead(pi: Pi, key: str):
-    body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, "n_predict": 0}
+async def infill(pi: Pi, key: str, **more: Any):
+    body = {"input_prefix": "", "input_suffix": "\n", "prompt": key, **more}
     assert (await pi.post("/infill", body, X_API_Key=key)).status == 200
+
+
+async def read_ahead(pi: Pi, key: str):
+    await infill(pi, key, n_predict=0)
 
 
 async def test_a_guests_prompt_is_read_after_those_of_others():
@@ -344,6 +348,22 @@ async def test_a_guest_without_text_starts_again_behind_other_guests():
         assert order == ["of tom", "of anna", "of tim", "of tom"]
         assert '"finish_reason":"stop"' in (await tom).body.decode()
         assert (await ask(pi, TOM)).json["finish_reason"] == "stop"
+
+
+async def test_a_guest_gets_its_turn_when_those_before_it_leave(monkeypatch):
+    """A place is free all the time, but for infills, and guests start behind all others."""
+    monkeypatch.setitem(completion.WAIT_SECONDS, "infill", 60.0)
+    async with pi_with(GOOD, [HANG], GOOD, probing=False, clients=GUESTS) as (pi, vps):
+        await infill(pi, ANNA)
+        ben, anna = ask(pi, BEN, CHATS), ask(pi, ANNA, CHATS)
+        await until(lambda: vps.running and len(pi.line) == 1)
+        tom = asyncio.create_task(infill(pi, TOM))
+        await until(lambda: len(pi.line) == 2)
+        anna.cancel()
+        async with asyncio.timeout(10):
+            await tom
+        ben.cancel()
+        await until(lambda: not vps.running)
 
 
 async def test_a_guest_that_made_room_and_waits_in_vain_counts_as_refused(monkeypatch):

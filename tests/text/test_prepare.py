@@ -384,6 +384,11 @@ def test_an_instruction_on_a_long_file_gets_what_it_names():
     content, parts = instructed(f"def first():\n    pass\n\n\n{text}", "Document first")
     assert content.startswith("```python\ndef first():\n    pass\n")
     assert parts == ["window"]
+    commented = "# Здесь считается сумма всех покупок.\nx = 1\n" * 4000
+    text_before = f"{commented}def total(cart):\n    return sum(cart)\n"
+    content, parts = instructed(text_before + commented, "Rename total to grand_total")
+    assert "def total(cart):\n    return sum(cart)\n" in content
+    assert parts == ["window"]
     content, parts = instructed("", "Write a stack. " * 60_000)
     assert content.startswith("Write a stack. Write")
     assert parts == ["instruction"]

@@ -238,14 +238,25 @@ def test_which_models_may_be_a_pair(models: Path):
             check(target, draft)
 
 
-def test_a_draft_model_that_cannot_be_loaded_is_left_out_with_a_line_in_the_log(
-    models: Path, tmp_path, caplog
+@pytest.mark.parametrize(("draft", "why"), [("damaged", DAMAGED), ("dense", "it cannot decode")])
+def test_a_draft_model_that_cannot_be_used_is_left_out_with_a_line_in_the_log(
+    models: Path, tmp_path, caplog, monkeypatch, draft, why
 ):
-    loader = pair_of(models, "dense", "damaged", replace(EXACT, state_dir=tmp_path))
+    measure = vps_worker.measure_costs
+    measured = []
+
+    def fail_second(*asked: Any) -> Any:
+        measured.append(asked)
+        if len(measured) == 2:  # the large model's come first
+            raise ModelError(why)
+        return measure(*asked)
+
+    monkeypatch.setattr(vps_worker, "measure_costs", fail_second)
+    loader = pair_of(models, "dense", draft, replace(EXACT, state_dir=tmp_path))
     with running(worker_of(loader)) as worker:
-        assert (worker.draft_loaded, worker.decoder.draft_model) == (None, None)
+        assert worker.decoder.draft_model is None
         assert ask(worker, "def f", max_tokens=3).outcome()[1]["done"]
-    assert warnings_in(caplog) == [f"model tiny: damaged writes no drafts: {DAMAGED}"]
+    assert warnings_in(caplog) == [f"model tiny: {draft} writes no drafts: {why}"]
 
 
 # ----------------------------------------------------------------------------- when it is asked
