@@ -93,18 +93,21 @@ def typed_of(earlier: str, text: str, prompt: str, omitted: int = 0) -> int:
     """How many characters of `text`, the completion of the prompt `earlier`, precede the cursor in
     another prompt; 0 if the two cursors are in different gaps. The ends of the prompts decide,
     since an editor's window moves, so `earlier` may be the end of a prompt alone, CURSOR_CHARS
-    long; `omitted` counts what precedes it. In a text that repeats itself, the lengths decide.
+    long; `omitted` counts what precedes it.
 
     >>> typed_of("def f():\\n    ret", "urn 1", "def f():\\n    return")
     3
     """
     tail = prompt[-CURSOR_CHARS:]
     before = earlier[-CURSOR_CHARS:]
+    # If the window has not moved, the lengths tell how much was typed, also in a text that repeats
+    # itself.
     typed = len(prompt) - len(earlier) - omitted
     if 0 <= typed <= len(text) and (before + text[:typed]).endswith(tail):
         return typed
     if len(tail) < CURSOR_CHARS:  # a whole prompt, which must agree from its first character
         return 0
+    # If it has moved, the cursor is where the earlier prompt with its text has the tail.
     start = max(0, len(before) + 1 - CURSOR_CHARS)  # so that at least one character is typed
     found = (before + text).find(tail, start)
     return found + CURSOR_CHARS - len(before) if found >= 0 else 0

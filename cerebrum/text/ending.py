@@ -108,7 +108,7 @@ UNDECIDED = "undecided"
 
 
 class Helpers:
-    """The functions that a block calls and nothing above defines: they may follow the block."""
+    """The functions that the text calls and nothing above defines: they may follow its block."""
 
     def __init__(self, keyword: str, prompt: str) -> None:
         self.keyword = keyword

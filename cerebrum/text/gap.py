@@ -59,8 +59,8 @@ def lines_of(text: str) -> list[Line]:
 
 
 class Meeting:
-    """Finds where a text begins to agree with the suffix: where it has the suffix's first lines, as
-    many as are found nowhere else around the cursor.
+    """Finds where a text begins to agree with the suffix, which is not blank: where it has the
+    suffix's first lines, as many as are found nowhere else around the cursor.
 
     These lines are the `goal`. White space within lines, blank lines, a remark behind code and a
     `;` or `,` at a line's end do not count; indentation does. There are three kinds of suffix, here
@@ -315,7 +315,8 @@ class Gap(Stage):
         # above the prompt.
         outermost = scanner.stack[0].indent if scanner.stack else 0
         missing = [bracket for bracket in ahead.unmatched if bracket.indent >= outermost]
-        # How many of the brackets at the cursor the suffix closes, from the outermost on.
+        # How many of the brackets at the cursor the suffix closes, from the outermost on. The
+        # others are the text's to close.
         self.suffix_closes = 0
         for bracket, partner in zip(scanner.stack, reversed(missing), strict=False):
             if bracket.kind != partner.kind:
@@ -381,8 +382,8 @@ class Gap(Stage):
             self.end("stop", min(meeting.line_at, self.left_at))
 
     def note_end(self, place: Place) -> None:
-        """The suffix could follow here. (A rest of the cursor's line that the model has written is
-        surer, see `GapInLine.on_line`.)
+        """The suffix could follow here. The first such place counts, in an inner text the last. (A
+        rest of the cursor's line that the model has written is surer, see `GapInLine.on_line`.)
         """
         if not self.may_end:
             self.end_at = place
@@ -397,7 +398,7 @@ class Gap(Stage):
         end = self.end_at if self.may_end else NOWHERE
         if self.is_suffix(lines):
             end = place
-        elif whole:
+        elif whole:  # a model that ended by itself has written all up to the suffix
             end = self.left_at if len(self.scanner.stack) < self.suffix_closes else NOWHERE
         if end != NOWHERE:
             return self.cut(self.sent, end)

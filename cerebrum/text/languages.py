@@ -67,16 +67,23 @@ Pattern = re.Pattern[str]
 class Language:
     """The parts of a language's syntax that preparing a prompt and ending a completion need.
 
-    `blocks` names the limits of a block: "braces"; "brackets", braces and square brackets, where
-    the innermost pair is completed; "statements", the semicolons of SQL; "indent", indentation
-    below a colon; "lines", indentation, a closing line and blank lines; "offside", the same with
-    parentheses that span lines; "tree", "lines" where the innermost block is completed. Keywords
-    are alternatives of a pattern.
+    `blocks` names the limits of a block:
+
+        braces      { and }
+        brackets    these and square brackets; the innermost pair is completed
+        statements  the semicolons of SQL
+        indent      indentation below a colon
+        lines       indentation, a closing line and blank lines
+        offside     the same, with parentheses that span lines
+        tree        as "lines"; the innermost block is completed
+
+    Keywords are alternatives of a pattern.
     """
 
-    uses: str = "(?!)"  # with braces: the start of a line that imports
+    uses: str = "(?!)"  # the start of a line that imports; only blocks in braces ask
     types: str = ""  # keywords of definitions whose members are completed one at a time
-    function: str = ""  # the keyword that defines functions, if calls may precede the definition
+    # The keyword that defines functions, if one may be defined below its call: for `Helpers`.
+    function: str = ""
     names: str = ""  # keywords that define other names, not indented
     also: str = ""  # other starts of lines that define a name, which is their last group
     # Words at the start of a line that goes on with a block, and of one that closes it, with |
@@ -97,7 +104,8 @@ class Language:
     line_ends: bool = False  # a statement ends with its line, without a semicolon
     directives: bool = False  # a line that starts with # belongs to the preprocessor
     here_document: str = ""  # a pattern for <<, up to the name of the line that ends the text
-    # Lines of code begin with verbs, as instructions do; a quote within a word opens a string.
+    # As in a shell: a line may begin with a verb, as instructions do, and a quote within a word
+    # opens a string.
     commands: bool = False
     fences: bool = False  # a text may have ``` that ends no answer
     # Words, with blanks between them.
@@ -415,9 +423,13 @@ SCALA_UNBRACED = replace(
 )  # fmt: skip
 _UNBRACED = re.compile(
     rf"^[ \t]{{0,200}}(?:{_MODIFIERS}"
+    # class A:
     r"(?:(?:class|object|trait|package)\b[^\n{}]{0,300}:[ \t]*\r?$|(?:enum|given)\b)"
+    # if a then b; end A
     r"|(?:else[ \t]+)?if\b[^\n]{0,300}\bthen\b|(?:then|extension)\b|end[ \t]+\w+[ \t]*\r?$"
+    # import a.*; cases without a brace; (using a: A)
     r"|import[ \t][\w.]{1,200}\.\*)|\b(?:match|catch)[ \t]*\r?\n\s{0,200}case\b|[(\[]using[ \t]"
+    # two lines below "=", as deep as each other
     r"|=[ \t]*\r?\n([ \t]{1,200})\S[^\n]{0,300}[\w)\]\"]\r?\n\1(?!(?:else|match|yield)\b)\w",
     re.M,
 )

@@ -141,7 +141,8 @@ class Trimmed(Stage):
 
 class Sure(Trimmed):
     """Ends a text before the first word with which the chance that its line is right, the product
-    of its tokens' probabilities, falls below `least`.
+    of its tokens' probabilities, falls below `least`. A token counts for the line in which it
+    begins.
 
     A word is a run of letters, digits and underscores, or any other character, with the blanks
     before it. It goes out once it is whole, but signs at the beginning of the text wait for a

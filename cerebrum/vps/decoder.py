@@ -41,8 +41,9 @@ from cerebrum.vps.schedule import (
 from cerebrum_common import HttpError, internal_error, log
 
 LAST = -1  # the last logits of a decode
-# Longest piece of a text that is read before anybody waits for it. A request that does not need the
-# piece aborts it, and the piece is lost; but shorter pieces take longer for each token.
+# Longest piece of a text that is read before anybody waits for it, or by a draft model that
+# answers. A request that does not need the piece aborts it, and the piece is lost; but shorter
+# pieces take longer for each token.
 AHEAD_TOKENS = 64
 
 
@@ -284,7 +285,8 @@ class Decoder:
         stop = min((at for at in run.checkpoints if at > begin), default=len(run.prompt))
         prefilling = [other for other in runs if other.prefilling]
         missing = [len(other.prompt) - len(other.slot.tokens) for other in prefilling]
-        # A chunk of low priority must end soon when another request comes.
+        # Streams of this model wait for the chunk; and one of low priority must end soon when
+        # another request comes.
         pace = self.pace(own=run.low or len(prefilling) < len(runs))
         # An infill is often given up for the next key, and an unfinished micro-batch is lost.
         is_short = run.was_aborted or self.model.recurrent or run.job.request.mode == "infill"

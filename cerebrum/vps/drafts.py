@@ -52,8 +52,9 @@ MOST_SAVED = 0.5
 
 
 def catch_up_seconds(missing: int, piece: int, costs: DecodeSeconds) -> float:
-    """How long a draft model takes to read `missing` tokens in pieces. One token is read for each
-    draft in any case: it does not count, nor does the start of the decode that reads it.
+    """How long a draft model takes to read `missing` tokens in pieces. Each piece has a decode of
+    its own. One token is read for each draft in any case: it does not count, nor does the start of
+    the decode that reads it.
 
     >>> catch_up_seconds(1, 50, lambda tokens: 1 + tokens / 10)
     0.0

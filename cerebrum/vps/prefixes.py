@@ -168,8 +168,9 @@ class Sequences:
             guide = source.tokens[:]
         if entry:
             self.store.touch(entry)
-        # 2. Which slot? The nearest; but if what is trimmed is not stored, and trimming would lose
-        # more tokens than it keeps, another gets a copy.
+        # 2. Which slot? The nearest, unless trimming would lose more tokens than it keeps: then
+        # another gets a copy. With `parks`, step 3 stores what is trimmed. An entry is restored to
+        # the slot that was not used for longest, which may be the nearest.
         loses = len(nearest.tokens) > 2 * live
         can_stay = nearest in free and not entry and (self.parks or not loses)
         oldest = min(free, key=lambda slot: slot.used)
